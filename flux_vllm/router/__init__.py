@@ -1,0 +1,1 @@
+"""The Layer Router: what it looks at, how it decides, how it is stored. Imports torch only."""

@@ -1,0 +1,233 @@
+"""Read and write `flux_router.safetensors`, the router of one model in one file."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from flux_vllm.errors import RouterCheckpointError
+from flux_vllm.router.model import LayerRouter, linear_shapes
+
+ROUTER_FILE_NAME = "flux_router.safetensors"
+FORMAT_VERSION = "1"
+SPARSE_PATTERNS = ("streaming",)
+
+_INTEGERS = ("num_layers", "head_dim", "pool_tokens", "sink_tokens", "window_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterInfo:
+    """What a router file says of itself (its metadata)."""
+
+    base_model: str
+    """Name of the model the router was trained for; information only."""
+    num_layers: int
+    head_dim: int
+    pool_tokens: int
+    """Prompt tokens pooled at each end of the prompt."""
+    sink_tokens: int
+    """First tokens a SPARSE layer always attends to."""
+    window_tokens: int
+    """Latest tokens a SPARSE layer attends to, the query's own included."""
+    sparse_pattern: str = "streaming"
+    provenance: dict[str, object] = field(default_factory=dict)
+    """How it was trained: time, versions, data, arguments."""
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the safetensors metadata, strings only."""
+        metadata = {name: str(getattr(self, name)) for name in _INTEGERS}
+        return metadata | {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "sparse_pattern": self.sparse_pattern,
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RouterInfo":
+        """Parse and check the metadata of the file at `path`."""
+        version = metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise RouterCheckpointError(
+                f"{path}: expected format_version {FORMAT_VERSION!r} in the metadata, found "
+                f"{version!r}; "
+                + (
+                    "this is not a Flux-vLLM router file, write one with `python -m training`"
+                    if version is None
+                    else "use the Flux-vLLM version that wrote this file"
+                )
+            )
+        numbers = {name: _integer(metadata, name, path) for name in _INTEGERS}
+        if metadata.get("sparse_pattern") not in SPARSE_PATTERNS:
+            raise RouterCheckpointError(
+                f"{path}: expected sparse_pattern to be one of {list(SPARSE_PATTERNS)}, found "
+                f"{metadata.get('sparse_pattern')!r}; retrain the router for a supported pattern"
+            )
+        try:
+            provenance = json.loads(metadata.get("provenance", "{}"))
+        except json.JSONDecodeError as error:
+            raise RouterCheckpointError(
+                f"{path}: expected JSON in the metadata field 'provenance', found text that does "
+                f"not parse ({error}); write the file again"
+            ) from error
+        return cls(
+            base_model=metadata.get("base_model", ""),
+            sparse_pattern=metadata["sparse_pattern"],
+            provenance=provenance,
+            **numbers,
+        )
+
+
+def _integer(metadata: dict[str, str], name: str, path: Path) -> int:
+    found = metadata.get(name)
+    least = 0 if name == "sink_tokens" else 1
+    if found is None or not found.isdecimal() or int(found) < least:
+        raise RouterCheckpointError(
+            f"{path}: expected a whole number of at least {least} in the metadata field "
+            f"{name!r}, found {found!r}; write the file again"
+        )
+    return int(found)
+
+
+def locate_router(path: Path) -> Path:
+    """Resolve a router file, or a folder that holds `flux_router.safetensors`.
+
+    Raises: RouterCheckpointError: neither exists.
+    """
+    file = path / ROUTER_FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise RouterCheckpointError(
+            f"expected a router at {file}, found nothing there; train one with "
+            "`python -m training train`, or give its place as "
+            """--additional-config '{"flux": {"router": "PATH"}}', or choose a policy that """
+            'needs none ("full", "sparse", "static")'
+        )
+    return file
+
+
+def read_info(path: Path) -> RouterInfo:
+    """Read a router file's metadata alone (milliseconds).
+
+    Raises: RouterCheckpointError: missing, unreadable or truncated file, or bad metadata.
+    """
+    path = locate_router(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    return RouterInfo.from_metadata(metadata or {}, path)
+
+
+def read_router(path: Path) -> tuple[LayerRouter, RouterInfo]:
+    """Read a router file and check every tensor in it.
+
+    Args:
+        path: the file, or the folder that holds it.
+
+    Returns: the LayerRouter (float32, on the CPU, without gradients) and the file's RouterInfo.
+    Raises: RouterCheckpointError: missing, unreadable or truncated file, missing or additional
+        tensors, wrong shapes, values that are not finite.
+    """
+    path = locate_router(path)
+    info = read_info(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    expected = _tensor_shapes(info)
+    for what, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("also holds", found.keys() - expected.keys()),
+    ):
+        if names:
+            raise RouterCheckpointError(
+                f"{path}: expected the {len(expected)} tensors of a router of {info.num_layers} "
+                f"layers, found a file that {what} {_some(names)}; write the file again"
+            )
+    router = LayerRouter(info.num_layers, info.head_dim).requires_grad_(False)
+    for name, shape in expected.items():
+        tensor = found[name]
+        if tuple(tensor.shape) != shape:
+            raise RouterCheckpointError(
+                f"{path}: expected {name} of shape {list(shape)} (head_dim {info.head_dim}), found "
+                f"{list(tensor.shape)}; write the file again"
+            )
+        if not torch.isfinite(tensor.float()).all():
+            raise RouterCheckpointError(
+                f"{path}: expected finite numbers in {name}, found NaN or infinity; the training "
+                "diverged, use an earlier checkpoint"
+            )
+        layer, linear, kind = _split(name)
+        weight, bias = router.linear(linear)
+        (weight if kind == "weight" else bias)[layer] = tensor.float()
+    return router, info
+
+
+def write_router(path: Path, router: LayerRouter, info: RouterInfo) -> Path:
+    """Write a router file in one atomic step.
+
+    Args:
+        path: the file, or an existing folder to write `flux_router.safetensors` into.
+        router: the routers of all layers.
+        info: its metadata.
+
+    Returns: the path of the file.
+    Raises: RouterCheckpointError: router and info disagree.
+    """
+    if (router.num_layers, router.head_dim) != (info.num_layers, info.head_dim):
+        raise RouterCheckpointError(
+            f"expected a router of {info.num_layers} layers with head_dim {info.head_dim} as its "
+            f"info says, found {router.num_layers} and {router.head_dim}"
+        )
+    path = path / ROUTER_FILE_NAME if path.is_dir() else path
+    tensors = {}
+    for name in _tensor_shapes(info):
+        layer, linear, kind = _split(name)
+        weight, bias = router.linear(linear)
+        stacked = weight if kind == "weight" else bias
+        tensors[name] = stacked[layer].detach().float().cpu().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=info.to_metadata())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _tensor_shapes(info: RouterInfo) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(info.num_layers):
+        for name, (out, inp) in linear_shapes(info.head_dim).items():
+            shapes[f"layers.{layer}.{name}.weight"] = (out, inp)
+            shapes[f"layers.{layer}.{name}.bias"] = (out,)
+    return shapes
+
+
+def _split(name: str) -> tuple[int, str, str]:
+    _, layer, linear = name.split(".", 2)
+    linear, kind = linear.rsplit(".", 1)
+    return int(layer), linear, kind
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _unreadable(path: Path, error: Exception) -> RouterCheckpointError:
+    return RouterCheckpointError(
+        f"{path}: expected a safetensors file, found one that cannot be read ({error}); it may be "
+        "truncated, copy or write it again"
+    )

@@ -1,0 +1,232 @@
+"""What the routers remember between steps: routes by request, query sums by KV block.
+
+Dimension legend: S request slots, L layers, R requests, T prompt tokens of this step, H head dim.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flux_vllm.router.features import (
+    GRANULE_TOKENS,
+    PoolingPlan,
+    PromptSpan,
+    physical_granules,
+    plan_pooling,
+)
+from flux_vllm.router.route import Route
+
+
+class RouteTable:
+    """The routes of every live request, by slot; a request keeps its slot until it ends.
+
+    Args:
+        num_layers: layers of the model.
+        capacity: slots to begin with; the table doubles when they run out (preempted requests
+            keep theirs, so more than vLLM's max_num_seqs can be live).
+        device: where the routes are used.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, device: torch.device) -> None:
+        self.num_layers = num_layers
+        self.device = device
+        self.routes = torch.empty(0, num_layers, dtype=torch.int8, device=device)
+        self.full_probability = torch.empty(0, num_layers, device=device)
+        self.decided = np.zeros(0, dtype=np.bool_)
+        """[S] whether the prompt was completed, so that the routes stand."""
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._grow(capacity)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def slot(self, request_id: str) -> int | None:
+        """Return a request's slot, or None for a request that has none."""
+        return self._slots.get(request_id)
+
+    def acquire(self, request_ids: Iterable[str]) -> np.ndarray:
+        """Return the requests' slots [R] int64, giving new requests an UNDECIDED one."""
+        slots = []
+        fresh = []
+        for request_id in request_ids:
+            slot = self._slots.get(request_id)
+            if slot is None:
+                if not self._free:
+                    self._grow(2 * len(self.decided))
+                slot = self._slots[request_id] = self._free.pop()
+                fresh.append(slot)
+            slots.append(slot)
+        if fresh:
+            self.decided[fresh] = False
+            self.routes[fresh] = int(Route.UNDECIDED)
+            self.full_probability[fresh] = float("nan")
+        return np.array(slots, dtype=np.int64)
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Free the slots of requests that ended; unknown requests are passed over."""
+        for request_id in request_ids:
+            slot = self._slots.pop(request_id, None)
+            if slot is not None:
+                self._free.append(slot)
+
+    def _grow(self, capacity: int) -> None:
+        old = len(self.decided)
+        routes = torch.full(
+            (capacity, self.num_layers),
+            int(Route.UNDECIDED),
+            dtype=torch.int8,
+            device=self.device,
+        )
+        probability = torch.full((capacity, self.num_layers), float("nan"), device=self.device)
+        routes[:old] = self.routes
+        probability[:old] = self.full_probability
+        self.routes, self.full_probability = routes, probability
+        self.decided = np.concatenate([self.decided, np.zeros(capacity - old, dtype=np.bool_)])
+        self._free.extend(range(capacity - 1, old - 1, -1))
+
+
+@dataclass(frozen=True, slots=True)
+class QuerySumStep:
+    """One step's reads and writes of the query sums, the same for every layer."""
+
+    tokens: torch.Tensor
+    """[T] int64: this step's prompt tokens, as rows of the query."""
+    reset: torch.Tensor
+    """int64: granules whose first slot this step writes."""
+    written: torch.Tensor
+    """int64: distinct granules this step adds prompt tokens to."""
+    segment: torch.Tensor
+    """[T] int64: index into `written` of each prompt token."""
+    routed_slots: torch.Tensor
+    """[R] int64: route-table slots of the requests to route."""
+    pooling: PoolingPlan
+    granules: torch.Tensor
+    """Physical granules of `pooling.granules`."""
+    straddled: torch.Tensor
+    """Physical granules of `pooling.straddled`."""
+    pooled_tokens: torch.Tensor
+    """[R, 1] float32: tokens that make up each pooled vector."""
+
+
+class QuerySums:
+    """Sums of pre-RoPE queries by granule of 16 KV slots, for the layers of one KV cache group.
+
+    Memory: layers * num_blocks * (block_size / 16) * head_dim * 2 bytes, and a byte a granule.
+
+    Args:
+        num_layers: layers of the group.
+        num_blocks: blocks of the KV cache.
+        block_size: tokens a block, a multiple of 16.
+        head_dim: H.
+        device: that of the KV cache.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        head_dim: int,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        granules = num_blocks * (block_size // GRANULE_TOKENS)
+        self.sums = torch.zeros(
+            num_layers, granules, head_dim, dtype=torch.bfloat16, device=device
+        )
+        self.counts = torch.zeros(granules, dtype=torch.uint8, device=device)
+        """Prompt tokens in each granule's sum."""
+
+    def begin_step(
+        self,
+        spans: list[PromptSpan],
+        routed: np.ndarray,
+        slots: np.ndarray,
+        slot_mapping: torch.Tensor,
+        block_table: torch.Tensor,
+        pool_tokens: int,
+    ) -> QuerySumStep:
+        """Plan this step and update the token counts.
+
+        Args:
+            spans: all requests of the batch, in row order; the query holds their tokens in turn.
+            routed: [rows] bool, the requests to route in this step.
+            slots: [rows] int64, route-table slots.
+            slot_mapping: [tokens] int64, KV slot of each token, -1 for padding.
+            block_table: [rows, M] int32.
+            pool_tokens: tokens pooled at each end of a prompt.
+
+        Returns: QuerySumStep, for `add` and `pool` of every layer.
+        """
+        tokens: list[torch.Tensor] = []
+        offsets = []
+        start = total = 0
+        for span in spans:
+            prompt = max(0, span.known_end - span.computed)
+            offsets.append(total)
+            tokens.append(torch.arange(start, start + prompt))
+            total += prompt
+            start += span.scheduled
+        token_index = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)
+        in_use = slot_mapping[:start]
+        reset = in_use[(in_use >= 0) & (in_use % GRANULE_TOKENS == 0)] // GRANULE_TOKENS
+        written, segment = torch.unique_consecutive(
+            in_use[token_index] // GRANULE_TOKENS, return_inverse=True
+        )
+        rows = np.flatnonzero(routed)
+        table = block_table[torch.from_numpy(rows)]
+        pooling = plan_pooling(
+            [spans[row] for row in rows],
+            [offsets[row] for row in rows],
+            total,
+            pool_tokens,
+            table.shape[1] * self.block_size // GRANULE_TOKENS,
+        )
+        granules = physical_granules(pooling.granules, table, self.block_size)
+        straddled = physical_granules(pooling.straddled, table, self.block_size)
+        straddle_counts = self.counts[straddled].float()[:, None]
+        self.counts[reset] = 0
+        self.counts.index_add_(0, written, torch.bincount(segment).to(torch.uint8))
+        pooled_tokens = (
+            pooling.step_weights.sum(dim=1, keepdim=True)
+            + pooling.granule_weights @ self.counts[granules].float()[:, None]
+            + pooling.straddle_weights * straddle_counts
+        )
+        return QuerySumStep(
+            tokens=token_index,
+            reset=reset,
+            written=written,
+            segment=segment,
+            routed_slots=torch.from_numpy(slots[rows]),
+            pooling=pooling,
+            granules=granules,
+            straddled=straddled,
+            pooled_tokens=pooled_tokens.clamp(min=1),
+        )
+
+    def update_and_pool(
+        self, index: int, step: QuerySumStep, mean_query: torch.Tensor
+    ) -> torch.Tensor:
+        """Add this step's queries to one layer's sums, then pool the requests to route.
+
+        Args:
+            index: the layer's index within the group.
+            step: of `begin_step`.
+            mean_query: [T, H] float32, pre-RoPE query averaged over heads, prompt tokens only.
+
+        Returns: pooled_query_features [R, H] float32.
+        """
+        sums = self.sums[index]
+        plan = step.pooling
+        pooled = plan.straddle_weights * sums[step.straddled].float()
+        sums[step.reset] = 0
+        if len(step.written):
+            added = mean_query.new_zeros(len(step.written), mean_query.shape[1])
+            added.index_add_(0, step.segment, mean_query)
+            sums[step.written] = (sums[step.written].float() + added).to(sums.dtype)
+        pooled += plan.step_weights @ mean_query
+        pooled += plan.granule_weights @ sums[step.granules].float()
+        return pooled / step.pooled_tokens
