@@ -34,8 +34,8 @@ class RouteTable:
         self.device = device
         self.routes = torch.empty(0, num_layers, dtype=torch.int8, device=device)
         self.full_probability = torch.empty(0, num_layers, device=device)
-        self.decided = np.zeros(0, dtype=np.bool_)
-        """[S] whether the prompt was completed, so that the routes stand."""
+        self.settled_prompt_len = np.zeros(0, dtype=np.int64)
+        """[S] length of the prompt that the routes were settled for; 0 while they are open."""
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._grow(capacity)
@@ -55,12 +55,12 @@ class RouteTable:
             slot = self._slots.get(request_id)
             if slot is None:
                 if not self._free:
-                    self._grow(2 * len(self.decided))
+                    self._grow(2 * len(self.settled_prompt_len))
                 slot = self._slots[request_id] = self._free.pop()
                 fresh.append(slot)
             slots.append(slot)
         if fresh:
-            self.decided[fresh] = False
+            self.settled_prompt_len[fresh] = 0
             self.routes[fresh] = int(Route.UNDECIDED)
             self.full_probability[fresh] = float("nan")
         return np.array(slots, dtype=np.int64)
@@ -73,7 +73,7 @@ class RouteTable:
                 self._free.append(slot)
 
     def _grow(self, capacity: int) -> None:
-        old = len(self.decided)
+        old = len(self.settled_prompt_len)
         routes = torch.full(
             (capacity, self.num_layers),
             int(Route.UNDECIDED),
@@ -84,7 +84,7 @@ class RouteTable:
         routes[:old] = self.routes
         probability[:old] = self.full_probability
         self.routes, self.full_probability = routes, probability
-        self.decided = np.concatenate([self.decided, np.zeros(capacity - old, dtype=np.bool_)])
+        self.settled_prompt_len = np.pad(self.settled_prompt_len, (0, capacity - old))
         self._free.extend(range(capacity - 1, old - 1, -1))
 
 

@@ -1,0 +1,1 @@
+"""Attention with routes, as a vLLM attention backend."""

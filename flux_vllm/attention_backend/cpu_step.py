@@ -1,0 +1,170 @@
+"""One step of the CPU backend: which rows go where, layer by layer."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.cpu_prefill import SparsePrefill
+from flux_vllm.attention_backend.views import compact_view
+from flux_vllm.router.route import Route
+from flux_vllm.router.state import QuerySums
+from flux_vllm.runtime import FluxRuntime
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+    from flux_vllm.attention_backend.cpu import FluxCPUMetadataBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How one layer's rows are attended."""
+
+    kernel: "CPUAttentionMetadata | None"
+    """For vLLM's kernel: FULL rows, and SPARSE decode rows through compacted tables."""
+    tokens: torch.Tensor | None
+    """int64: tokens of the kernel's rows; None for all of the batch."""
+    sparse_prefills: tuple[tuple[slice, SparsePrefill], ...]
+    """Tokens and plan of each row that is computed exactly under SPARSE."""
+
+
+class CpuStep:
+    """The routes' side of one batch's attention metadata.
+
+    Layers with the same routes share a plan, so a step costs as many plans as it has patterns.
+
+    Args:
+        runtime: of this worker; its current step is this batch.
+        metadata: vLLM's for the batch; lives as long as this.
+        builder: of this KV cache group.
+        sums: query sums of the group; None for policies that need none.
+    """
+
+    def __init__(
+        self,
+        runtime: FluxRuntime,
+        metadata: "CPUAttentionMetadata",
+        builder: "FluxCPUMetadataBuilder",
+        sums: QuerySums | None,
+    ) -> None:
+        assert runtime.step is not None
+        self._runtime = runtime
+        self._step = runtime.step
+        self._metadata = metadata
+        self._builder = builder
+        self._sums = sums
+        context = self._step.context
+        self._starts = np.concatenate([[0], np.cumsum(context.scheduled)])
+        # Up to sink + window tokens both routes see the same keys, so the kernel may do either.
+        self._beyond_window = (
+            context.computed + context.scheduled > runtime.sink_tokens + runtime.window_tokens
+        )
+        self._view = compact_view(
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc.diff(),
+            builder.block_size,
+            runtime.sink_tokens,
+            runtime.window_tokens,
+        )
+        self._plans: dict[bytes, LayerPlan] = {}
+        self._prefills: dict[int, SparsePrefill] = {}
+        self._sum_step = None
+        if sums is not None:
+            assert runtime.info is not None
+            self._sum_step = sums.begin_step(
+                context.spans(),
+                self._step.to_route,
+                self._step.slots,
+                metadata.slot_mapping,
+                metadata.block_table,
+                runtime.info.pool_tokens,
+            )
+            self._positions = self._prompt_positions()
+
+    def _prompt_positions(self) -> torch.Tensor:
+        parts = [
+            torch.arange(span.computed, max(span.computed, span.known_end))
+            for span in self._step.context.spans()
+        ]
+        return torch.cat(parts)
+
+    def route(self, binding: LayerBinding, group_index: int, query: torch.Tensor) -> None:
+        """Update one layer's query sums and decide the open routes.
+
+        Args:
+            binding: the layer.
+            group_index: its index in the group's query sums.
+            query: [tokens, N, H] after RoPE.
+        """
+        step = self._sum_step
+        if step is None or self._sums is None:
+            return
+        mean_query = binding.mean_query(query, step.tokens, self._positions)
+        pooled = self._sums.update_and_pool(group_index, step, mean_query)
+        if len(step.routed_slots):
+            self._runtime.decide(binding.layer, step.routed_slots, pooled)
+
+    def plan(self, layer: int) -> LayerPlan:
+        """Split the rows of one layer by their routes, which are decided by now."""
+        routes = self._runtime.table.routes[:, layer].numpy()[self._step.slots]
+        sparse = (routes == Route.SPARSE) & self._beyond_window
+        key = sparse.tobytes()
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(sparse)
+        return self._plans[key]
+
+    def _make_plan(self, sparse: np.ndarray) -> LayerPlan:
+        if not sparse.any():
+            return LayerPlan(self._metadata, None, ())
+        is_prefill = self._step.context.is_prefill
+        apart = np.flatnonzero(sparse & is_prefill)
+        prefills = tuple(
+            (slice(self._starts[row], self._starts[row + 1]), self._prefill(row)) for row in apart
+        )
+        kernel_rows = np.flatnonzero(~(sparse & is_prefill))
+        if not len(kernel_rows):
+            return LayerPlan(None, None, prefills)
+        tokens = None
+        if len(apart):
+            spans = [np.arange(self._starts[row], self._starts[row + 1]) for row in kernel_rows]
+            tokens = torch.from_numpy(np.concatenate(spans))
+        return LayerPlan(self._kernel_metadata(kernel_rows, sparse), tokens, prefills)
+
+    def _kernel_metadata(self, rows: np.ndarray, sparse: np.ndarray) -> "CPUAttentionMetadata":
+        """Make the kernel's metadata for some rows, compacting the SPARSE ones among them."""
+        index = torch.from_numpy(rows)
+        compacted = torch.from_numpy(sparse[rows])
+        full = self._metadata
+        table = torch.where(
+            compacted[:, None], self._view.block_table[index], full.block_table[index]
+        )
+        seq_lens = torch.where(compacted, self._view.seq_lens[index], full.seq_lens[index])
+        query_lens = torch.from_numpy(self._step.context.scheduled[rows])
+        query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).int()
+        return replace(
+            full,
+            num_actual_tokens=int(query_lens.sum()),
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(seq_lens.max()),
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_table=table,
+            scheduler_metadata=self._builder.schedule(seq_lens, query_start_loc),
+        )
+
+    def _prefill(self, row: int) -> SparsePrefill:
+        if row not in self._prefills:
+            context = self._step.context
+            self._prefills[row] = SparsePrefill(
+                int(context.computed[row]),
+                int(context.scheduled[row]),
+                self._metadata.block_table[row],
+                self._builder.block_size,
+                self._runtime.sink_tokens,
+                self._runtime.window_tokens,
+            )
+        return self._prefills[row]

@@ -1,0 +1,262 @@
+"""Float32 oracle of every attention and pooling path: what is computed, with no regard to speed.
+
+Imports torch only, loops over requests and positions, and shares no code with the kernels.
+
+Dimension legend: R requests, T packed tokens, Q queries of one request, S keys of one request,
+N query heads, K kv heads, H head dim, B KV blocks, M block-table width.
+"""
+
+import math
+
+import torch
+
+FULL = 1
+SPARSE = 0
+
+
+def visible_keys(position: int, route: int, sink_tokens: int, window_tokens: int) -> set[int]:
+    """Return the keys that a query attends to at prefill, exactly.
+
+    Args:
+        position: of the query, from 0.
+        route: FULL or SPARSE.
+        sink_tokens: first tokens always attended.
+        window_tokens: latest tokens attended, the query's own included.
+
+    Returns: positions within [0, position].
+    """
+    everything = set(range(position + 1))
+    if route != SPARSE:
+        return everything
+    sinks = set(range(sink_tokens))
+    window = set(range(position - window_tokens + 1, position + 1))
+    return (sinks | window) & everything
+
+
+def compacted_blocks(
+    first_position: int, seq_len: int, sink_tokens: int, window_tokens: int, block_size: int
+) -> list[int]:
+    """List the logical blocks that a SPARSE decode row keeps, in order.
+
+    Args:
+        first_position: of the row's first query in this step.
+        seq_len: tokens, this step's queries included.
+        sink_tokens: widened to the end of the block that holds the last sink.
+        window_tokens: of the first query, widened to the start of the block where it begins.
+        block_size: tokens a block.
+    """
+    kept = []
+    window_start = max(0, first_position - window_tokens + 1)
+    for block in range(math.ceil(seq_len / block_size)):
+        begin, end = block * block_size, (block + 1) * block_size
+        if begin < sink_tokens or end > window_start:
+            kept.append(block)
+    return kept
+
+
+def prefill_mask(
+    positions: range, route: int, sink_tokens: int, window_tokens: int
+) -> torch.Tensor:
+    """Build the mask [Q, S] bool of a prefill chunk; S ends with the last query."""
+    mask = torch.zeros(len(positions), positions.stop, dtype=torch.bool)
+    for query, position in enumerate(positions):
+        keys = visible_keys(position, route, sink_tokens, window_tokens)
+        mask[query, sorted(keys)] = True
+    return mask
+
+
+def decode_mask(
+    positions: range, route: int, sink_tokens: int, window_tokens: int, block_size: int
+) -> torch.Tensor:
+    """Build the mask [Q, S] bool of a decode row, its edges widened to whole blocks."""
+    mask = torch.zeros(len(positions), positions.stop, dtype=torch.bool)
+    blocks = compacted_blocks(
+        positions.start, positions.stop, sink_tokens, window_tokens, block_size
+    )
+    for query, position in enumerate(positions):
+        for key in range(position + 1):
+            mask[query, key] = route != SPARSE or key // block_size in blocks
+    return mask
+
+
+def gather_pages(cache: torch.Tensor, blocks: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Read one request's keys or values from the paged cache.
+
+    Args:
+        cache: [B, block_size, K, H], any strides.
+        blocks: [M] physical block ids; entries past the request's length are not read.
+        num_keys: S.
+
+    Returns: [S, K, H].
+    """
+    block_size = cache.shape[1]
+    used = blocks[: math.ceil(num_keys / block_size)].long()
+    return cache[used].reshape(-1, *cache.shape[2:])[:num_keys]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Attend over a mask, every step in `dtype`.
+
+    Args:
+        query: [Q, N, H].
+        key: [S, K, H], K divides N.
+        value: [S, K, H].
+        mask: [Q, S] bool, no empty row.
+        scale: softmax scale.
+        dtype: float32 for the oracle; a low one for the error that plain torch makes.
+
+    Returns: [Q, N, H] in `dtype`.
+    """
+    queries_per_kv = query.shape[1] // key.shape[1]
+    q_NQH = query.to(dtype).transpose(0, 1)
+    k_NSH = key.to(dtype).repeat_interleave(queries_per_kv, dim=1).transpose(0, 1)
+    v_NSH = value.to(dtype).repeat_interleave(queries_per_kv, dim=1).transpose(0, 1)
+    scores = (q_NQH @ k_NSH.transpose(1, 2)) * scale
+    scores = scores.masked_fill(~mask.to(scores.device), float("-inf"))
+    return (scores.softmax(dim=-1) @ v_NSH).transpose(0, 1)
+
+
+def attend_batch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_lens: list[int],
+    seq_lens: list[int],
+    block_table: torch.Tensor,
+    routes: list[int],
+    prefilling: list[bool],
+    sink_tokens: int,
+    window_tokens: int,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Attend a batch of mixed routes over the paged cache.
+
+    Args:
+        query: [T, N, H].
+        key_cache: [B, block_size, K, H].
+        value_cache: [B, block_size, K, H].
+        query_lens: [R] tokens of this step; 0 for a padding row.
+        seq_lens: [R] tokens, this step's included; 0 for a padding row.
+        block_table: [R, M] int32, entries past a row's length unspecified.
+        routes: [R] FULL or SPARSE.
+        prefilling: [R] whether the row's queries are prompt tokens.
+        sink_tokens: S of the SPARSE pattern.
+        window_tokens: W of the SPARSE pattern.
+        scale: softmax scale.
+        dtype: of the computation, see `attend`.
+
+    Returns: [T, N, H] in `dtype`; NaN for tokens that belong to no row.
+    """
+    out = torch.full_like(query, float("nan"), dtype=dtype)
+    start = 0
+    for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        if query_len == 0:
+            continue
+        positions = range(seq_len - query_len, seq_len)
+        if prefilling[row]:
+            mask = prefill_mask(positions, routes[row], sink_tokens, window_tokens)
+        else:
+            mask = decode_mask(
+                positions, routes[row], sink_tokens, window_tokens, key_cache.shape[1]
+            )
+        key = gather_pages(key_cache, block_table[row], seq_len)
+        value = gather_pages(value_cache, block_table[row], seq_len)
+        tokens = slice(start, start + query_len)
+        out[tokens] = attend(query[tokens], key, value, mask, scale, dtype)
+        start += query_len
+    return out
+
+
+def rotate(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    interleaved: bool,
+    attention_scaling: float = 1.0,
+) -> torch.Tensor:
+    """Apply RoPE to the first 2 * len(inv_freq) dimensions, in float32.
+
+    Args:
+        query: [T, N, H].
+        positions: [T].
+        inv_freq: [rotary_dim / 2] float32.
+        interleaved: whether the pairs are (0, 1), (2, 3), ... (GPT-J) and not two halves (NeoX).
+        attention_scaling: factor m on cos and sin (YaRN).
+
+    Returns: [T, N, H] float32.
+    """
+    angle = positions[:, None].float() * inv_freq.float()
+    cos = angle.cos()[:, None] * attention_scaling
+    sin = angle.sin()[:, None] * attention_scaling
+    first, second = _pairs(query.shape[-1], len(inv_freq), interleaved)
+    out = query.float().clone()
+    x, y = out[..., first].clone(), out[..., second].clone()
+    out[..., first] = x * cos - y * sin
+    out[..., second] = y * cos + x * sin
+    return out
+
+
+def unrotate(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    interleaved: bool,
+    attention_scaling: float = 1.0,
+) -> torch.Tensor:
+    """Undo `rotate`: turn by the negative angle and divide the rotated part by m twice over."""
+    back = rotate(query, -positions, inv_freq, interleaved, attention_scaling)
+    rotary = torch.cat(_pairs(query.shape[-1], len(inv_freq), interleaved))
+    back[..., rotary] /= attention_scaling**2
+    return back
+
+
+def _pairs(
+    head_dim: int, num_pairs: int, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    index = torch.arange(head_dim)
+    if interleaved:
+        return index[0 : 2 * num_pairs : 2], index[1 : 2 * num_pairs : 2]
+    return index[:num_pairs], index[num_pairs : 2 * num_pairs]
+
+
+def pool(
+    mean_query: torch.Tensor,
+    has_sum: torch.Tensor,
+    computed: int,
+    pool_tokens: int,
+    granule_tokens: int = 16,
+) -> torch.Tensor:
+    """Pool one request's prompt as far as it is known.
+
+    Args:
+        mean_query: [P, H] float32, pre-RoPE query averaged over heads, of all P prompt tokens
+            known once this step is done.
+        has_sum: [P] bool; False where no query of a prompt was ever summed (generated text of an
+            earlier turn, found in the prefix cache).
+        computed: tokens computed before this step; later ones count exactly, earlier ones as
+            whole granules.
+        pool_tokens: tokens pooled at each end.
+        granule_tokens: positions that share one sum.
+
+    Returns: [H] float32.
+    """
+    known_end = len(mean_query)
+    counted: list[int] = []
+    for positions in (
+        range(min(pool_tokens, known_end)),
+        range(max(0, known_end - pool_tokens), known_end),
+    ):
+        counted += [p for p in positions if p >= computed]
+        granules = {p // granule_tokens for p in positions if p < computed}
+        counted += [p for p in range(computed) if p // granule_tokens in granules and has_sum[p]]
+    if not counted:
+        return torch.zeros(mean_query.shape[1])
+    return mean_query[counted].mean(dim=0)

@@ -1,0 +1,87 @@
+"""Rotate queries back: the router sees them as they were before RoPE, vLLM's backend after it."""
+
+import torch
+from torch import nn
+
+from flux_vllm.errors import UnsupportedConfigurationError
+
+
+class RotaryInverse:
+    """The inverse of one rotary embedding, in float32.
+
+    cos and sin are computed anew in float32: vLLM keeps them in the model's dtype. An embedding
+    that scales as it rotates (YaRN) is divided by its scale.
+
+    Args:
+        rotary: vLLM's rotary embedding module of a layer.
+        head_dim: of the queries.
+        device: where queries will be.
+
+    Raises: UnsupportedConfigurationError: not a rotation that this class can undo (several
+        position axes, position-dependent tables); found by trying it.
+    """
+
+    def __init__(self, rotary: nn.Module, head_dim: int, device: torch.device) -> None:
+        compute = getattr(rotary, "_compute_cos_sin_cache", None)
+        if compute is None or hasattr(rotary, "mrope_section"):
+            raise _unsupported(rotary, "no single table of cos and sin")
+        try:
+            with torch.device(device):
+                cos, sin = compute().float().chunk(2, dim=-1)
+        except (TypeError, AttributeError) as error:
+            raise _unsupported(rotary, str(error)) from error
+        scale = cos.square() + sin.square()
+        self.rotary_dim: int = rotary.rotary_dim
+        self.interleaved: bool = not rotary.is_neox_style
+        self.cos = (cos / scale).contiguous()
+        """[positions, rotary_dim / 2] float32."""
+        self.sin = (sin / scale).contiguous()
+        if self.cos.shape[-1] * 2 != self.rotary_dim or self.rotary_dim > head_dim:
+            raise _unsupported(rotary, f"rotary_dim {self.rotary_dim}, head_dim {head_dim}")
+        self._check(rotary, head_dim)
+
+    def __call__(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Undo the rotation.
+
+        Args:
+            query: [T, H] float32 after RoPE (a mean over heads will do: rotation is linear).
+            positions: [T] int64.
+
+        Returns: [T, H] float32 before RoPE.
+        """
+        cos, sin = self.cos[positions], self.sin[positions]
+        rotated, kept = query[:, : self.rotary_dim], query[:, self.rotary_dim :]
+        if self.interleaved:
+            x, y = rotated[:, ::2], rotated[:, 1::2]
+        else:
+            x, y = rotated.chunk(2, dim=-1)
+        x, y = x * cos + y * sin, y * cos - x * sin
+        pair = torch.stack((x, y), dim=-1) if self.interleaved else torch.stack((x, y), dim=1)
+        return torch.cat((pair.reshape(len(query), self.rotary_dim), kept), dim=-1)
+
+    @torch.inference_mode()
+    def _check(self, rotary: nn.Module, head_dim: int) -> None:
+        device = self.cos.device
+        positions = torch.tensor([0, 1, len(self.cos) // 2, len(self.cos) - 1], device=device)
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(len(positions), head_dim, generator=generator).to(device)
+        kept = getattr(rotary, "cos_sin_cache", None)
+        try:
+            rotated, _ = rotary.forward_native(positions, query.clone(), query.clone())
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise _unsupported(rotary, str(error)) from error
+        finally:
+            # forward_native may convert the module's table to this query's dtype and keep it.
+            if kept is not None:
+                rotary.cos_sin_cache = kept
+        # The module's own table may be bfloat16, 8 bits of mantissa.
+        error_size = (self(rotated.float(), positions) - query).abs().max().item()
+        if not error_size < 0.1:
+            raise _unsupported(rotary, f"rotating back misses by {error_size:.2g}")
+
+
+def _unsupported(rotary: nn.Module, found: str) -> UnsupportedConfigurationError:
+    return UnsupportedConfigurationError(
+        "layer routes: expected a rotary embedding with one position per token, found "
+        f"{type(rotary).__name__} ({found}); serve this model with vLLM's own attention backend"
+    )

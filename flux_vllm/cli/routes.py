@@ -1,0 +1,196 @@
+"""`flux-vllm routes`: which layers a prompt is routed to FULL or SPARSE."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flux_vllm.cli.console import INSTALL_VLLM, CommandError, Progress, require
+from flux_vllm.cli.route_map import (
+    count_sparse,
+    describe_share,
+    legend,
+    render_layers,
+    render_strips,
+    symbols_for,
+)
+
+_ROUTE_NAMES = {1: "FULL", 0: "SPARSE", -1: None}
+
+
+class Decision(Protocol):
+    """What the engine tells of one request's routes."""
+
+    prompt_tokens: int
+    routes: list[int]
+    full_probability: list[float]
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to `flux-vllm`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "routes",
+        help="which layers a prompt is routed to FULL or SPARSE, as a map",
+        description="Runs one prompt through the model with flux in this process (no server) and "
+        "shows each layer's route and the router's P(FULL).",
+    )
+    parser.add_argument("model", help="folder (or hub name) of the model")
+    parser.add_argument(
+        "--prompt-file", required=True, metavar="FILE", help="text of the prompt; - reads stdin"
+    )
+    parser.add_argument(
+        "--router", help="router file or folder; default: flux_router.safetensors beside the model"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("router", "full", "sparse", "static"),
+        help="what chooses the routes (default: router)",
+    )
+    parser.add_argument(
+        "--sparse-layers", metavar="LIST", help="for --policy static: for example 0,1,5,9"
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="FULL where P(FULL) is at least this (default: 0.5)"
+    )
+    parser.add_argument("--sink-tokens", type=int, help="first tokens a SPARSE layer attends to")
+    parser.add_argument("--window-tokens", type=int, help="latest tokens a SPARSE layer attends to")
+    parser.add_argument(
+        "--chat", action="store_true", help="put the text into the model's chat template first"
+    )
+    parser.add_argument("--max-model-len", type=int, help="passed on to vLLM")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the map")
+    parser.add_argument("--verbose", action="store_true", help="show vLLM's own log, on stderr")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Route the prompt and print the routes."""
+    prompt = read_prompt(args.prompt_file)
+    config = flux_config(args)
+    require("vllm", INSTALL_VLLM)
+    # stdout is for the result; vLLM would log there.
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+    if not args.verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    decision = route_prompt(args, prompt, config)
+    if args.json:
+        print(json.dumps(as_json(args.model, decision), indent=2))
+    else:
+        print(render(decision))
+    return 0
+
+
+def read_prompt(file: str) -> str:
+    """Read the prompt's text from a file, or from stdin for `-`.
+
+    Raises: CommandError: unreadable or empty.
+    """
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(
+            f"expected a text file in UTF-8 at {file}, found: {error}; give another --prompt-file"
+        ) from error
+    if not text.strip():
+        raise CommandError(
+            f"expected a prompt in {file}, found no text; write the prompt into that file"
+        )
+    return text
+
+
+def flux_config(args: argparse.Namespace) -> dict[str, object]:
+    """Put the options into the keys of `--additional-config '{"flux": {...}}'`."""
+    config: dict[str, object] = {
+        name: getattr(args, name)
+        for name in ("router", "policy", "threshold", "sink_tokens", "window_tokens")
+        if getattr(args, name) is not None
+    }
+    if args.sparse_layers is not None:
+        try:
+            config["sparse_layers"] = [int(layer) for layer in args.sparse_layers.split(",")]
+        except ValueError as error:
+            raise CommandError(
+                f"expected --sparse-layers as whole numbers with commas, like 0,1,5, found "
+                f"{args.sparse_layers!r}"
+            ) from error
+    return config
+
+
+def route_prompt(
+    args: argparse.Namespace, prompt: str, config: dict[str, object]
+) -> Decision:
+    """Run the prompt through vLLM's offline engine and fetch its routes.
+
+    Raises: CommandError: the engine does not start, or tells of no decision.
+    """
+    progress = Progress()
+    progress("loading vLLM")
+    import vllm
+
+    from flux_vllm.runtime import recent_decisions
+
+    options: dict[str, Any] = {"max_model_len": args.max_model_len} if args.max_model_len else {}
+    progress(f"loading {args.model}")
+    llm = vllm.LLM(
+        model=args.model,
+        attention_backend="flux",
+        additional_config={"flux": config},
+        enforce_eager=True,
+        disable_log_stats=True,
+        **options,
+    )
+    progress("routing the prompt")
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0)
+    if args.chat:
+        llm.chat([{"role": "user", "content": prompt}], sampling, use_tqdm=False)
+    else:
+        llm.generate([prompt], sampling, use_tqdm=False)
+    decisions: Sequence[Decision] = recent_decisions(llm)
+    if not decisions:
+        raise CommandError(
+            "expected the routes of the prompt, found none; run again with --verbose and look for "
+            "a message of flux in the log"
+        )
+    progress("done")
+    return decisions[-1]
+
+
+def as_json(model: str, decision: Decision) -> dict[str, object]:
+    """Put a decision into an object for JSON: P(FULL) is null where no router was asked."""
+    sparse, routed = count_sparse(decision.routes)
+    return {
+        "model": model,
+        "prompt_tokens": decision.prompt_tokens,
+        "sparse_layers": sparse,
+        "routed_layers": routed,
+        "layers": [
+            {
+                "layer": layer,
+                "route": _ROUTE_NAMES[route],
+                "full_probability": None if math.isnan(probability) else round(probability, 6),
+            }
+            for layer, (route, probability) in enumerate(
+                zip(decision.routes, decision.full_probability, strict=True)
+            )
+        ],
+    }
+
+
+def render(decision: Decision) -> str:
+    """Draw a decision as text."""
+    symbols = symbols_for(sys.stdout)
+    asked = not all(math.isnan(probability) for probability in decision.full_probability)
+    return "\n".join(
+        [
+            f"{decision.prompt_tokens:,} prompt tokens: {describe_share(decision.routes)}",
+            "",
+            render_strips([("route", decision.routes)], symbols, shares=False),
+            "",
+            legend(symbols) + (", with the router's P(FULL)" if asked else ""),
+            render_layers(decision.routes, decision.full_probability, symbols),
+        ]
+    )

@@ -1,0 +1,198 @@
+"""Every place where vLLM has no extension point for what we need, patched here and nowhere else.
+
+vLLM 0.32 and 0.33. Each patch wraps one function; `tests/unit/test_compat.py` fails when vLLM's
+side of it changes. Only the first two touch classes, and both ask first whether the engine uses
+flux; the rest wrap the objects of a flux engine alone.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.step import StepContext
+
+_WARMUP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
+
+
+def uses_flux(vllm_config: Any) -> bool:
+    """Say whether an engine's attention backend is ours."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == "FLUX"
+
+
+# In every process that loads plugins.
+
+
+def install_front_end_hooks() -> None:
+    """Let the platform choose our backend, and check an engine's configuration before it starts."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    _wrap(CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, is_classmethod=True)
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    if arguments is not None:  # always, in a process that makes an engine's configuration
+        _wrap(arguments.EngineArgs, "create_engine_config", _check_engine_config)
+
+
+def _choose_on_cpu(
+    original: Callable,
+    _: type,
+    selected_backend: Any,
+    attn_selector_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> str:
+    """vLLM's CPU platform knows its own backends only and passes over any other."""
+    if selected_backend is None or selected_backend.name != "FLUX":
+        return original(selected_backend, attn_selector_config, *args, **kwargs)
+    if attn_selector_config.use_mla or attn_selector_config.use_sparse:
+        raise UnsupportedConfigurationError(
+            "--attention-backend flux: expected a model with ordinary attention over keys and "
+            "values, found multi-head latent or sparse attention (MLA); serve it without "
+            "--attention-backend flux"
+        )
+    return selected_backend.get_path()
+
+
+def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any):
+    from flux_vllm import startup
+
+    vllm_config = original(self, *args, **kwargs)
+    startup.check_front_end(vllm_config)
+    return vllm_config
+
+
+# In the worker of a flux engine.
+
+
+def install_worker_hooks() -> None:
+    """Attach the runtime to workers; called when our backend is imported, so only for flux."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    classes = [Worker]
+    cpu_worker = sys.modules.get("vllm.v1.worker.cpu_worker")
+    if cpu_worker is not None:
+        classes.append(cpu_worker.CPUWorker)
+    for worker_class in classes:
+        if "determine_available_memory" in vars(worker_class):
+            _wrap(worker_class, "determine_available_memory", _attach_then_measure)
+
+
+def _attach_then_measure(original: Callable, self: Any) -> int:
+    """The model is loaded and the KV cache is not sized yet: attach, and set memory aside."""
+    from flux_vllm import startup
+
+    if not uses_flux(self.vllm_config):
+        return original(self)
+    runtime = startup.attach(self.model_runner.get_model(), self.vllm_config, self.device)
+    hook_worker(self, runtime)
+    return startup.reserve_side_tables(original(self), self, runtime)
+
+
+def hook_worker(worker: Any, runtime: Any) -> None:
+    """Tell the runtime of each step's requests and of those that ended."""
+
+    def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any):
+        runtime.finish(scheduler_output.finished_req_ids)
+        try:
+            output = original(scheduler_output, *args, **kwargs)
+        except BaseException:
+            runtime.abandon_step()
+            raise
+        runtime.end_step()
+        return output
+
+    _wrap_object(worker, "execute_model", execute_model)
+    worker.flux_status = runtime.status
+    runner = worker.model_runner
+    if hasattr(runner, "_build_attention_metadata"):
+
+        def build(original: Callable, *args: Any, **kwargs: Any):
+            scheduled = kwargs.get("num_scheduled_tokens")
+            if scheduled is not None:
+                runtime.begin_step(step_from_v1(runner.input_batch, scheduled))
+            return original(*args, **kwargs)
+
+        _wrap_object(runner, "_build_attention_metadata", build)
+    else:
+
+        def prepare_attn(original: Callable, input_batch: Any):
+            runtime.begin_step(step_from_v2(input_batch, runner.req_states))
+            return original(input_batch)
+
+        _wrap_object(runner, "prepare_attn", prepare_attn)
+
+
+def step_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> StepContext:
+    """Read the step's rows from model runner V1.
+
+    Args:
+        input_batch: vLLM's `gpu_input_batch.InputBatch`.
+        num_scheduled_tokens: of the scheduler's output, by request id.
+
+    Returns: StepContext. V1 does not say how many tokens a resumed request recomputes, so a row
+        past its prompt is prefill while older tokens than the newest remain to be computed.
+    """
+    rows = input_batch.num_reqs
+    request_ids = tuple(input_batch.req_ids[:rows])
+    prompt_lens = input_batch.num_prompt_tokens[:rows].astype(np.int64)
+    computed = input_batch.num_computed_tokens_cpu[:rows].astype(np.int64)
+    known = input_batch.num_tokens_no_spec[:rows].astype(np.int64)
+    return StepContext(
+        request_ids=request_ids,
+        prompt_lens=prompt_lens,
+        computed=computed,
+        scheduled=np.array([num_scheduled_tokens[name] for name in request_ids], dtype=np.int64),
+        is_prefill=computed < np.maximum(prompt_lens, known - 1),
+    )
+
+
+def step_from_v2(input_batch: Any, request_states: Any) -> StepContext:
+    """Read the step's rows from model runner V2.
+
+    Args:
+        input_batch: vLLM's `gpu.input_batch.InputBatch`.
+        request_states: vLLM's `gpu.states.RequestState`.
+
+    Returns: StepContext. `prompt_len` leaves out what a resumed request had generated;
+        `prefill_len` includes it.
+    """
+    rows = input_batch.num_reqs
+    request_ids = tuple(input_batch.req_ids[:rows])
+    computed = input_batch.num_computed_tokens_np[:rows].astype(np.int64)
+    prompt_lens = request_states.prompt_len.np[input_batch.idx_mapping_np[:rows]]
+    return StepContext(
+        request_ids=request_ids,
+        prompt_lens=prompt_lens.astype(np.int64),
+        computed=computed,
+        scheduled=input_batch.num_scheduled_tokens[:rows].astype(np.int64),
+        is_prefill=computed < input_batch.prefill_len_np[:rows],
+        is_warmup=any(name.startswith(_WARMUP_PREFIXES) for name in request_ids),
+    )
+
+
+def _wrap(owner: type, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
+    """Replace a class's function by `wrapper(original, self or cls, ...)`, once."""
+    found = vars(owner)[name]
+    function = found.__func__ if is_classmethod else found
+    if hasattr(function, "__flux_wrapped__"):
+        return
+
+    @functools.wraps(function)
+    def wrapped(owner_or_self: Any, *args: Any, **kwargs: Any):
+        if is_classmethod:
+            bound = functools.partial(function, owner_or_self)
+            return wrapper(bound, owner_or_self, *args, **kwargs)
+        return wrapper(function, owner_or_self, *args, **kwargs)
+
+    wrapped.__flux_wrapped__ = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def _wrap_object(target: Any, name: str, wrapper: Callable) -> None:
+    """Replace one object's method by `wrapper(original, ...)`."""
+    original = getattr(target, name)
+    setattr(target, name, functools.wraps(original)(functools.partial(wrapper, original)))

@@ -1,0 +1,155 @@
+"""The operator's configuration: `--additional-config '{"flux": {...}}'`, checked before anything runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from flux_vllm.errors import FluxConfigError
+from flux_vllm.router.checkpoint import RouterInfo
+
+ADDITIONAL_CONFIG_KEY = "flux"
+POLICIES = ("router", "full", "sparse", "static")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluxConfig:
+    """What the operator asked for.
+
+    Raises: FluxConfigError: unknown key, wrong type, value out of range, or keys that contradict
+        each other.
+    """
+
+    router: str | None = None
+    """Router file or its folder; default: `flux_router.safetensors` beside the model's weights."""
+    policy: str = "router"
+    """`router`: each request's routes from the Layer Router; `full` and `sparse`: the same for
+    all layers; `static`: SPARSE in `sparse_layers`, FULL elsewhere."""
+    sparse_layers: tuple[int, ...] | None = None
+    """Layer indices, for policy `static` only."""
+    threshold: float = 0.5
+    """A layer is FULL where P(FULL) >= threshold; lower is more exact, higher is faster."""
+    sink_tokens: int | None = None
+    """First tokens a SPARSE layer attends to; default: what the router was trained with."""
+    window_tokens: int | None = None
+    """Latest tokens a SPARSE layer attends to, the query's own included; default likewise."""
+
+    def __post_init__(self) -> None:
+        _check_type("router", self.router, str, "a path")
+        _check_type("policy", self.policy, str, f"one of {list(POLICIES)}", optional=False)
+        if self.policy not in POLICIES:
+            raise _error("policy", f"one of {list(POLICIES)}", self.policy)
+        _check_type("threshold", self.threshold, (int, float), "a number", optional=False)
+        if not 0 <= self.threshold <= 1:
+            raise _error("threshold", "a number from 0 to 1", self.threshold)
+        for name, least in (("sink_tokens", 0), ("window_tokens", 1)):
+            value = getattr(self, name)
+            _check_type(name, value, int, "a whole number of tokens")
+            if value is not None and value < least:
+                raise _error(name, f"a whole number of at least {least}", value)
+        self._check_sparse_layers()
+
+    def _check_sparse_layers(self) -> None:
+        layers = self.sparse_layers
+        if layers is not None:
+            expected = "a list of distinct layer indices such as [0, 2, 5]"
+            _check_type("sparse_layers", layers, (list, tuple), expected)
+            indices = [i for i in layers if isinstance(i, int) and not isinstance(i, bool)]
+            if len(indices) != len(layers) or len(set(layers)) != len(layers) or min(
+                indices, default=0
+            ) < 0:
+                raise _error("sparse_layers", expected, list(layers))
+            object.__setattr__(self, "sparse_layers", tuple(sorted(layers)))
+        if (layers is not None) != (self.policy == "static"):
+            raise FluxConfigError(
+                'flux config: expected "sparse_layers" together with "policy": "static" and only '
+                f'then, found policy {self.policy!r} and sparse_layers {layers!r}; '
+                + ('add "sparse_layers"' if layers is None else 'set "policy": "static" or drop it')
+            )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> "FluxConfig":
+        """Read the `flux` entry of vLLM's `additional_config`.
+
+        Args:
+            additional_config: a mapping, or whatever else the user gave to vLLM.
+
+        Returns: FluxConfig, all defaults where there is no `flux` entry.
+        """
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        given = additional_config.get(ADDITIONAL_CONFIG_KEY, {})
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise FluxConfigError(
+                "--additional-config: expected an object under \"flux\", such as "
+                f'{{"flux": {{"policy": "full"}}}}, found {given!r}'
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in given if key not in known]
+        if unknown:
+            raise FluxConfigError(
+                f"flux config: expected keys among {known}, found {unknown}; remove or correct them"
+            )
+        return cls(**given)
+
+    @property
+    def needs_router(self) -> bool:
+        """Whether this policy cannot run without a router checkpoint."""
+        return self.policy == "router"
+
+    def router_path(self, model: str) -> Path:
+        """Return where the router is looked for: the given place, or beside the model."""
+        return Path(self.router if self.router is not None else model).expanduser()
+
+    def window(self, info: RouterInfo | None) -> tuple[int, int]:
+        """Settle (sink_tokens, window_tokens) from this config and the router's own.
+
+        Raises: FluxConfigError: neither says, and the policy has SPARSE layers.
+        """
+        sink, window = self.sink_tokens, self.window_tokens
+        if info is not None:
+            sink = info.sink_tokens if sink is None else sink
+            window = info.window_tokens if window is None else window
+        if self.policy == "full":
+            return sink or 0, window or 1
+        if sink is None or window is None:
+            raise FluxConfigError(
+                f'flux config: expected "sink_tokens" and "window_tokens" with policy '
+                f"{self.policy!r} and no router to take them from, found sink_tokens {sink} and "
+                f'window_tokens {window}; add both, such as "sink_tokens": 128, '
+                '"window_tokens": 1024'
+            )
+        return sink, window
+
+    def check_layers(self, num_layers: int) -> None:
+        """Check `sparse_layers` against the model.
+
+        Raises: FluxConfigError: an index the model does not have.
+        """
+        beyond = [i for i in self.sparse_layers or () if i >= num_layers]
+        if beyond:
+            raise FluxConfigError(
+                f"flux config: expected sparse_layers from 0 to {num_layers - 1} (the model has "
+                f"{num_layers} layers), found {beyond}; remove them"
+            )
+
+
+def _check_type(
+    name: str,
+    value: object,
+    kinds: type | tuple[type, ...],
+    expected: str,
+    optional: bool = True,
+) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise _error(name, expected, value)
+
+
+def _error(name: str, expected: str, found: object) -> FluxConfigError:
+    return FluxConfigError(
+        f'flux config: expected {expected} for "{name}", found {found!r}; change it in '
+        "--additional-config '{\"flux\": {...}}'"
+    )

@@ -1,0 +1,137 @@
+"""From a step's routes to the metrics: decisions, saved KV reading, rows without a route.
+
+Dimension legend: R requests, L routed layers of the model.
+"""
+
+import numpy as np
+
+from flux_vllm.metrics.store import MetricStore
+from flux_vllm.router.route import Route
+from flux_vllm.step import StepContext
+
+RATIO_BUCKETS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
+
+_DECISIONS = "Routes chosen, one a request and routed layer when the prompt is complete."
+_RATIO = "Share of a request's routed layers that are SPARSE."
+_ATTENDED = "Keys attended to, summed over queries and routed layers."
+_CONTEXT = "Keys full attention would have attended to, summed likewise."
+_UNROUTED = "Decode rows that had no route and attended FULL; anything but 0 is a defect."
+_INFO = "The router in use and its configuration; always 1."
+
+
+class RouteReporter:
+    """Counts what one worker's steps did.
+
+    Args:
+        store: where the counters live.
+        layers: indices of the model's routed layers.
+        block_size: tokens a KV block.
+        sink_tokens: of SPARSE layers.
+        window_tokens: of SPARSE layers.
+    """
+
+    def __init__(
+        self,
+        store: MetricStore,
+        layers: tuple[int, ...],
+        block_size: int,
+        sink_tokens: int,
+        window_tokens: int,
+    ) -> None:
+        self._store = store
+        self._layers = layers
+        self._block_size = block_size
+        self._sink_tokens = sink_tokens
+        self._window_tokens = window_tokens
+        for route in (Route.FULL, Route.SPARSE):
+            for layer in layers:
+                self._count_decisions(layer, route, 0)
+        for phase in ("prefill", "decode"):
+            self._count_tokens(phase, 0, 0)
+        store.add("flux_unrouted_rows", 0, _UNROUTED)
+
+    def announce(self, **labels: str) -> None:
+        """Publish `flux_router_info`."""
+        self._store.set("flux_router_info", 1, _INFO, **labels)
+
+    def record(self, step: StepContext, routes: np.ndarray, decided: np.ndarray) -> None:
+        """Count one step.
+
+        Args:
+            step: the step that ran.
+            routes: [R, L] int8, as the rows attended.
+            decided: [R] bool: the row's routes were settled in this step.
+        """
+        if step.is_warmup or not len(step):
+            return
+        for row in np.flatnonzero(decided):
+            for layer, route in zip(self._layers, routes[row].tolist(), strict=True):
+                self._count_decisions(layer, Route(route), 1)
+            ratio = float((routes[row] == Route.SPARSE).mean())
+            self._store.observe("flux_request_sparse_layers_ratio", ratio, RATIO_BUCKETS, _RATIO)
+        unrouted = (routes[~step.is_prefill] == Route.UNDECIDED).any(axis=1).sum()
+        if unrouted:
+            self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
+        sparse_layers = (routes == Route.SPARSE).sum(axis=1)
+        full = full_keys(step.computed, step.scheduled)
+        prefill = sparse_prefill_keys(
+            step.computed, step.scheduled, self._sink_tokens + self._window_tokens
+        )
+        decode = sparse_decode_keys(
+            step.computed,
+            step.scheduled,
+            self._block_size,
+            self._sink_tokens,
+            self._window_tokens,
+        )
+        sparse = np.where(step.is_prefill, prefill, decode)
+        attended = sparse * sparse_layers + full * (len(self._layers) - sparse_layers)
+        context = full * len(self._layers)
+        for phase, rows in (("prefill", step.is_prefill), ("decode", ~step.is_prefill)):
+            self._count_tokens(phase, int(attended[rows].sum()), int(context[rows].sum()))
+
+    def _count_decisions(self, layer: int, route: Route, amount: int) -> None:
+        self._store.add(
+            "flux_route_decisions",
+            amount,
+            _DECISIONS,
+            layer=str(layer),
+            route=route.name.lower(),
+        )
+
+    def _count_tokens(self, phase: str, attended: int, context: int) -> None:
+        self._store.add("flux_attended_tokens", attended, _ATTENDED, phase=phase)
+        self._store.add("flux_context_tokens", context, _CONTEXT, phase=phase)
+
+
+def full_keys(computed: np.ndarray, scheduled: np.ndarray) -> np.ndarray:
+    """Sum the keys FULL attention visits over each row's queries: [R] int64."""
+    return scheduled * computed + scheduled * (scheduled + 1) // 2
+
+
+def sparse_prefill_keys(
+    computed: np.ndarray, scheduled: np.ndarray, most_keys: int
+) -> np.ndarray:
+    """Sum the keys exact SPARSE attention visits: [R] int64.
+
+    Args:
+        computed: [R] position of each row's first query.
+        scheduled: [R] queries.
+        most_keys: sink_tokens + window_tokens; a query at position p visits min(p + 1, most_keys).
+    """
+    growing = (most_keys - computed).clip(0, scheduled)
+    return full_keys(computed, growing) + (scheduled - growing) * most_keys
+
+
+def sparse_decode_keys(
+    computed: np.ndarray,
+    scheduled: np.ndarray,
+    block_size: int,
+    sink_tokens: int,
+    window_tokens: int,
+) -> np.ndarray:
+    """Sum the keys SPARSE decode visits, edges widened to whole blocks: [R] int64."""
+    sink_blocks = -(-sink_tokens // block_size)
+    window_block = (computed - window_tokens + 1).clip(0) // block_size
+    skipped = (window_block - sink_blocks).clip(0) * block_size
+    return full_keys(computed - skipped, scheduled)

@@ -1,0 +1,67 @@
+"""The worker's side of the metrics: counters in files that the API server reads.
+
+The files are prometheus_client's own multi-process format, so its collector does the reading and
+summing; a worker killed in mid-step leaves what it had counted.
+"""
+
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.utils import floatToGoString
+
+
+class MetricStore:
+    """Counters, histograms and constant gauges of one worker process.
+
+    Args:
+        directory: shared with the API server.
+        labels: on every metric.
+    """
+
+    def __init__(self, directory: Path, labels: Mapping[str, str]) -> None:
+        self._labels = dict(labels)
+        # vLLM's process may keep files of its own here under its bare process id.
+        tag = f"flux-{os.getpid()}.db"
+        self._counters = MmapedDict(str(directory / f"counter_{tag}"))
+        self._histograms = MmapedDict(str(directory / f"histogram_{tag}"))
+        self._gauges = MmapedDict(str(directory / f"gauge_max_{tag}"))
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, amount: float, documentation: str, **labels: str) -> None:
+        """Raise the counter `name` (without `_total`) by a non-negative amount."""
+        key = self._key(name, f"{name}_total", labels, documentation)
+        self._increase(self._counters, key, amount)
+
+    def observe(
+        self, name: str, value: float, buckets: tuple[float, ...], documentation: str
+    ) -> None:
+        """Add one observation to the histogram `name`; `buckets` are upper bounds, ascending."""
+        edges = (*buckets, float("inf"))
+        hit = bisect_left(edges, value)
+        for index, edge in enumerate(edges):
+            labels = {"le": floatToGoString(edge)}
+            key = self._key(name, f"{name}_bucket", labels, documentation)
+            self._increase(self._histograms, key, index == hit)
+        self._increase(self._histograms, self._key(name, f"{name}_sum", {}, documentation), value)
+
+    def set(self, name: str, value: float, documentation: str, **labels: str) -> None:
+        """Set the gauge `name`."""
+        key = self._key(name, name, labels, documentation)
+        self._gauges.write_value(key, value, time.time())
+
+    def _key(self, name: str, sample: str, labels: Mapping[str, str], documentation: str) -> str:
+        merged = self._labels | labels
+        return mmap_key(name, sample, list(merged), list(merged.values()), documentation)
+
+    def _increase(self, file: MmapedDict, key: str, amount: float) -> None:
+        value = self._values.get(key)
+        if value is None:
+            value = file.read_value(key)[0]
+        self._values[key] = value = value + amount
+        file.write_value(key, value, time.time())
+
+

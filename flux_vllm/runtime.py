@@ -1,0 +1,155 @@
+"""FluxRuntime: everything one worker knows of its routers, requests and current step."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from flux_vllm.config import FluxConfig
+from flux_vllm.metrics.reporter import RouteReporter
+from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.route import Route, choose_route, full_probability
+from flux_vllm.router.state import RouteTable
+from flux_vllm.step import StepContext
+
+_RECENT_DECISIONS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """The routes one request got. It holds no text."""
+
+    request_id: str
+    prompt_tokens: int
+    routes: list[int]
+    """One `Route` value a layer of the model; UNDECIDED (-1) for layers that are not routed."""
+    full_probability: list[float]
+    """P(FULL) a layer; NaN where no router decided."""
+
+
+@dataclass(slots=True)
+class ActiveStep:
+    """A StepContext with the route table's view of its rows."""
+
+    context: StepContext
+    slots: np.ndarray
+    """[R] int64."""
+    to_route: np.ndarray
+    """[R] bool: prefill rows whose routes are still open."""
+
+
+class FluxRuntime:
+    """Routes requests in one worker.
+
+    Args:
+        config: the operator's.
+        router: all layers' routers on the worker's device; None for policies that need none.
+        info: the router file's; None likewise.
+        num_layers: layers of the model.
+        routed_layers: those with a route; the others keep the model's own sliding window.
+        max_requests: slots to begin with.
+        device: of the model.
+        reduce_mean: mean of a tensor over tensor-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        router: LayerRouter | None,
+        info: RouterInfo | None,
+        num_layers: int,
+        routed_layers: tuple[int, ...],
+        max_requests: int,
+        device: torch.device,
+        reduce_mean: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.config = config
+        self.router = router
+        self.info = info
+        self.routed_layers = routed_layers
+        self.sink_tokens, self.window_tokens = config.window(info)
+        self.table = RouteTable(num_layers, max_requests, device)
+        self.step: ActiveStep | None = None
+        self.reporter: RouteReporter | None = None
+        self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
+        self._reduce_mean = reduce_mean
+        self._fixed_routes = None if config.needs_router else self._fix_routes(num_layers)
+
+    def _fix_routes(self, num_layers: int) -> torch.Tensor:
+        sparse = {
+            "full": (),
+            "sparse": self.routed_layers,
+            "static": self.config.sparse_layers or (),
+        }[self.config.policy]
+        routes = torch.full((num_layers,), int(Route.UNDECIDED), dtype=torch.int8)
+        routes[list(self.routed_layers)] = int(Route.FULL)
+        routes[list(sparse)] = int(Route.SPARSE)
+        return routes.to(self.table.device)
+
+    def begin_step(self, context: StepContext) -> None:
+        """Take up the rows of the step that is about to run."""
+        slots = self.table.acquire(context.request_ids)
+        settled = self.table.settled_prompt_len[slots] == context.prompt_lens
+        to_route = context.is_prefill & ~settled
+        if self._fixed_routes is not None:
+            self.table.routes[torch.from_numpy(slots[to_route])] = self._fixed_routes
+        self.step = ActiveStep(context, slots, to_route)
+
+    def decide(self, layer: int, slots: torch.Tensor, pooled: torch.Tensor) -> None:
+        """Route requests in one layer.
+
+        Args:
+            layer: index of the model's layer.
+            slots: [R] int64 on the device.
+            pooled: [R, H] float32 pooled query features, of this rank's heads alone.
+        """
+        assert self.router is not None
+        logits = self.router(layer, self._reduce_mean(pooled))
+        probability = full_probability(logits)
+        self.table.full_probability[slots, layer] = probability
+        self.table.routes[slots, layer] = choose_route(probability, self.config.threshold)
+
+    def end_step(self) -> None:
+        """Settle the routes of prompts that are complete, and count the step."""
+        step, self.step = self.step, None
+        if step is None:
+            return
+        settled = step.to_route & step.context.completes_prompt
+        self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
+        routes = self.table.routes[torch.from_numpy(step.slots)].numpy()
+        if self.reporter is not None:
+            self.reporter.record(step.context, routes[:, list(self.routed_layers)], settled)
+        for row in np.flatnonzero(settled):
+            self.recent.append(
+                RouteDecision(
+                    request_id=step.context.request_ids[row],
+                    prompt_tokens=int(step.context.prompt_lens[row]),
+                    routes=routes[row].tolist(),
+                    full_probability=self.table.full_probability[step.slots[row]].tolist(),
+                )
+            )
+
+    def abandon_step(self) -> None:
+        """Drop the current step after an error in it."""
+        self.step = None
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """Forget requests that ended."""
+        self.table.release(request_ids)
+
+    def status(self) -> dict[str, object]:
+        """Describe the state, for tools and tests."""
+        return {
+            "live_requests": len(self.table),
+            "routed_layers": list(self.routed_layers),
+            "recent": [asdict(decision) for decision in self.recent],
+        }
+
+
+def recent_decisions(llm: object) -> list[RouteDecision]:
+    """Return the latest routes of an offline `vllm.LLM` that serves with flux, oldest first."""
+    statuses = llm.collective_rpc("flux_status")  # type: ignore[attr-defined]
+    return [RouteDecision(**decision) for decision in statuses[0]["recent"]]

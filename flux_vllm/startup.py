@@ -1,0 +1,248 @@
+"""From a configuration to a running FluxRuntime: every check made before the first request."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from flux_vllm import compat
+from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.rotary import RotaryInverse
+from flux_vllm.config import FluxConfig
+from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
+from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
+from flux_vllm.metrics.reporter import RouteReporter
+from flux_vllm.metrics.store import MetricStore
+from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
+from flux_vllm.router.features import GRANULE_TOKENS
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.runtime import FluxRuntime
+
+logger = logging.getLogger("vllm.flux")
+
+
+def check_front_end(vllm_config: Any) -> None:
+    """Check all that can be known before the model loads, so that mistakes cost a second.
+
+    Raises: FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError.
+    """
+    if not compat.uses_flux(vllm_config):
+        return
+    config = FluxConfig.from_additional_config(vllm_config.additional_config)
+    _check_features(vllm_config)
+    model = vllm_config.model_config
+    config.check_layers(model.get_total_num_hidden_layers())
+    _, info = _read_router(config, model.model)
+    if info is not None:
+        _check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
+    config.window(info)
+    prepare_front_end()
+
+
+def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRuntime:
+    """Bind a runtime to the attention layers of a model that was just loaded.
+
+    Args:
+        model: vLLM's model.
+        vllm_config: the engine's configuration.
+        device: of the worker.
+
+    Returns: FluxRuntime.
+    Raises: FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError.
+    """
+    config = FluxConfig.from_additional_config(vllm_config.additional_config)
+    _check_features(vllm_config)
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    config.check_layers(num_layers)
+    router, info = _read_router(config, vllm_config.model_config.model)
+    layers = _routed_layers(model)
+    for _, attention, _ in layers:
+        if info is not None:
+            _check_fit(info, num_layers, attention.head_size)
+    unrouted = set(config.sparse_layers or ()) - {index for index, _, _ in layers}
+    if unrouted:
+        raise UnsupportedConfigurationError(
+            "flux config: expected sparse_layers with full attention in the model, found "
+            f"{sorted(unrouted)}, which keep a sliding window of the model's own; remove them"
+        )
+    runtime = FluxRuntime(
+        config,
+        router.to(device) if config.needs_router and router is not None else None,
+        info,
+        num_layers,
+        tuple(index for index, _, _ in layers),
+        vllm_config.scheduler_config.max_num_seqs,
+        device,
+        _mean_over_ranks,
+    )
+    rotaries: dict[int, RotaryInverse] = {}
+    for index, attention, rotary in layers:
+        if id(rotary) not in rotaries:
+            rotaries[id(rotary)] = RotaryInverse(rotary, attention.head_size, device)
+        attention.impl.binding = LayerBinding(runtime, index, rotaries[id(rotary)])
+    _report(runtime, vllm_config)
+    return runtime
+
+
+def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:
+    """Take the query sums' share out of the memory that the KV cache may use.
+
+    Args:
+        available_bytes: what vLLM found for the KV cache.
+        worker: vLLM's worker, its model loaded.
+        runtime: its runtime.
+
+    Returns: bytes left for the KV cache.
+    """
+    if runtime.router is None:
+        return available_bytes
+    kv_bytes = side_bytes = 0.0
+    for spec in worker.get_kv_cache_spec().values():
+        kv_bytes += spec.page_size_bytes / spec.block_size
+        # One bfloat16 sum and its share of the count, a granule.
+        side_bytes += (2 * runtime.router.head_dim + 1) / GRANULE_TOKENS
+    left = int(available_bytes * kv_bytes / (kv_bytes + side_bytes))
+    logger.info(
+        "flux: %.1f MiB of the KV cache's memory (%.2f %%) hold query sums",
+        (available_bytes - left) / 2**20,
+        100 * (1 - left / available_bytes) if available_bytes else 0.0,
+    )
+    return left
+
+
+def _read_router(
+    config: FluxConfig, model: str
+) -> tuple[LayerRouter, RouterInfo] | tuple[None, None]:
+    """Read the router where one is needed or given; others take sizes from one they find."""
+    path = config.router_path(model)
+    if config.needs_router or config.router is not None or (path / ROUTER_FILE_NAME).is_file():
+        return read_router(path)
+    return None, None
+
+
+def _check_features(vllm_config: Any) -> None:
+    """Refuse what layer routes cannot be combined with."""
+    model, parallel, cache = (
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        vllm_config.cache_config,
+    )
+    speculative = vllm_config.speculative_config
+    refused = {
+        "decode context parallel": parallel.decode_context_parallel_size > 1,
+        "prefill context parallel": parallel.prefill_context_parallel_size > 1,
+        "pipeline parallel": parallel.pipeline_parallel_size > 1,
+        "dual batch overlap": parallel.use_ubatching,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "KV cache offloading": cache.kv_offloading_size is not None,
+        "prefix_match_unit": cache.prefix_match_unit is not None,
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "a draft model (speculative decoding other than ngram)": speculative is not None
+        and speculative.method != "ngram",
+        "multi-head latent attention (MLA)": model.use_mla,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "a pooling or encoder model": model.runner_type != "generate",
+        "a model without attention": model.is_attention_free,
+        "a model that mixes attention with state-space layers": model.is_hybrid,
+        "multi-dimensional RoPE": model.uses_mrope,
+        "bidirectional attention over multimodal prefixes": model.is_mm_prefix_lm,
+        "reference sliding window attention": model.rswa_window is not None,
+    }
+    found = [what for what, present in refused.items() if present]
+    if found:
+        raise UnsupportedConfigurationError(
+            f"--attention-backend flux: found {', '.join(found)}, which layer routes do not "
+            "support; switch it off, or serve without --attention-backend flux"
+        )
+
+
+def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
+    for what, expected, found in (
+        ("layers", num_layers, info.num_layers),
+        ("head_dim", head_dim, info.head_dim),
+    ):
+        if expected != found:
+            raise RouterCheckpointError(
+                f"router: expected {what} {expected} as in the model, found {found} (trained for "
+                f"{info.base_model or 'an unnamed model'!r}); give this model's own router with "
+                """--additional-config '{"flux": {"router": "PATH"}}'"""
+            )
+
+
+def _routed_layers(model: nn.Module) -> list[tuple[int, nn.Module, nn.Module]]:
+    """Find (layer index, attention, rotary embedding) of every layer that gets a route."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers = []
+    for parent in model.modules():
+        for attention in parent.children():
+            if not isinstance(attention, Attention):
+                continue
+            if attention.attn_backend.get_name() != "FLUX":
+                raise UnsupportedConfigurationError(
+                    f"--attention-backend flux: expected all attention layers to use it, found "
+                    f"{attention.layer_name} on {attention.attn_backend.get_name()}; serve this "
+                    "model without --attention-backend flux"
+                )
+            if attention.sliding_window is not None:
+                continue  # stays as the model has it
+            rotary = getattr(parent, "rotary_emb", None)
+            if rotary is None:
+                raise UnsupportedConfigurationError(
+                    "--attention-backend flux: expected rotary position embeddings (RoPE) in "
+                    f"every layer, found none in {attention.layer_name} ({type(parent).__name__}); "
+                    "serve this model without --attention-backend flux"
+                )
+            layers.append((extract_layer_index(attention.layer_name), attention, rotary))
+    if not layers:
+        raise UnsupportedConfigurationError(
+            f"--attention-backend flux: expected layers with full attention in "
+            f"{type(model).__name__}, found none; serve it without --attention-backend flux"
+        )
+    return sorted(layers, key=lambda entry: entry[0])
+
+
+def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    from vllm.distributed import (
+        get_tensor_model_parallel_world_size,
+        tensor_model_parallel_all_reduce,
+    )
+
+    ranks = get_tensor_model_parallel_world_size()
+    return tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks
+
+
+def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
+    """Log what was set up, and start counting on the first tensor-parallel rank."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    config, info = runtime.config, runtime.info
+    logger.info(
+        "flux: policy %s, %d routed layers, sink %d and window %d tokens, threshold %g",
+        config.policy,
+        len(runtime.routed_layers),
+        runtime.sink_tokens,
+        runtime.window_tokens,
+        config.threshold,
+    )
+    directory = metrics_directory()
+    if directory is None or get_tensor_model_parallel_rank() != 0:
+        return
+    name = vllm_config.model_config.served_model_name
+    runtime.reporter = RouteReporter(
+        MetricStore(directory, {"model_name": name if isinstance(name, str) else name[0]}),
+        runtime.routed_layers,
+        vllm_config.cache_config.block_size,
+        runtime.sink_tokens,
+        runtime.window_tokens,
+    )
+    runtime.reporter.announce(
+        policy=config.policy,
+        base_model=info.base_model if info else "",
+        threshold=f"{config.threshold:g}",
+        sink_tokens=str(runtime.sink_tokens),
+        window_tokens=str(runtime.window_tokens),
+        pool_tokens=str(info.pool_tokens) if info else "",
+    )
