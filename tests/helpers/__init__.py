@@ -1,0 +1,1 @@
+"""What several tests share: the independent reference, and tiny random models for it."""

@@ -1,0 +1,239 @@
+"""Tiny random models and routers for the tests, written to a folder, the same for a seed.
+
+Weights are scaled so that attention matters: scores spread widely enough for each query to prefer a
+few keys anywhere in its context, so that hiding far keys moves the log-probabilities.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from .reference import FULL, SPARSE, ReferenceModel, SparsePattern
+from .reference_router import ReferenceRouter
+
+# Scores q.k / sqrt(head_dim) get about the square of this as their standard deviation.
+_QUERY_KEY_SCALE = 1.6
+_LOGIT_SCALE = 3.0
+_CALIBRATION_LENGTHS = (40, 130, 260, 520, 900)
+
+
+def _config_arguments(
+    layers: int, heads: int, kv_heads: int, head_dim: int, vocab_size: int, max_positions: int
+) -> dict[str, Any]:
+    """Collect what both families' configurations call by the same names."""
+    return {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 2 * heads * head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _write(folder: str | Path, config: PreTrainedConfig, seed: int) -> Path:
+    """Write a model of seeded weights; every matrix keeps its input's scale but for q, k, head."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        with torch.no_grad():
+            if weight.dim() == 1:
+                # q_norm and k_norm set the score's scale where a model has them.
+                qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
+                weight.fill_(_QUERY_KEY_SCALE if qk_norm else 1.0)
+                continue
+            scale = 1.0 if "embed" in name else weight.shape[1] ** -0.5
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                scale *= _QUERY_KEY_SCALE
+            elif name.endswith("lm_head.weight"):
+                scale *= _LOGIT_SCALE
+            weight.normal_(0.0, scale, generator=generator)
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def write_tiny_llama(
+    folder: str | Path,
+    *,
+    layers: int = 4,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    vocab_size: int = 512,
+    max_position_embeddings: int = 8192,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Write a random float32 Llama without a tokenizer; `config` goes to `LlamaConfig`."""
+    common = _config_arguments(
+        layers, heads, kv_heads, head_dim, vocab_size, max_position_embeddings
+    )
+    return _write(folder, LlamaConfig(**(common | config)), seed)
+
+
+def write_tiny_qwen3(
+    folder: str | Path,
+    *,
+    layers: int = 4,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    vocab_size: int = 512,
+    max_position_embeddings: int = 8192,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Write a random float32 Qwen3 (q/k norm), otherwise like `write_tiny_llama`."""
+    common = _config_arguments(
+        layers, heads, kv_heads, head_dim, vocab_size, max_position_embeddings
+    )
+    return _write(folder, Qwen3Config(**(common | config)), seed)
+
+
+def random_prompt(length: int, seed: int, vocab_size: int = 512) -> list[int]:
+    """Draw token ids, uniformly."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+
+def _random_router_tensors(
+    num_layers: int, head_dim: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Draw a router's tensors by checkpoint name."""
+    d = head_dim
+    shapes = {
+        "features.0": (8 * d, d),
+        "features.2": (2 * d, 8 * d),
+        "head.0": (4 * d, 2 * d),
+        "head.2": (d, 4 * d),
+        "head.4": (2, d),
+    }
+    tensors = {}
+    for layer in range(num_layers):
+        for name, (outputs, inputs) in shapes.items():
+            weight = torch.randn(outputs, inputs, generator=generator)
+            # SiLU takes about half of the variance, so 1.5 keeps a signal through five layers.
+            tensors[f"layers.{layer}.{name}.weight"] = weight * 1.5 * inputs**-0.5
+            bias = torch.randn(outputs, generator=generator) * 0.1
+            tensors[f"layers.{layer}.{name}.bias"] = bias
+    return tensors
+
+
+def _calibrate(
+    tensors: dict[str, torch.Tensor], pooled: torch.Tensor, gain: float
+) -> dict[str, torch.Tensor]:
+    """Centre and stretch each layer's logits over sample features pooled [samples, layers, d].
+
+    The inputs' mean and deviation are folded into the first linear layer, so that the network sees
+    the difference between prompts and not what they share; the last one's bias and scale then put
+    P(FULL) around one half.
+    """
+    tensors = dict(tensors)
+    for layer in range(pooled.shape[1]):
+        prefix = f"layers.{layer}"
+        mean, deviation = pooled[:, layer].mean(dim=0), pooled[:, layer].std(dim=0)
+        weight = tensors[f"{prefix}.features.0.weight"] / deviation
+        tensors[f"{prefix}.features.0.weight"] = weight
+        tensors[f"{prefix}.features.0.bias"] -= weight @ mean
+        logits = ReferenceRouter(tensors, {}).logits(layer, pooled[:, layer])
+        difference = logits[:, FULL] - logits[:, SPARSE]
+        scale = gain / difference.std()
+        tensors[f"{prefix}.head.4.weight"] *= scale
+        tensors[f"{prefix}.head.4.bias"] *= scale
+        tensors[f"{prefix}.head.4.bias"][FULL] -= difference.median() * scale
+    return tensors
+
+
+def _sample_features(
+    model_folder: str | Path,
+    router: ReferenceRouter,
+    pattern: SparsePattern,
+    prompts: Sequence[Sequence[int]],
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Pool the features of prompts, each under routes of its own. Returns: [prompts, layers, d]."""
+    model = ReferenceModel(model_folder)
+    pooled = []
+    for prompt in prompts:
+        # A layer's input depends on the routes before it: sample those too.
+        routes = torch.randint(2, (model.num_layers,), generator=generator).tolist()
+        request = model.run(
+            prompt, pattern=pattern, routes=routes, router=router, score_prompt=False
+        )
+        pooled.append(request.steps[0].pooled)
+    return torch.stack(pooled)
+
+
+def write_random_router(
+    folder: str | Path,
+    *,
+    num_layers: int,
+    head_dim: int,
+    pool_tokens: int = 64,
+    sink_tokens: int = 32,
+    window_tokens: int = 128,
+    seed: int = 0,
+    model_folder: str | Path | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    vocab_size: int = 512,
+    gain: float = 1.5,
+) -> Path:
+    """Write `flux_router.safetensors` whose routes vary from prompt to prompt.
+
+    Args:
+        folder: where to write; it may be the model's own folder.
+        num_layers: routed layers.
+        head_dim: of the model.
+        pool_tokens: tokens pooled at each end of the prompt.
+        sink_tokens: tokens; of the sparse pattern.
+        window_tokens: tokens; of the sparse pattern.
+        seed: of the weights, the sample prompts and their routes.
+        model_folder: model whose features the router is fitted to; None leaves it unfitted, and its
+            routes may then hardly vary.
+        prompts: sample prompts to fit it to; default random ones of 40 to 900 tokens.
+        vocab_size: of the random sample prompts.
+        gain: standard deviation of the logits' difference over the sample prompts.
+    Returns: Path: the file.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = _random_router_tensors(num_layers, head_dim, generator)
+    metadata = {
+        "format_version": "1",
+        "base_model": "tiny-random" if model_folder is None else Path(model_folder).name,
+        "num_layers": str(num_layers),
+        "head_dim": str(head_dim),
+        "pool_tokens": str(pool_tokens),
+        "sink_tokens": str(sink_tokens),
+        "window_tokens": str(window_tokens),
+        "sparse_pattern": "streaming",
+        "provenance": "{}",
+    }
+    if model_folder is not None:
+        if prompts is None:
+            lengths = _CALIBRATION_LENGTHS * 6
+            prompts = [
+                random_prompt(length, 1_000_000 + seed * 1_000 + i, vocab_size)
+                for i, length in enumerate(lengths)
+            ]
+        pattern = SparsePattern(sink_tokens, window_tokens, block_size=16)
+        raw = ReferenceRouter(tensors, metadata)
+        pooled = _sample_features(model_folder, raw, pattern, prompts, generator)
+        tensors = _calibrate(tensors, pooled, gain)
+    path = Path(folder) / "flux_router.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), metadata)
+    return path

@@ -1,0 +1,255 @@
+"""One step of a simulated server in transformers and float32: history in, longer history out.
+
+The model code is transformers' own; only its attention function is replaced, and the queries are
+read before RoPE by hooks, so that a layer is routed before it attends, as on the server.
+
+Dimension legend: N query heads, K key-value heads, H head dim, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from .reference_attention import Phase, SparsePattern, masked_attention
+from .reference_router import FULL, SPARSE, ReferenceRouter, pooled_positions
+
+_ATTENTION_NAME = "flux_reference"
+
+
+@dataclass(slots=True)
+class History:
+    """What a server's KV cache holds of one token sequence.
+
+    Attributes:
+        tokens: n token ids.
+        keys: per layer [K, n, H], after RoPE.
+        values: per layer [K, n, H].
+        features: per layer [n, H], queries before RoPE, averaged over heads.
+        has_sum: [n] bool; computed as a prompt token of the request that computed it.
+    """
+
+    tokens: list[int]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    features: list[torch.Tensor]
+    has_sum: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def first(self, count: int) -> "History":
+        """Give the history of the first `count` tokens: what a prefix-cache hit of them reads."""
+        if not 0 <= count <= len(self):
+            raise ValueError(f"count: expected 0 to {len(self)}, got {count}")
+        return History(
+            self.tokens[:count],
+            [k[:, :count] for k in self.keys],
+            [v[:, :count] for v in self.values],
+            [f[:count] for f in self.features],
+            self.has_sum[:count],
+        )
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step as it was computed.
+
+    Attributes:
+        start: first position computed.
+        length: tokens computed.
+        phase: whether the sparse pattern was exact or widened to blocks.
+        routes: per layer FULL or SPARSE.
+        p_full: [layers] P(FULL), or None where no router was asked.
+        pooled: [layers, H] pooled query features, or None likewise.
+    """
+
+    start: int
+    length: int
+    phase: Phase
+    routes: list[int]
+    p_full: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step while it runs; the attention layers fill its history and record."""
+
+    record: StepRecord
+    history: History
+    pattern: SparsePattern
+    prompt_len: int
+    router: ReferenceRouter | None  # None: nothing to pool in this step
+    threshold: float
+    decide: bool  # take the router's routes, rather than only note its P(FULL)
+
+    def add_features(self, layer: int, query: torch.Tensor) -> None:
+        """Keep a layer's pre-RoPE queries [q, N, H] and route the layer by them."""
+        past = self.history.features[layer]
+        self.history.features[layer] = torch.cat([past, query.mean(dim=1)])
+        if self.router is None:
+            return
+        start = self.record.start
+        positions = pooled_positions(
+            start,
+            start + self.record.length,
+            self.prompt_len,
+            self.router.pool_tokens,
+            self.history.has_sum,
+        )
+        pooled = self.history.features[layer][positions].mean(dim=0)
+        p_full = self.router.p_full(layer, pooled)
+        self.record.pooled[layer], self.record.p_full[layer] = pooled, p_full
+        if self.decide:
+            self.record.routes[layer] = FULL if p_full >= self.threshold else SPARSE
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function for transformers: [1, N, q, H] to [1, q, N, H]; the mask is our own."""
+    unknown = [n for n in ("sliding_window", "softcap", "s_aux") if kwargs.get(n) is not None]
+    if unknown or attention_mask is not None:
+        raise NotImplementedError(f"the reference has no attention with {unknown or 'a mask'}")
+    step, layer = module.reference_model.current_step, module.layer_idx
+    history = step.history
+    history.keys[layer] = torch.cat([history.keys[layer], key[0]], dim=1)
+    history.values[layer] = torch.cat([history.values[layer], value[0]], dim=1)
+    output = masked_attention(
+        query[0],
+        history.keys[layer],
+        history.values[layer],
+        scaling,
+        step.record.routes[layer],
+        step.record.phase,
+        step.pattern,
+    )
+    return output[None], None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attend)
+
+
+class StepModel:
+    """A causal LM of transformers in float32 whose attention follows routes.
+
+    Works for models whose attention has `q_proj` and, where it normalises queries, a `q_norm`
+    that keeps heads in the last dimension but one (Llama, Qwen2, Qwen3, Mistral, ...).
+
+    Args:
+        model_folder: a Hugging Face model.
+    """
+
+    def __init__(self, model_folder: str | Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_folder, dtype=torch.float32, attn_implementation=_ATTENTION_NAME
+        ).eval()
+        config = self.model.config
+        self.num_layers = config.num_hidden_layers
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", config.hidden_size // self.num_heads)
+        self.vocab_size = config.vocab_size
+        self.current_step: _Step | None = None
+        for layer, block in enumerate(self.model.base_model.layers):
+            attention = block.self_attn
+            attention.reference_model = self  # the attention function's way to the running step
+            source = getattr(attention, "q_norm", None) or attention.q_proj
+            source.register_forward_hook(self._capture(layer))
+
+    def _capture(self, layer: int) -> Any:
+        """Make the hook that hands a layer's pre-RoPE queries to the running step."""
+
+        def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+            length = self.current_step.record.length
+            if output.shape[:2] != (1, length):
+                raise NotImplementedError(
+                    f"queries: expected [1, {length}, ...], got {output.shape}"
+                )
+            query = output.view(length, self.num_heads, self.head_dim)
+            self.current_step.add_features(layer, query)
+
+        return hook
+
+    def empty_history(self) -> History:
+        """Give the history of no tokens."""
+
+        def empty(*shape: int) -> list[torch.Tensor]:
+            return [torch.empty(shape) for _ in range(self.num_layers)]
+
+        kv_shape = (self.num_kv_heads, 0, self.head_dim)
+        no_sums = torch.empty(0, dtype=torch.bool)
+        return History([], empty(*kv_shape), empty(*kv_shape), empty(0, self.head_dim), no_sums)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        history: History,
+        tokens: Sequence[int],
+        *,
+        phase: Phase,
+        pattern: SparsePattern,
+        prompt_len: int,
+        routes: Sequence[int] | None = None,
+        router: ReferenceRouter | None = None,
+        threshold: float = 0.5,
+    ) -> tuple[torch.Tensor, History, StepRecord]:
+        """Compute the next tokens of a sequence; `history` itself stays as it is.
+
+        Args:
+            history: the c tokens computed before.
+            tokens: the ids at positions [c, c + q).
+            phase: "prefill" (exact) or "decode" (sinks and window widened to whole blocks).
+            pattern: what SPARSE means.
+            prompt_len: prompt tokens of the request that computes this.
+            routes: per layer; None lets the router decide.
+            router: gives P(FULL) per layer; with `routes` it is only noted.
+            threshold: FULL where P(FULL) is at least this.
+        Returns: hidden states [q, hidden], the longer history, what was done.
+        """
+        if routes is None and router is None:
+            raise ValueError("routes, router: expected at least one of them")
+        start, length = len(history), len(tokens)
+        undecided = [SPARSE] * self.num_layers
+        record = StepRecord(start, length, phase, list(undecided if routes is None else routes))
+        if router is not None:
+            record.p_full = torch.full((self.num_layers,), float("nan"))
+            record.pooled = torch.full((self.num_layers, self.head_dim), float("nan"))
+        positions = torch.arange(start, start + length)
+        grown = History(
+            history.tokens + list(tokens),
+            list(history.keys),
+            list(history.values),
+            list(history.features),
+            torch.cat([history.has_sum, positions < prompt_len]),
+        )
+        self.current_step = _Step(
+            record=record,
+            history=grown,
+            pattern=pattern,
+            prompt_len=prompt_len,
+            router=router,
+            threshold=threshold,
+            decide=routes is None,
+        )
+        output = self.model.base_model(
+            input_ids=torch.tensor([list(tokens)]), position_ids=positions[None], use_cache=False
+        )
+        self.current_step = None
+        return output.last_hidden_state[0], grown, record
+
+    @torch.inference_mode()
+    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn hidden states [q, hidden] into log-probabilities of the next token [q, V]."""
+        head = self.model.get_output_embeddings()
+        return torch.log_softmax(head(hidden).float(), dim=-1)
