@@ -8,11 +8,13 @@ flux; the rest wrap the objects of a flux engine alone.
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
 from flux_vllm.step import StepContext
 
 _WARMUP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
@@ -39,7 +41,6 @@ def install_front_end_hooks() -> None:
 
 def _choose_on_cpu(
     original: Callable,
-    _: type,
     selected_backend: Any,
     attn_selector_config: Any,
     *args: Any,
@@ -57,7 +58,7 @@ def _choose_on_cpu(
     return selected_backend.get_path()
 
 
-def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any):
+def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     from flux_vllm import startup
 
     vllm_config = original(self, *args, **kwargs)
@@ -70,7 +71,10 @@ def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: An
 
 def install_worker_hooks() -> None:
     """Attach the runtime to workers; called when our backend is imported, so only for flux."""
+    from vllm.model_executor.model_loader import default_loader
     from vllm.v1.worker.gpu_worker import Worker
+
+    _wrap(default_loader, "filter_duplicate_safetensors_files", _leave_router_out)
 
     classes = [Worker]
     cpu_worker = sys.modules.get("vllm.v1.worker.cpu_worker")
@@ -79,6 +83,11 @@ def install_worker_hooks() -> None:
     for worker_class in classes:
         if "determine_available_memory" in vars(worker_class):
             _wrap(worker_class, "determine_available_memory", _attach_then_measure)
+
+
+def _leave_router_out(original: Callable, files: list[str], *args: Any, **kwargs: Any) -> list[str]:
+    """vLLM reads every safetensors file of a model's folder that has no index; ours is no shard."""
+    return original([f for f in files if Path(f).name != ROUTER_FILE_NAME], *args, **kwargs)
 
 
 def _attach_then_measure(original: Callable, self: Any) -> int:
@@ -174,19 +183,18 @@ def step_from_v2(input_batch: Any, request_states: Any) -> StepContext:
     )
 
 
-def _wrap(owner: type, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
-    """Replace a class's function by `wrapper(original, self or cls, ...)`, once."""
+def _wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
+    """Replace a function of a class or module by `wrapper(original, ...)`, once."""
     found = vars(owner)[name]
     function = found.__func__ if is_classmethod else found
     if hasattr(function, "__flux_wrapped__"):
         return
 
     @functools.wraps(function)
-    def wrapped(owner_or_self: Any, *args: Any, **kwargs: Any):
+    def wrapped(first: Any, *args: Any, **kwargs: Any) -> Any:
         if is_classmethod:
-            bound = functools.partial(function, owner_or_self)
-            return wrapper(bound, owner_or_self, *args, **kwargs)
-        return wrapper(function, owner_or_self, *args, **kwargs)
+            return wrapper(functools.partial(function, first), *args, **kwargs)
+        return wrapper(function, first, *args, **kwargs)
 
     wrapped.__flux_wrapped__ = True  # type: ignore[attr-defined]
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)

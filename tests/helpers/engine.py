@@ -1,0 +1,194 @@
+"""A real vLLM engine inside the test's process, with a log of what its scheduler did.
+
+The log comes from vLLM's scheduler, not from flux: a test replays it in the reference.
+"""
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@dataclass
+class Answer:
+    """What the engine gave for one request.
+
+    Attributes:
+        prompt: token ids.
+        tokens: output token ids.
+        logprobs: of each output token.
+        prompt_logprobs: of each prompt token given those before it, None for the first; empty
+            where they were not asked for.
+        cached_tokens: prompt tokens found in the prefix cache.
+        steps: (first position, tokens, phase) of each step the scheduler gave the request.
+        preemptions: times it lost its KV blocks.
+        step_routes: per step, the routes [layers] its layers attended under; empty without flux.
+        routes: per layer, as settled; None without flux.
+        p_full: per layer, likewise.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float | None]
+    cached_tokens: int
+    steps: list[tuple[int, int, str]] = field(default_factory=list)
+    preemptions: int = 0
+    step_routes: list[list[int]] = field(default_factory=list)
+    routes: list[int] | None = None
+    p_full: list[float] | None = None
+
+
+class Engine:
+    """`vllm.LLM` on token ids, eager and in float32 unless told otherwise.
+
+    Args:
+        model: folder.
+        flux: the flux configuration; None serves with vLLM's own CPU_ATTN.
+        arguments: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(self, model: Path, flux: dict[str, Any] | None, **arguments: Any) -> None:
+        from vllm import LLM
+
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_model_len": 4096,
+            "max_num_batched_tokens": 4096,
+            "kv_cache_memory_bytes": 64 << 20,
+            "enable_prefix_caching": False,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+        }
+        if flux is not None:
+            defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
+        self.has_flux = flux is not None
+        self.llm = LLM(model=str(model), **(defaults | arguments))
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self._steps: dict[str, list[tuple[int, int, str]]] = {}
+        self._preemptions: dict[str, int] = {}
+        self._step_routes: dict[str, list[list[int]]] = {}
+        self._log_scheduler()
+        if self.has_flux:
+            self._log_routes()
+
+    def _log_scheduler(self) -> None:
+        scheduler = self.core.scheduler
+        schedule = scheduler.schedule
+
+        def logged(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+            cached = output.scheduled_cached_reqs
+            starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            for request_id, start in starts.items():
+                request = scheduler.requests[request_id]
+                # Every token before the newest one was computed before: computing it anew, as
+                # any prompt token, is prefill.
+                past = start < max(request.num_prompt_tokens, request.num_tokens - 1)
+                phase = "prefill" if past else "decode"
+                step = (start, output.num_scheduled_tokens[request_id], phase)
+                self._steps.setdefault(request_id, []).append(step)
+            for request_id in output.preempted_req_ids or ():
+                self._preemptions[request_id] = self._preemptions.get(request_id, 0) + 1
+            return output
+
+        scheduler.schedule = logged
+
+    def _log_routes(self) -> None:
+        runtime = self.runtime
+        end_step = runtime.end_step
+
+        def logged() -> None:
+            if runtime.step is not None:
+                names = runtime.step.context.request_ids
+                for name, slot in zip(names, runtime.step.slots, strict=True):
+                    routes = runtime.table.routes[int(slot)].tolist()
+                    self._step_routes.setdefault(name, []).append(routes)
+            end_step()
+
+        runtime.end_step = logged
+
+    @property
+    def worker(self) -> Any:
+        """The only worker, in this process."""
+        return self.core.model_executor.driver_worker.worker
+
+    @property
+    def runtime(self) -> Any:
+        """Flux's runtime in the worker."""
+        return self.worker.flux_status.__self__
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        prompt_logprobs: bool = False,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answer prompts together, greedily."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            prompt_logprobs=0 if prompt_logprobs else None,
+            **sampling,
+        )
+        self._steps.clear()
+        self._preemptions.clear()
+        self._step_routes.clear()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
+        )
+        return [self._answer(output) for output in outputs]
+
+    def _answer(self, output: Any) -> Answer:
+        completion = output.outputs[0]
+        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+        prompt_pairs = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
+        # The scheduler's ids are the caller's with a suffix.
+        names = [n for n in self._steps if n.rsplit("-", 1)[0] == output.request_id]
+        assert len(names) == 1, (output.request_id, list(self._steps))
+        answer = Answer(
+            prompt=list(output.prompt_token_ids),
+            tokens=list(completion.token_ids),
+            logprobs=[row[token].logprob for token, row in pairs],
+            prompt_logprobs=[row and row[token].logprob for token, row in prompt_pairs],
+            cached_tokens=output.num_cached_tokens or 0,
+            steps=self._steps[names[0]],
+            step_routes=self._step_routes.get(names[0], []),
+            preemptions=self._preemptions.get(names[0], 0),
+        )
+        if self.has_flux:
+            for decision in self.runtime.recent:
+                if decision.request_id == names[0]:
+                    answer.routes = decision.routes
+                    answer.p_full = decision.full_probability
+        return answer
+
+    def close(self) -> None:
+        """Take the engine down, so that another can start in this process."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
