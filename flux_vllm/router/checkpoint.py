@@ -170,13 +170,19 @@ def read_router(path: Path) -> tuple[LayerRouter, RouterInfo]:
     return router, info
 
 
-def write_router(path: Path, router: LayerRouter, info: RouterInfo) -> Path:
+def write_router(
+    path: Path,
+    router: LayerRouter,
+    info: RouterInfo,
+    weight_dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write a router file in one atomic step.
 
     Args:
         path: the file, or an existing folder to write `flux_router.safetensors` into.
         router: the routers of all layers.
         info: its metadata.
+        weight_dtype: of the stored weights; float16 halves the file. Biases stay float32.
 
     Returns: the path of the file.
     Raises: RouterCheckpointError: router and info disagree.
@@ -192,7 +198,8 @@ def write_router(path: Path, router: LayerRouter, info: RouterInfo) -> Path:
         layer, linear, kind = _split(name)
         weight, bias = router.linear(linear)
         stacked = weight if kind == "weight" else bias
-        tensors[name] = stacked[layer].detach().float().cpu().contiguous()
+        dtype = weight_dtype if kind == "weight" else torch.float32
+        tensors[name] = stacked[layer].detach().to(dtype).cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -1,0 +1,91 @@
+"""`python -m training`: train and evaluate routers, build corpora, show prompts."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
+from training import cli, recipes
+from training.config import EvalConfig, TrainConfig
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a router for a frozen model")
+    train.add_argument(
+        "--recipe",
+        choices=sorted(recipes.RECIPES),
+        default="smollm2",
+        help="settings to begin from; flags below change them (defaults shown: smollm2)",
+    )
+    cli.add_flags(train, TrainConfig, recipes.smollm2())
+    evaluate = commands.add_parser("eval", help="measure a router on held-out tasks")
+    cli.add_flags(evaluate, EvalConfig, recipes.evaluation())
+    corpus = commands.add_parser("corpus", help="collect text to build prompts from")
+    corpus.add_argument("--out", type=Path, required=True, help=".jsonl, .jsonl.xz or .jsonl.gz")
+    corpus.add_argument("--limit_mib", type=float, default=8.0, help="text from each folder, MiB")
+    corpus.add_argument(
+        "folders", type=Path, nargs="*", help="default: Python's library, licences, Perl's manual"
+    )
+    prompts = commands.add_parser("prompts", help="write held-out prompts as JSON lines")
+    cli.add_flags(prompts, EvalConfig, recipes.evaluation())
+    join = commands.add_parser("join", help="join the quality.json files of several seeds")
+    join.add_argument("files", type=Path, nargs="+")
+    join.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns: the exit status.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except (ValueError, RouterCheckpointError, UnsupportedConfigurationError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "train":
+        from training.trainer import train
+
+        config = cli.apply_flags(recipes.RECIPES[arguments.recipe](), arguments)
+        print(train(_require(config, "model", "out")))
+    elif arguments.command == "eval":
+        from training.evaluation.evaluate import evaluate
+
+        settings = cli.apply_flags(recipes.evaluation(), arguments)
+        evaluate(_require(settings, "model", "router", "out"))
+    elif arguments.command == "prompts":
+        from training.evaluation.prompts import write_prompts
+
+        settings = cli.apply_flags(recipes.evaluation(), arguments)
+        write_prompts(_require(settings, "model", "out"))
+    elif arguments.command == "corpus":
+        from training.data.text import collect, default_sources, write_corpus
+
+        documents = collect(arguments.folders or default_sources(), arguments.limit_mib)
+        write_corpus(arguments.out, documents)
+        print(f"{len(documents)} documents in {arguments.out}")
+    else:
+        from training.evaluation.report import join_runs
+
+        joined = join_runs(arguments.files)
+        arguments.out.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+
+
+def _require(config: cli.Config, *names: str) -> cli.Config:
+    missing = [f"--{name}" for name in names if not getattr(config, name)]
+    if missing:
+        raise ValueError(f"expected {' and '.join(missing)}, found nothing; give them")
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""All settings of a training or evaluation run; the command line is generated from them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from training.data.encoding import WRAPPERS
+from training.data.families import FAMILIES
+
+
+def _check(good: bool, name: str, expected: str, found: object) -> None:
+    if not good:
+        raise ValueError(f"expected {name} to be {expected}, found {found!r}; correct --{name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    """What the router looks at, and what SPARSE means."""
+
+    pool_tokens: int = 96
+    """Prompt tokens pooled at each end; a multiple of 16 pools exactly on the server."""
+    pool_prefix: bool = True
+    """Pool the prompt's first tokens too; off only for an ablation the server cannot load."""
+    sink_tokens: int = 64
+    """First tokens a SPARSE layer always attends to."""
+    window_tokens: int = 512
+    """Latest tokens a SPARSE layer attends to, the query's own included."""
+    full_bias: float = 4.5
+    """Lead of the FULL logit at the start; the run begins with full attention."""
+
+    def __post_init__(self) -> None:
+        _check(self.pool_tokens >= 1, "router.pool_tokens", "at least 1", self.pool_tokens)
+        _check(
+            0 <= self.sink_tokens <= self.window_tokens,
+            "router.sink_tokens",
+            f"between 0 and window_tokens ({self.window_tokens})",
+            self.sink_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """Which prompts, how long, in which mix."""
+
+    tasks: tuple[str, ...] = tuple(FAMILIES)
+    """Built-in task families; empty where all data comes from files."""
+    weights: tuple[float, ...] = ()
+    """How often each family is drawn; empty means equally often (a balanced mix)."""
+    files: tuple[str, ...] = ()
+    """JSONL or Parquet files with `messages` or `prompt`/`answer`, and `task`."""
+    corpus: str = ""
+    """Text to build prompts from (`python -m training corpus`); empty: found on this machine."""
+    min_tokens: int = 1024
+    """Shortest prompt, tokens."""
+    max_tokens: int = 4096
+    """Longest prompt, tokens; lengths are drawn log-uniformly."""
+    max_answer_tokens: int = 64
+    """Answers are cut to this many tokens."""
+    wrappers: tuple[str, ...] = ("chat",)
+    """What stands around the user's turn: chat (the model's template), plain, instruction,
+    dialogue."""
+    chunked_fraction: float = 0.5
+    """Share of prompts trained as if prefilled in chunks."""
+    max_chunks: int = 3
+    """Most chunks of such a prompt."""
+    workers: int = 4
+    """Processes that make prompts; 0: in the main process."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.tasks) - FAMILIES.keys())
+        _check(not unknown, "data.tasks", f"among {sorted(FAMILIES)}", unknown)
+        unknown = sorted(set(self.wrappers) - set(WRAPPERS))
+        _check(
+            bool(self.wrappers) and not unknown, "data.wrappers", f"among {WRAPPERS}", unknown
+        )
+        _check(
+            len(self.weights) in (0, len(self.tasks)),
+            "data.weights",
+            f"empty or {len(self.tasks)} numbers, one a task",
+            self.weights,
+        )
+        _check(
+            256 <= self.min_tokens <= self.max_tokens,
+            "data.min_tokens",
+            f"between 256 and max_tokens ({self.max_tokens})",
+            self.min_tokens,
+        )
+        _check(
+            bool(self.tasks or self.files), "data.tasks", "given where data.files is not", ()
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelaxationSettings:
+    """How the hard choice is made differentiable."""
+
+    temperature_start: float = 1.5
+    """Gumbel-softmax temperature at the first step."""
+    temperature_end: float = 1.0
+    """Temperature after the schedule."""
+    schedule_fraction: float = 0.6
+    """Share of the steps over which a cosine leads from one to the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """What is minimised."""
+
+    distillation_weight: float = 1.0
+    """Weight of KL(full attention || routed) on answer tokens, nats a token."""
+    lm_weight: float = 0.0
+    """Weight of the cross-entropy on answer tokens, nats a token."""
+    constraint: Literal["lagrangian", "absolute"] = "lagrangian"
+    """Form of the share constraint: `lagrangian` l*(target - s) + c/2*(target - s)^2 with l of
+    either sign; `absolute` the paper's l1*|s - target| + l2*(s - target)^2."""
+    multiplier_rate: float = 0.05
+    """Step of the multipliers' gradient ascent, per training step."""
+    penalty: float = 2.0
+    """The constant c of the lagrangian form."""
+    targets: tuple[str, ...] = ()
+    """Share of SPARSE layers to reach, as task=share or group=share; others keep their family's
+    own. `early_chunks` names all chunks before a prompt's last."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.distillation_weight > 0 or self.lm_weight > 0,
+            "loss.distillation_weight",
+            "positive where loss.lm_weight is not",
+            self.distillation_weight,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """How the routers are updated."""
+
+    steps: int = 300
+    """Training steps."""
+    batch_size: int = 48
+    """Prompts a step, over all processes."""
+    learning_rate: float = 5e-4
+    """AdamW's, at its peak."""
+    warmup_fraction: float = 0.05
+    """Share of the steps with a rising rate."""
+    final_rate: float = 0.1
+    """Rate at the end, as a share of the peak; a cosine leads there."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: int = 32768
+    """Tokens computed at once on one device, padding included."""
+    time_limit_s: float = 0.0
+    """End the schedule early so that training takes about this long; 0: no limit. A run with a
+    limit is not reproducible step for step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemSettings:
+    """Devices, logs, checkpoints."""
+
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frozen model."""
+    sparse_kernel: Literal["auto", "flex", "sdpa"] = "auto"
+    """How SPARSE attention is computed; auto: flex on a GPU, sdpa on the CPU."""
+    checkpoint_layers: bool = False
+    """Recompute activations layer by layer: memory for a third more work."""
+    shard_model: bool = False
+    """Shard the frozen model over the processes (FSDP2)."""
+    save_every: int = 50
+    """Steps between training checkpoints; at most this much is lost to a kill."""
+    resume: bool = True
+    """Go on from the checkpoint in --out if there is one."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the JSON lines."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model: str
+    """Folder or name of the language model, as transformers takes it."""
+    out: str
+    """Folder for the router, logs and checkpoints."""
+    seed: int = 0
+    """Of data, noise and initial weights."""
+    router: RouterSettings = field(default_factory=RouterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    relaxation: RelaxationSettings = field(default_factory=RelaxationSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    system: SystemSettings = field(default_factory=SystemSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for provenance."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """One evaluation."""
+
+    model: str
+    """Folder or name of the language model."""
+    router: str
+    """Router file or folder."""
+    out: str
+    """Folder for `quality.json`, per-prompt scores and plots."""
+    seed: int = 1
+    """Of the prompts."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Task families, text and wrappers."""
+    lengths: tuple[int, ...] = (1536, 3072, 5120, 8000)
+    """Length buckets, tokens."""
+    prompts: int = 400
+    """Prompts a task and length."""
+    validation_prompts: int = 40
+    """Prompts a task and length on which thresholds and static patterns are chosen."""
+    validation_lengths: tuple[int, ...] = (1536, 3072)
+    """Length buckets of those."""
+    thresholds: tuple[float, ...] = (
+        0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99, 0.999,
+    )  # fmt: skip
+    """Values of `threshold` (FULL where P(FULL) reaches it) tried on validation prompts."""
+    shares: tuple[float, ...] = (0.6, 0.75, 0.85)
+    """Least shares of SPARSE layers; the best threshold for each is scored on test prompts."""
+    random_patterns: int = 30
+    """Random static patterns beside the greedy one."""
+    variants: tuple[str, ...] = ()
+    """Extra conditions at threshold 0.5: plain, wording (paraphrased instructions),
+    wrapper:NAME, chunks:TOKENS, cached (after a local question on the same context)."""
+    variant_prompts: int = 100
+    """Prompts a task and length for each of these."""
+    system: SystemSettings = field(default_factory=SystemSettings)
+    micro_batch_tokens: int = 65536
+    """Tokens computed at once, padding included."""

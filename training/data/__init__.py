@@ -1,0 +1,1 @@
+"""Prompts to train and evaluate routers on: task families over real text, files, batches."""

@@ -1,0 +1,122 @@
+"""From single prompts to padded micro-batches: sorted by length, cut into chunks.
+
+Dimension legend: B prompts, C chunks, T padded tokens, A answer tokens of all prompts.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from training.data.encoding import Encoded
+from training.pooling import ChunkPlan, plan_chunks
+
+_PAD_TO = 128
+"""Lengths are padded to a multiple of this: few distinct shapes, aligned masks."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Prompts computed at once."""
+
+    indices: list[int]
+    """[B] places of the prompts in the step's batch."""
+    tasks: list[str]
+    token_ids: torch.Tensor
+    """[B, T] int64, padded at the end with 0."""
+    plan: ChunkPlan
+    answer_rows: torch.Tensor
+    """[A] int64: prompt of each answer token."""
+    answer_positions: torch.Tensor
+    """[A] int64: position whose hidden state predicts the token."""
+    answer_tokens: torch.Tensor
+    """[A] int64."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Copy to a device."""
+        return MicroBatch(
+            self.indices,
+            self.tasks,
+            self.token_ids.to(device),
+            self.plan.to(device),
+            self.answer_rows.to(device),
+            self.answer_positions.to(device),
+            self.answer_tokens.to(device),
+        )
+
+
+def group_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Group prompts of similar length so that no group exceeds the budget, padding included.
+
+    Args:
+        lengths: tokens of each prompt.
+        token_budget: of a group; a longer prompt makes a group of its own.
+
+    Yields: indices, longest prompts first.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        rows = max(1, token_budget // _padded(lengths[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def _padded(length: int) -> int:
+    return -(-length // _PAD_TO) * _PAD_TO
+
+
+def random_chunk_ends(
+    prompt_len: int, rng: random.Random, chunked_fraction: float, max_chunks: int
+) -> list[int]:
+    """Cut a prompt at random places, or (mostly) not at all."""
+    if rng.random() >= chunked_fraction or max_chunks < 2 or prompt_len < 64:
+        return [prompt_len]
+    cuts = {rng.randrange(32, prompt_len) for _ in range(rng.randint(1, max_chunks - 1))}
+    return [*sorted(cuts), prompt_len]
+
+
+def fixed_chunk_ends(prompt_len: int, chunk_tokens: int | None) -> list[int]:
+    """Cut a prompt every `chunk_tokens`; None leaves it whole."""
+    if chunk_tokens is None:
+        return [prompt_len]
+    return [*range(chunk_tokens, prompt_len, chunk_tokens), prompt_len]
+
+
+def collate(
+    prompts: Sequence[Encoded],
+    indices: list[int],
+    chunk_ends: Sequence[Sequence[int]],
+    pool_tokens: int,
+    pool_prefix: bool = True,
+) -> MicroBatch:
+    """Pad prompts into one rectangle.
+
+    Args:
+        prompts: B of them.
+        indices: their places in the step's batch.
+        chunk_ends: where each one's chunks end.
+        pool_tokens: prompt tokens pooled at each end.
+        pool_prefix: whether the first tokens are pooled.
+
+    Returns: MicroBatch, on the CPU.
+    """
+    width = _padded(max(map(len, prompts)))
+    token_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    rows, positions, tokens = [], [], []
+    for row, prompt in enumerate(prompts):
+        ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64)
+        token_ids[row, : len(ids)] = ids
+        answer = len(ids) - prompt.prompt_len
+        rows.append(torch.full((answer,), row))
+        positions.append(torch.arange(prompt.prompt_len - 1, len(ids) - 1))
+        tokens.append(ids[prompt.prompt_len :])
+    return MicroBatch(
+        indices=indices,
+        tasks=[prompt.task for prompt in prompts],
+        token_ids=token_ids,
+        plan=plan_chunks(chunk_ends, width, pool_tokens, pool_prefix),
+        answer_rows=torch.cat(rows),
+        answer_positions=torch.cat(positions),
+        answer_tokens=torch.cat(tokens),
+    )

@@ -1,0 +1,1 @@
+"""Measure routers and static patterns on held-out prompts."""

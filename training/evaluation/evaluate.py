@@ -1,0 +1,285 @@
+"""Evaluate one router: quality against sparsity, static baselines, conditions it may meet.
+
+Dimension legend: P prompts, L layers.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flux_vllm.router.checkpoint import read_router
+from flux_vllm.router.model import LayerRouter
+from training.config import EvalConfig
+from training.data.encoding import WRAPPERS, Wrapper
+from training.distributed import World, start_world
+from training.evaluation.prompts import PromptSet, PromptSetting, make_prompts
+from training.evaluation.scoring import Condition, Scorer, Scores, group_of
+from training.evaluation.static_patterns import best_pattern, layers_by_sensitivity, pattern
+from training.evaluation.statistics import Cells, interval
+from training.model_loading import load_routed, load_tokenizer
+from training.policies import Policy, StaticPolicy, ThresholdPolicy
+from training.provenance import provenance
+
+_DEFAULT_THRESHOLD = 0.5
+
+
+class Evaluation:
+    """Everything one evaluation run measures.
+
+    Args:
+        config: of the run.
+        world: this process among the others.
+    """
+
+    def __init__(self, config: EvalConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        router, self.info = read_router(Path(config.router))
+        self.router: LayerRouter = router.to(world.device)
+        self.tokenizer = load_tokenizer(config.model)
+        self.routed = load_routed(
+            config.model, self.info.sink_tokens, self.info.window_tokens, config.system, world
+        )
+        self.scorer = Scorer(
+            self.routed, self.info.pool_tokens, config.micro_batch_tokens, world
+        )
+        self.limit: int = self.routed.model.config.max_position_embeddings
+        self.started = time.monotonic()
+        self.test = self._prompts("test", config.prompts, config.lengths)
+
+    def _prompts(self, split: str, count: int, lengths: tuple[int, ...], **more: Any) -> PromptSet:
+        setting = PromptSetting(
+            split=split,  # type: ignore[arg-type]
+            seed=self.config.seed,
+            lengths=lengths,
+            prompts=count,
+            **{"wrapper": self.config.data.wrappers[0]} | more,
+        )
+        return make_prompts(self.config.data, self.tokenizer, setting, self.limit)
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything the config names.
+
+        Returns: the contents of `quality.json`.
+        """
+        layers = self.routed.num_layers
+        prompts, cells = self.test.prompts, self.test.cells
+        full = self.scorer.score(prompts, StaticPolicy.all_full(layers))
+        sparse = self.scorer.score(prompts, pattern(layers, range(layers)))
+        self.note("full and all-sparse scored")
+        default = self.scorer.score(prompts, self.policy(_DEFAULT_THRESHOLD))
+        points, statics = self._points(full)
+        report = {
+            "full_score": cells.overall(full.score),
+            "all_sparse_score": cells.overall(sparse.score),
+            "share_local": cells.by_group(default.sparse.mean(axis=1)).get("local"),
+            "share_retrieval": cells.by_group(default.sparse.mean(axis=1)).get("retrieval"),
+            "points": points,
+            "default": {"threshold": _DEFAULT_THRESHOLD} | self.compare(cells, full, default),
+            "tasks": self._by_task(cells, {"full": full, "all_sparse": sparse, "router": default}),
+            "heat_map": heat_map(self.test, default),
+            "static_patterns": statics,
+            "variants": {name: self.variant(name) for name in self.config.variants},
+        }
+        if self.world.is_main:
+            np.savez_compressed(
+                Path(self.config.out) / "scores.npz",
+                full=full.score,
+                sparse=sparse.score,
+                router=default.score,
+                routes=default.sparse.astype(np.uint8),
+            )
+        return report | {"provenance": self._provenance()}
+
+    def policy(self, threshold: float) -> Policy:
+        """Make the router's policy at a threshold."""
+        return ThresholdPolicy(self.router, threshold)
+
+    def note(self, what: str) -> None:
+        """Tell how far the run is."""
+        if self.world.is_main:
+            spent = time.monotonic() - self.started
+            print(f"[{spent:6.1f} s, {self.scorer.tokens / 1e6:.1f} M tokens] {what}", flush=True)
+
+    def compare(self, cells: Cells, full: Scores, other: Scores) -> dict[str, Any]:
+        """Compare one policy with full attention on the same prompts."""
+        share = other.sparse.mean(axis=1)
+        groups = cells.by_group(other.score)
+        values = {"full": full.score, "router": other.score}
+        return {
+            "share": cells.overall(share),
+            "share_by_group": cells.by_group(share),
+            "score": cells.overall(other.score),
+            "score_by_group": groups,
+            "full_by_group": cells.by_group(full.score),
+            "of_full": cells.overall(other.score) / max(cells.overall(full.score), 1e-9),
+            "intervals": interval(cells, values, "overall"),
+        }
+
+    def _points(self, full: Scores) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Score thresholds chosen on validation, each beside the best static pattern."""
+        validation = self._prompts(
+            "validation", self.config.validation_prompts, self.config.validation_lengths
+        )
+        cells = validation.cells
+        tried = {}
+        for threshold in self.config.thresholds:
+            scores = self.scorer.score(validation.prompts, self.policy(threshold))
+            tried[threshold] = (
+                cells.overall(scores.sparse.mean(axis=1)),
+                cells.overall(scores.score),
+            )
+        self.note(f"validation: {tried}")
+        train = self._prompts(
+            "train", self.config.validation_prompts, self.config.validation_lengths
+        )
+        order = layers_by_sensitivity(self.scorer, train.prompts, train.cells)
+        self.note(f"layers by sensitivity: {order}")
+        statics: dict[str, Any] = {"order": order, "validation_thresholds": tried}
+        scored: dict[int, Scores] = {}
+        points = []
+        for threshold in choose_thresholds(tried, self.config.shares):
+            routed = self.scorer.score(self.test.prompts, self.policy(threshold))
+            count = int(self.routed.num_layers * self.test.cells.overall(routed.sparse.mean(axis=1)))
+            if count not in scored:
+                chosen, found = best_pattern(
+                    self.scorer,
+                    validation.prompts,
+                    cells,
+                    order,
+                    count,
+                    self.config.random_patterns,
+                )
+                statics[str(count)] = found | {"layers": chosen}
+                scored[count] = self.scorer.score(
+                    self.test.prompts, pattern(self.routed.num_layers, chosen)
+                )
+            points.append(self._point(threshold, full, routed, scored[count]))
+            self.note(f"point: {points[-1]}")
+        return points, statics
+
+    def _point(
+        self, threshold: float, full: Scores, routed: Scores, static: Scores
+    ) -> dict[str, Any]:
+        cells = self.test.cells
+        values = {"full": full.score, "router": routed.score, "static": static.score}
+        versus = {"static": static.score, "router": routed.score}
+        share = routed.sparse.mean(axis=1)
+        return {
+            "threshold": threshold,
+            "share": cells.overall(share),
+            "share_by_group": cells.by_group(share),
+            "static_share": float(static.sparse.mean()),
+            "router_score": cells.overall(routed.score),
+            "static_score": cells.overall(static.score),
+            "router_retrieval": cells.by_group(routed.score).get("retrieval"),
+            "static_retrieval": cells.by_group(static.score).get("retrieval"),
+            "router_local": cells.by_group(routed.score).get("local"),
+            "static_local": cells.by_group(static.score).get("local"),
+            "intervals": interval(cells, values, "overall"),
+            "retrieval_intervals": interval(cells, versus, "retrieval")
+            if "retrieval" in cells.by_group(full.score)
+            else {},
+        }
+
+    def _by_task(self, cells: Cells, named: dict[str, Scores]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, scores in named.items():
+            for task, by_length in cells.by_cell(scores.score).items():
+                found.setdefault(task, {"group": group_of(task)})[name] = by_length
+        for task, by_length in cells.by_cell(named["router"].sparse.mean(axis=1)).items():
+            found[task]["share"] = by_length
+        return found
+
+    def variant(self, name: str) -> dict[str, Any]:
+        """Measure the router under one condition, against full attention under the same.
+
+        Raises: ValueError: an unknown condition.
+        """
+        config = self.config
+        count, lengths = config.variant_prompts, config.lengths
+        condition, more = None, {}
+        kind, _, value = name.partition(":")
+        if kind == "wording":
+            more = {"held_out_wording": True}
+        elif kind == "wrapper" and value in WRAPPERS:
+            wrapper: Wrapper = value  # type: ignore[assignment]
+            more = {"wrapper": wrapper}
+        elif kind == "chunks" and value.isdecimal():
+            condition = Condition(chunk_tokens=int(value))
+        elif kind == "cached":
+            more = {"same_context": True}
+        elif kind != "plain":
+            raise ValueError(
+                "expected a variant among plain, wording, wrapper:NAME, chunks:TOKENS and cached, "
+                f"found {name!r}; correct --variants"
+            )
+        made = self._prompts("test", count, lengths, **more)
+        if kind == "cached":
+            twins = self._prompts("test", count, lengths, same_context=True, ask_locally=True)
+            policy = self.policy(_DEFAULT_THRESHOLD)
+            condition = Condition(cached=self.scorer.score(twins.prompts, policy))
+        full = self.scorer.score(made.prompts, StaticPolicy.all_full(self.routed.num_layers))
+        scores = self.scorer.score(made.prompts, self.policy(_DEFAULT_THRESHOLD), condition)
+        self.note(f"variant {name}")
+        return {"prompts": count} | self.compare(made.cells, full, scores)
+
+    def _provenance(self) -> dict[str, Any]:
+        return provenance(self.world.device, self.config.data.corpus) | {
+            "prompts_per_cell": self.config.prompts,
+            "lengths": list(self.config.lengths),
+            "seed": self.config.seed,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "router": {
+                "pool_tokens": self.info.pool_tokens,
+                "sink_tokens": self.info.sink_tokens,
+                "window_tokens": self.info.window_tokens,
+                "training": self.info.provenance,
+            },
+        }
+
+
+def choose_thresholds(
+    tried: dict[float, tuple[float, float]], shares: tuple[float, ...]
+) -> list[float]:
+    """Choose, for each share to reach, the threshold with the best validation score there.
+
+    Args:
+        tried: threshold to (share, score) on validation.
+        shares: least shares of SPARSE layers.
+
+    Returns: thresholds, ascending and different; the default threshold is always among them.
+    """
+    chosen = {_DEFAULT_THRESHOLD}
+    for least in shares:
+        good = [threshold for threshold, (share, _) in tried.items() if share >= least]
+        if good:
+            chosen.add(max(good, key=lambda threshold: tried[threshold][1]))
+    return sorted(chosen)
+
+
+def heat_map(made: PromptSet, scores: Scores) -> dict[str, list[float]]:
+    """Give the share of SPARSE by task and layer."""
+    tasks = np.array([prompt.task for prompt in made.prompts])
+    return {
+        str(task): [round(float(share), 3) for share in scores.sparse[tasks == task].mean(axis=0)]
+        for task in dict.fromkeys(tasks.tolist())
+    }
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate as a config says, and write `quality.json` and plots.
+
+    Returns: the contents of `quality.json`.
+    """
+    from training.evaluation.report import write_report
+
+    world = start_world(config.system.device)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    report = Evaluation(config, world).run()
+    if world.is_main:
+        write_report(Path(config.out), report)
+    world.wait()
+    return report

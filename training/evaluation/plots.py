@@ -1,0 +1,43 @@
+"""The quality/sparsity curve and the layer x task heat map."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen first
+
+
+def plot_curve(path: Path, report: dict[str, Any]) -> None:
+    """Plot mean and retrieval score against the share of SPARSE layers, router and static."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    points = sorted(report["points"], key=lambda point: point["share"])
+    shares = [100 * point["share"] for point in points]
+    for axes, kind, title in ((left, "score", "mean score"), (right, "retrieval", "retrieval")):
+        axes.plot(shares, [point[f"router_{kind}"] for point in points], "o-", label="router")
+        axes.plot(shares, [point[f"static_{kind}"] for point in points], "s--", label="best static")
+        axes.set_title(title)
+        axes.set_xlabel("SPARSE layers, % (mean)")
+        axes.grid(alpha=0.3)
+    left.axhline(report["full_score"], color="black", linewidth=0.8, label="all FULL")
+    left.axhline(report["all_sparse_score"], color="grey", linewidth=0.8, label="all SPARSE")
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_heat_map(path: Path, report: dict[str, Any]) -> None:
+    """Plot the share of SPARSE by layer and task."""
+    tasks = list(report["heat_map"])
+    figure, axes = plt.subplots(figsize=(10, 1 + 0.35 * len(tasks)))
+    image = axes.imshow(
+        [report["heat_map"][task] for task in tasks], aspect="auto", vmin=0, vmax=1, cmap="viridis"
+    )
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xlabel("layer")
+    figure.colorbar(image, label="share of SPARSE")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

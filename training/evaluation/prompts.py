@@ -1,0 +1,144 @@
+"""Held-out prompts by task and length."""
+
+import dataclasses
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from training.config import DataSettings, EvalConfig
+from training.data.encoding import Encoded, Wrapper, encode, render
+from training.data.local import ask_for_last_words
+from training.data.sample import Sample, TaskFamily
+from training.data.stream import PromptStream
+from training.data.text import Split
+from training.evaluation.statistics import Cells
+from training.model_loading import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSetting:
+    """Which prompts to make."""
+
+    split: Split
+    seed: int
+    lengths: tuple[int, ...]
+    prompts: int
+    """Prompts a task and length."""
+    wrapper: Wrapper = "chat"
+    held_out_wording: bool = False
+    same_context: bool = False
+    """The context comes first in every prompt, so that two questions can share it."""
+    ask_locally: bool = False
+    """Put a local question in the place of each prompt's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts and the cells they belong to."""
+
+    prompts: list[Encoded]
+    lengths: list[int]
+    """Length bucket of each prompt."""
+
+    @property
+    def cells(self) -> Cells:
+        """Group by task and length."""
+        return Cells([prompt.task for prompt in self.prompts], self.lengths)
+
+
+class _Prompts(Dataset[Encoded]):
+    def __init__(self, stream: PromptStream, tasks: list[TaskFamily], setting: PromptSetting):
+        self.stream = stream
+        self.setting = setting
+        self.keys = [
+            (task, length, index)
+            for task in tasks
+            for length in setting.lengths
+            for index in range(setting.prompts)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, at: int) -> Encoded:
+        task, length, index = self.keys[at]
+        setting = self.setting
+        key = _key(setting.seed, setting.split, task.name, length, index)
+        if not setting.same_context:
+            return self.stream.make(task, length, setting.wrapper, random.Random(key))
+        sample: Sample = self.stream.sample(task, length, random.Random(key))
+        sample = dataclasses.replace(sample, instruction_first=False)
+        if setting.ask_locally:
+            sample = ask_for_last_words(sample)
+        limit = self.stream.settings.max_answer_tokens
+        return encode(sample, setting.wrapper, self.stream.tokenizer, limit)
+
+
+def make_prompts(
+    data: DataSettings,
+    tokenizer: Any,  # noqa: ANN401
+    setting: PromptSetting,
+    max_model_tokens: int,
+    groups: tuple[str, ...] = (),
+) -> PromptSet:
+    """Make the prompts of all tasks and lengths.
+
+    Args:
+        data: tasks, text, workers.
+        tokenizer: the model's.
+        setting: which prompts.
+        max_model_tokens: the model's limit.
+        groups: keep tasks of these groups; empty keeps all.
+
+    Returns: PromptSet, ordered by task, length and index.
+    """
+    stream = PromptStream(
+        data, tokenizer, setting.split, setting.seed, setting.held_out_wording, max_model_tokens
+    )
+    tasks = [
+        task
+        for task in stream.tasks
+        if isinstance(task, TaskFamily) and (not groups or task.group in groups)
+    ]
+    prompts = _Prompts(stream, tasks, setting)
+    loader = DataLoader(
+        prompts, batch_size=16, num_workers=data.workers, collate_fn=list, shuffle=False
+    )
+    made = [prompt for batch in loader for prompt in batch]
+    return PromptSet(made, [length for _, length, _ in prompts.keys])
+
+
+def write_prompts(config: EvalConfig) -> Path:
+    """Write the held-out prompts of an evaluation as text, to ask a server the same.
+
+    Rows hold `task`, `length`, `prompt` (chat wrapper and answer prefix included), `answer`.
+
+    Returns: path of the JSONL file.
+    """
+    tokenizer = load_tokenizer(config.model)
+    stream = PromptStream(config.data, tokenizer, "test", config.seed)
+    wrapper: Wrapper = config.data.wrappers[0]  # type: ignore[assignment]
+    path = Path(config.out) / "prompts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for task in stream.tasks:
+            for length in config.lengths:
+                for index in range(config.prompts):
+                    rng = random.Random(_key(config.seed, "test", task.name, length, index))
+                    sample = stream.sample(task, length, rng)
+                    row = {
+                        "task": task.name,
+                        "length": length,
+                        "prompt": render(sample, wrapper, tokenizer),
+                        "answer": sample.answer,
+                    }
+                    file.write(json.dumps(row) + "\n")
+    return path
+
+
+def _key(seed: int, split: Split, task: str, length: int, index: int) -> str:
+    return f"{seed}/{split}/{task}/{length}/{index}"

@@ -1,0 +1,62 @@
+"""Write `quality.json` and its plots; join the runs of several seeds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MEANS = ("full_score", "all_sparse_score", "share_local", "share_retrieval")
+_POINT_MEANS = (
+    "share",
+    "router_score",
+    "static_score",
+    "router_retrieval",
+    "static_retrieval",
+)
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write one run's figures and plots."""
+    text = json.dumps(report, indent=1, default=float)
+    (folder / "quality.json").write_text(text + "\n", encoding="utf-8")
+    try:
+        from training.evaluation.plots import plot_curve, plot_heat_map
+    except ImportError as error:
+        raise ValueError(
+            f"expected matplotlib for the plots, found none ({error}); install the extra `train`. "
+            f"The figures are in {folder / 'quality.json'}"
+        ) from error
+    plot_curve(folder / "curve.png", report)
+    plot_heat_map(folder / "heat_map.png", report)
+
+
+def join_runs(files: list[Path]) -> dict[str, Any]:
+    """Join the reports of several seeds: their means in front, each run below `seeds`.
+
+    Points are averaged where all runs have one at the same threshold.
+
+    Raises: ValueError: no file.
+    """
+    if not files:
+        raise ValueError("expected at least one quality.json, found none; name them")
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    joined: dict[str, Any] = {
+        name: float(np.mean([run[name] for run in runs if run[name] is not None]))
+        for name in _MEANS
+    }
+    by_threshold: dict[float, list[dict[str, Any]]] = {}
+    for point in (point for run in runs for point in run["points"]):
+        by_threshold.setdefault(point["threshold"], []).append(point)
+    joined["points"] = [
+        {"threshold": threshold, "runs": len(points)}
+        | {name: float(np.mean([point[name] for point in points])) for name in _POINT_MEANS}
+        for threshold, points in sorted(by_threshold.items())
+        if len(points) == len(runs)
+    ]
+    return joined | {"seeds": {_seed(run, at): run for at, run in enumerate(runs)}}
+
+
+def _seed(run: dict[str, Any], at: int) -> str:
+    training = run["provenance"]["router"]["training"]
+    return str(training.get("config", {}).get("seed", at))

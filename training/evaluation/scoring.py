@@ -1,0 +1,130 @@
+"""Run a policy over prompts and score every answer.
+
+Teacher forcing suffices: a greedy decoder gives the expected answer exactly when every answer
+token is the most likely one after the answer's earlier tokens.
+
+Dimension legend: P prompts, L layers, B prompts of a micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from training.attach import RoutedModel
+from training.data.batching import MicroBatch, collate, fixed_chunk_ends, group_by_length
+from training.data.encoding import Encoded
+from training.data.families import FAMILIES
+from training.distributed import World
+from training.losses import cross_entropy, mean_by_prompt
+from training.policies import CachedContextPolicy, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Results by prompt, in the order of the prompts."""
+
+    score: np.ndarray
+    """[P] float32 in [0, 1], by the task's metric."""
+    surprise: np.ndarray
+    """[P] float32, nats an answer token."""
+    sparse: np.ndarray
+    """[P, L] float32, 1 where the layer's final route is SPARSE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How prompts reach the model."""
+
+    chunk_tokens: int | None = None
+    """Prefill chunk; None: the prompt in one."""
+    cached: "Scores | None" = None
+    """Routes under which another request computed the shared context beforehand."""
+
+
+class Scorer:
+    """Scores policies on one device, or on all processes' devices together.
+
+    Args:
+        routed: the model.
+        pool_tokens: of the router.
+        token_budget: tokens computed at once.
+        world: this process among the others.
+    """
+
+    def __init__(
+        self, routed: RoutedModel, pool_tokens: int, token_budget: int, world: World
+    ) -> None:
+        self.routed = routed
+        self.pool_tokens = pool_tokens
+        self.token_budget = token_budget
+        self.world = world
+        self.tokens = 0
+
+    def score(
+        self, prompts: Sequence[Encoded], policy: Policy, condition: Condition | None = None
+    ) -> Scores:
+        """Score a policy.
+
+        Args:
+            prompts: P of them, the same in every process.
+            policy: chooses the routes.
+            condition: chunks and cached context; None: whole prompts.
+
+        Returns: Scores of all prompts, in every process.
+        """
+        condition = condition or Condition()
+        groups = list(group_by_length([len(prompt) for prompt in prompts], self.token_budget))
+        layers = self.routed.num_layers
+        result = torch.zeros(len(prompts), 2 + layers, device=self.world.device)
+        for rows in groups[self.world.rank :: self.world.size]:
+            micro, used = self._prepare(prompts, rows, policy, condition)
+            result[rows] = self._run(micro, used)
+            self.tokens += micro.token_ids.numel()
+        table = self.world.sum(result).cpu().numpy()
+        return Scores(table[:, 0], table[:, 1], table[:, 2:])
+
+    def _prepare(
+        self, prompts: Sequence[Encoded], rows: list[int], policy: Policy, condition: Condition
+    ) -> tuple[MicroBatch, Policy]:
+        chosen = [prompts[row] for row in rows]
+        if condition.cached is None:
+            ends = [fixed_chunk_ends(p.prompt_len, condition.chunk_tokens) for p in chosen]
+        else:
+            ends = [[_cached_tokens(p), p.prompt_len] for p in chosen]
+            full = 1 - torch.tensor(condition.cached.sparse[rows].T)
+            policy = CachedContextPolicy(policy, full.to(self.world.device))
+        return collate(chosen, rows, ends, self.pool_tokens).to(self.world.device), policy
+
+    @torch.inference_mode()
+    def _run(self, micro: MicroBatch, policy: Policy) -> torch.Tensor:
+        """Score one micro-batch: [B, 2 + L] of score, surprise, SPARSE by layer."""
+        routed = self.routed.forward(micro.token_ids, micro.plan, policy)
+        logits = self.routed.logits(routed.hidden[micro.answer_rows, micro.answer_positions])
+        count = len(micro.tasks)
+        right = (logits.argmax(dim=-1) == micro.answer_tokens).float()
+        share = mean_by_prompt(right, micro.answer_rows, count)
+        exact = torch.tensor([metric_of(task) == "exact" for task in micro.tasks])
+        score = torch.where(exact.to(share.device), (share > 1 - 1e-6).float(), share)
+        surprise = mean_by_prompt(
+            cross_entropy(logits, micro.answer_tokens), micro.answer_rows, count
+        )
+        final = micro.plan.is_last.float()
+        sparse = ((1 - routed.routes) * final).sum(dim=-1).T
+        return torch.cat([torch.stack([score, surprise], dim=1), sparse], dim=1)
+
+
+def metric_of(task: str) -> str:
+    """Return a task's metric; tasks from files are scored by token."""
+    return FAMILIES[task].metric if task in FAMILIES else "tokens"
+
+
+def group_of(task: str) -> str:
+    """Return a task's group; tasks from files form their own."""
+    return FAMILIES[task].group if task in FAMILIES else "file"
+
+
+def _cached_tokens(prompt: Encoded) -> int:
+    """Whole blocks of 16 tokens that another question about the same context shares."""
+    return max(16, prompt.shared_len // 16 * 16)

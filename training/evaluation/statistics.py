@@ -1,0 +1,94 @@
+"""Means over tasks and lengths, and their paired bootstrap intervals."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from training.evaluation.scoring import group_of
+
+JUDGED_GROUPS = ("retrieval", "local")
+"""The groups whose means weigh equally in the mean score."""
+
+
+class Cells:
+    """Prompts by task and length, for means in which every cell weighs the same.
+
+    Args:
+        tasks: [P] task of each prompt.
+        lengths: [P] length bucket of each prompt.
+    """
+
+    def __init__(self, tasks: Sequence[str], lengths: Sequence[int]) -> None:
+        self.rows: dict[tuple[str, int], np.ndarray] = {}
+        for row, key in enumerate(zip(tasks, lengths, strict=True)):
+            self.rows.setdefault(key, np.array([], dtype=np.int64))
+            self.rows[key] = np.append(self.rows[key], row)
+
+    def by_cell(self, values: np.ndarray) -> dict[str, dict[str, float]]:
+        """Mean by task and length."""
+        found: dict[str, dict[str, float]] = {}
+        for (task, length), rows in self.rows.items():
+            found.setdefault(task, {})[str(length)] = round(float(values[rows].mean()), 4)
+        return found
+
+    def by_group(self, values: np.ndarray) -> dict[str, float]:
+        """Mean by group, all cells of a group weighing the same."""
+        cells: dict[str, list[float]] = {}
+        for (task, _), rows in self.rows.items():
+            cells.setdefault(group_of(task), []).append(float(values[rows].mean()))
+        return {group: float(np.mean(means)) for group, means in cells.items()}
+
+    def overall(self, values: np.ndarray) -> float:
+        """Mean of the judged groups, in equal weight."""
+        groups = self.by_group(values)
+        judged = [groups[name] for name in JUDGED_GROUPS if name in groups]
+        return float(np.mean(judged or list(groups.values())))
+
+    def resample(self, rng: np.random.Generator) -> "Cells":
+        """Draw prompts anew within every cell."""
+        drawn = Cells([], [])
+        drawn.rows = {
+            key: rows[rng.integers(0, len(rows), len(rows))] for key, rows in self.rows.items()
+        }
+        return drawn
+
+
+def interval(
+    cells: Cells,
+    values: dict[str, np.ndarray],
+    statistic: str,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Give paired bootstrap 95% intervals: every draw takes the same prompts for all values.
+
+    Args:
+        cells: of the prompts.
+        values: named per-prompt values [P]; the first is the reference.
+        statistic: `overall`, or a group's name.
+        draws: bootstrap draws.
+        seed: of the draws.
+
+    Returns: `NAME` interval of the mean, `NAME/REFERENCE` of the ratio and `NAME-REFERENCE` of
+        the difference to the reference.
+    """
+    rng = np.random.default_rng(seed)
+    means: dict[str, list[float]] = {name: [] for name in values}
+    for _ in range(draws):
+        drawn = cells.resample(rng)
+        for name, value in values.items():
+            groups = drawn.overall(value) if statistic == "overall" else None
+            means[name].append(drawn.by_group(value)[statistic] if groups is None else groups)
+    table = {name: np.array(mean) for name, mean in means.items()}
+    reference = next(iter(values))
+    found = {name: _bounds(mean) for name, mean in table.items()}
+    for name, mean in table.items():
+        if name != reference:
+            found[f"{name}/{reference}"] = _bounds(mean / np.maximum(table[reference], 1e-9))
+            found[f"{name}-{reference}"] = _bounds(mean - table[reference])
+    return found
+
+
+def _bounds(means: np.ndarray) -> list[float]:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [round(float(low), 4), round(float(high), 4)]

@@ -1,0 +1,49 @@
+"""What a result came from: versions, arguments, hardware, data."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def provenance(device: torch.device, corpus: str) -> dict[str, object]:
+    """Gather what is needed to repeat a run, beside its settings.
+
+    Args:
+        device: the run's.
+        corpus: path of the text file, or empty.
+    """
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv[1:],
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "device": _device_name(device),
+        "corpus_sha256": _digest(Path(corpus)) if corpus else "collected on the machine",
+    }
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

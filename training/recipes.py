@@ -1,0 +1,83 @@
+"""Ready-made runs: functions that return a full config."""
+
+from training.config import (
+    DataSettings,
+    EvalConfig,
+    LossSettings,
+    OptimizerSettings,
+    RouterSettings,
+    SystemSettings,
+    TrainConfig,
+)
+
+SMOLLM2_TASKS = (
+    "needle",
+    "multi_key",
+    "variable_tracking",
+    "repeat_end",
+    "list_end",
+    "continue_text",
+    "code_completion",
+    "few_shot",
+    "state_tracking",
+    "arithmetic",
+)
+
+
+def smollm2(model: str = "", out: str = "") -> TrainConfig:
+    """Train SmolLM2-135M-Instruct's router on one GPU in a few minutes."""
+    return TrainConfig(
+        model=model,
+        out=out,
+        router=RouterSettings(
+            pool_tokens=96, sink_tokens=64, window_tokens=512, full_bias=2.0
+        ),
+        data=DataSettings(tasks=SMOLLM2_TASKS, min_tokens=1024, max_tokens=4096),
+        loss=LossSettings(targets=("retrieval=0.6", "local=1.0", "few_shot=0.9")),
+        optimizer=OptimizerSettings(steps=600, batch_size=40, learning_rate=2e-3),
+    )
+
+
+def paper(model: str = "", out: str = "") -> TrainConfig:
+    """Follow arXiv 2604.07394: 300 steps of 48 prompts up to 64K tokens, for 8 GPUs of 80 GB."""
+    return TrainConfig(
+        model=model,
+        out=out,
+        router=RouterSettings(pool_tokens=96, sink_tokens=128, window_tokens=1024, full_bias=4.5),
+        data=DataSettings(min_tokens=4096, max_tokens=65536, chunked_fraction=0.5),
+        loss=LossSettings(
+            distillation_weight=0.0, lm_weight=1.0, constraint="absolute", multiplier_rate=1e-3
+        ),
+        optimizer=OptimizerSettings(
+            steps=300, batch_size=48, learning_rate=5e-4, micro_batch_tokens=65536
+        ),
+        system=SystemSettings(checkpoint_layers=True, shard_model=True),
+    )
+
+
+def tiny(model: str = "", out: str = "") -> TrainConfig:
+    """Try everything on the CPU in a minute; what comes out is of no use."""
+    return TrainConfig(
+        model=model,
+        out=out,
+        router=RouterSettings(pool_tokens=32, sink_tokens=16, window_tokens=64, full_bias=1.0),
+        data=DataSettings(
+            tasks=("needle", "repeat_end"), min_tokens=256, max_tokens=384, workers=0
+        ),
+        optimizer=OptimizerSettings(steps=10, batch_size=4, learning_rate=5e-3),
+        system=SystemSettings(device="cpu", dtype="float32", save_every=5),
+    )
+
+
+def evaluation(model: str = "", router: str = "", out: str = "") -> EvalConfig:
+    """Evaluate as the project reports it: 400 prompts a task and length."""
+    return EvalConfig(
+        model=model,
+        router=router,
+        out=out,
+        data=DataSettings(tasks=SMOLLM2_TASKS),
+        variants=("plain", "wording", "wrapper:instruction", "chunks:2048", "chunks:512", "cached"),
+    )
+
+
+RECIPES = {"smollm2": smollm2, "paper": paper, "tiny": tiny}
