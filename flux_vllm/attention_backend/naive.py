@@ -218,9 +218,7 @@ def unrotate(
     return back
 
 
-def _pairs(
-    head_dim: int, num_pairs: int, interleaved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pairs(head_dim: int, num_pairs: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.arange(head_dim)
     if interleaved:
         return index[0 : 2 * num_pairs : 2], index[1 : 2 * num_pairs : 2]

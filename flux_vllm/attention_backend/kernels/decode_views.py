@@ -165,13 +165,13 @@ def _views_kernel(
         tl.store(compact_lens + row, compact_len)
         slot = tl.load(slots + row).to(tl.int64)
         prefills = tl.load(is_prefill + row) != 0
-        real_row = (slot >= 0) & (seq_len > 0)
         layer = tl.arange(0, LAYERS)
         wanted = layer < num_layers
         column_of_layer = tl.load(layer_columns + layer, mask=wanted, other=0)
-        route = tl.load(
-            routes + slot * stride_routes + column_of_layer, mask=wanted & real_row, other=_FULL
-        )
+        # A padding row takes slot 0's routes and drops them: it has neither keys nor queries.
+        from_table = routes + tl.maximum(slot, 0) * stride_routes + column_of_layer
+        route = tl.load(from_table, mask=wanted, other=_FULL)
+        route = tl.where((slot >= 0) & (seq_len > 0), route, _FULL)
         compact = (route == _SPARSE) & ~prefills
         apart = (route == _SPARSE) & prefills & (seq_len > SINK_TOKENS + WINDOW_TOKENS)
         entry = layer * stride_layer + row

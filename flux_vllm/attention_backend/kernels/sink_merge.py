@@ -1,0 +1,201 @@
+"""Add the sinks to attention over the window alone: the second half of sparse prefill with FA3.
+
+A query at position p has its window (p - W, p] in `out` and `lse`; this adds keys
+[0, min(S, p - W + 1)), the sinks that the window does not already hold, and joins the two by their
+log-sum-exp. Queries that have no such key are left as they are.
+
+Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
+M table width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from flux_vllm.attention_backend.kernels.tiles import (
+    INTERPRETED,
+    LOG2_E,
+    dot,
+    find_row,
+    softmax_step,
+)
+from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile
+
+
+def default_tile(head_dim: int, sink_tokens: int, queries_per_kv: int) -> PrefillTile:
+    """Choose a tile; the sinks are few, so it is the queries' traffic that counts."""
+    if INTERPRETED:
+        return PrefillTile(64, 32, 4, 1)
+    block_n = min(64 if head_dim <= 128 else 32, max(16, triton.next_power_of_2(sink_tokens)))
+    return PrefillTile(64, block_n, 4, 2)
+
+
+def merge_sinks(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seqused_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    *,
+    scale: float,
+    sink_tokens: int,
+    window_tokens: int,
+    kv_batch_idx: torch.Tensor | None = None,
+    tile: PrefillTile | None = None,
+) -> None:
+    """Merge the sinks into the output of rows whose `seqused_q` is not 0.
+
+    Args:
+        query: [T, N, H] float16 or bfloat16, last dimension contiguous.
+        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
+        value_cache: [B, block_size, K, H], likewise.
+        out: [T, N, H], in and out: attention over the window.
+        lse: [N, T] float32, its log-sum-exp (natural logarithm).
+        block_table: [>= R, M] int32; entries past the sinks are never read.
+        query_start_loc: [R + 1] int32.
+        seqused_q: [R] int32 on the device: all of the row's queries, or 0 to skip it.
+        seqused_k: [R] int32: keys, this step's queries included.
+        scale: softmax scale.
+        sink_tokens: S.
+        window_tokens: W, the query's own key included.
+        kv_batch_idx: [R] int32, the row of `block_table` to read; None reads row r.
+        tile: sizes; None for the default.
+
+    Host sync: none. CUDA graph: safe; allocates nothing.
+    """
+    tokens, heads, head_dim = query.shape
+    rows, kv_heads = seqused_k.shape[0], key_cache.shape[2]
+    group = heads // kv_heads
+    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
+    assert lse.shape == (heads, tokens), f"lse {tuple(lse.shape)}, expected {(heads, tokens)}"
+    if tokens == 0 or rows == 0 or sink_tokens == 0:
+        return
+    tile = tile or default_tile(head_dim, sink_tokens, group)
+    block_q = tile.block_m // group
+    grid = (tokens // block_q + rows, kv_heads)
+    _sink_kernel[grid](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        lse,
+        block_table,
+        kv_batch_idx,
+        query_start_loc,
+        seqused_q,
+        seqused_k,
+        rows,
+        scale * LOG2_E,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        *out.stride()[:2],
+        lse.stride(0),
+        block_table.stride(0),
+        LOG2_E=LOG2_E,
+        SINK_TOKENS=sink_tokens,
+        WINDOW_TOKENS=window_tokens,
+        BLOCK_SIZE=key_cache.shape[1],
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_Q=block_q,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        INTERPRET=INTERPRETED,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@triton.jit
+def _sink_kernel(
+    query,
+    key_cache,
+    value_cache,
+    out,
+    lse,
+    block_table,
+    kv_batch_idx,
+    query_start_loc,
+    seqused_q,
+    seqused_k,
+    num_rows,
+    scale_log2,
+    stride_qt,
+    stride_qn,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_on,
+    stride_lse,
+    stride_table,
+    LOG2_E: tl.constexpr,
+    SINK_TOKENS: tl.constexpr,
+    WINDOW_TOKENS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    row, q_tile = find_row(query_start_loc, tl.program_id(0), num_rows, BLOCK_Q)
+    queries = tl.load(seqused_q + row)
+    first_query = q_tile * BLOCK_Q
+    keys = tl.load(seqused_k + row)
+    first = keys - queries + first_query
+    last = tl.minimum(first + BLOCK_Q, keys) - 1
+    if (first_query >= queries) | (last < WINDOW_TOKENS):
+        return
+    kv_head = tl.program_id(1)
+    table_row = row
+    if kv_batch_idx is not None:
+        table_row = tl.load(kv_batch_idx + row)
+    table = block_table + table_row.to(tl.int64) * stride_table
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    position = first + m // GROUP
+    token = (tl.load(query_start_loc + row) + first_query + m // GROUP).to(tl.int64)
+    head = kv_head * GROUP + m % GROUP
+    # Tokens without a sink of their own keep their output bit by bit.
+    valid = (position >= WINDOW_TOKENS) & (position <= last) & (m < BLOCK_Q * GROUP)
+    stored = valid[:, None] & (d < HEAD_DIM)[None, :]
+    q_pointers = query + (token * stride_qt + head * stride_qn)[:, None] + d[None, :]
+    o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
+    q = tl.load(q_pointers, mask=stored, other=0.0)
+    window_out = tl.load(o_pointers, mask=stored, other=0.0).to(tl.float32)
+    window_lse = tl.load(lse + head * stride_lse + token, mask=valid, other=0.0) * LOG2_E
+    key_base = key_cache + kv_head * stride_kh
+    value_base = value_cache + kv_head * stride_vh
+
+    # The window is the first share of the softmax: its sum is 1 at a maximum of its lse.
+    largest = window_lse
+    total = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = window_out
+    for start in range(0, SINK_TOKENS, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        in_use = n < SINK_TOKENS
+        loaded = in_use[:, None] & (d < HEAD_DIM)[None, :]
+        block = tl.load(table + n // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
+        k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
+        k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+        v_offset = block * stride_vb + (n % BLOCK_SIZE) * stride_vt
+        v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+        visible = in_use[None, :] & (n[None, :] <= (position - WINDOW_TOKENS)[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        weights, largest, total, acc = softmax_step(scores, largest, total, acc)
+        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
+    tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)

@@ -1,0 +1,50 @@
+"""Pieces that the attention kernels share: tile products, rows of a packed batch, softmax."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this was imported)."""
+
+LOG2_E = 1.4426950408889634
+NO_SCORE = tl.constexpr(-1.0e30)
+"""Running maximum before any score: finite, so that an all-masked tile gives no NaN."""
+
+
+@triton.jit
+def dot(a, b, acc, INTERPRET: tl.constexpr):
+    """Multiply tiles, accumulating in float32; float32 operands multiply in float32, not TF32."""
+    if INTERPRET:
+        # The interpreter keeps bfloat16 as its bits and would multiply those.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def find_row(query_start_loc, tile, num_rows, BLOCK_Q: tl.constexpr):
+    """Find the row of a tile, where row r's tiles begin at query_start_loc[r] // BLOCK_Q + r.
+
+    Returns the row and the tile's number within it; a row may own a tile more than it needs.
+    """
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        begin = tl.load(query_start_loc + middle) // BLOCK_Q + middle
+        if begin <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    row = low - 1
+    return row, tile - tl.load(query_start_loc + row) // BLOCK_Q - row
+
+
+@triton.jit
+def softmax_step(scores, largest, total, acc):
+    """Take a tile of base-2 scores into the running softmax; returns the tile's weights too."""
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+    weights = tl.math.exp2(scores - new_largest[:, None])
+    decay = tl.math.exp2(largest - new_largest)
+    total = total * decay + tl.sum(weights, axis=1)
+    return weights, new_largest, total, acc * decay[:, None]

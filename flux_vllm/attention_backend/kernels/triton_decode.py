@@ -1,0 +1,284 @@
+"""Decode attention in Triton for mixed routes: one call reads real or compacted table rows.
+
+Split over the keys (flash-decoding): each program takes a share of a row's keys, a second kernel
+joins the shares. A row may have a few queries (speculative decoding), causal among themselves.
+
+Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
+M table width, P splits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flux_vllm.attention_backend.kernels.tiles import (
+    INTERPRETED,
+    LOG2_E,
+    NO_SCORE,
+    dot,
+    softmax_step,
+)
+
+
+class DecodeWorkspace(NamedTuple):
+    """Where shares meet; one serves every layer and step it is large enough for."""
+
+    out: torch.Tensor
+    """[T, N, P, H] float32."""
+    lse: torch.Tensor
+    """[T, N, P] float32, base 2."""
+
+
+def decode_workspace(
+    max_tokens: int, heads: int, head_dim: int, num_splits: int, device: torch.device
+) -> DecodeWorkspace:
+    """Allocate a workspace for up to `max_tokens` queries."""
+    return DecodeWorkspace(
+        torch.empty(max_tokens, heads, num_splits, head_dim, device=device),
+        torch.empty(max_tokens, heads, num_splits, device=device),
+    )
+
+
+def choose_num_splits(rows: int, kv_heads: int, num_sms: int, most: int = 64) -> int:
+    """Choose the shares a row is split in at most, from sizes that a CUDA graph fixes."""
+    wanted = triton.cdiv(4 * num_sms, max(1, rows * kv_heads))
+    return min(most, triton.next_power_of_2(max(1, wanted)))
+
+
+def attend_decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    table2: torch.Tensor,
+    kv_batch_idx: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seqused_k: torch.Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    max_query_len: int,
+    scale: float,
+    seqused_q: torch.Tensor | None = None,
+    block_n: int | None = None,
+) -> None:
+    """Attend decode rows, each over the table row that its route chose.
+
+    Args:
+        query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
+        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
+        value_cache: [B, block_size, K, H], likewise.
+        out: [T, N, H]; rows without queries or keys are left as they are.
+        table2: [2C, M] int32, see `write_decode_views`.
+        kv_batch_idx: [R] int32, the row of `table2` to read.
+        query_start_loc: [R + 1] int32.
+        seqused_k: [R] int32: keys in that row; the last is the last query's own.
+        workspace: for at least T tokens; its P is the number of splits.
+        max_query_len: most queries a row has.
+        scale: softmax scale.
+        seqused_q: [R] int32: 0 skips a row; None attends every row.
+        block_n: keys taken at a time.
+
+    Host sync: none. CUDA graph: safe; allocates nothing.
+    """
+    tokens, heads, head_dim = query.shape
+    rows, kv_heads = seqused_k.shape[0], key_cache.shape[2]
+    group = heads // kv_heads
+    splits = workspace.lse.shape[2]
+    assert workspace.lse.shape[0] >= tokens, "workspace too small"
+    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
+    if tokens == 0 or rows == 0:
+        return
+    if block_n is None:
+        block_n = 32 if INTERPRETED or query.element_size() * head_dim > 256 else 64
+    block_m = max(16, triton.next_power_of_2(max_query_len * group))
+    shared = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_N": block_n,
+        "SPLITS": splits,
+    }
+    _share_kernel[(rows, kv_heads, splits)](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        workspace.out,
+        workspace.lse,
+        table2,
+        kv_batch_idx,
+        query_start_loc,
+        seqused_q,
+        seqused_k,
+        scale * LOG2_E,
+        heads,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        *out.stride()[:2],
+        table2.stride(0),
+        BLOCK_SIZE=key_cache.shape[1],
+        BLOCK_M=block_m,
+        INTERPRET=INTERPRETED,
+        **shared,
+        num_warps=4,
+        num_stages=1 if INTERPRETED else 3,
+    )
+    if splits > 1:
+        _join_kernel[(rows, heads)](
+            out,
+            workspace.out,
+            workspace.lse,
+            query_start_loc,
+            seqused_q,
+            seqused_k,
+            heads,
+            *out.stride()[:2],
+            **shared,
+            num_warps=4,
+        )
+
+
+@triton.jit
+def _row(query_start_loc, seqused_q, seqused_k, row, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """Return a row's first token, queries, keys, and tiles of keys a split."""
+    start = tl.load(query_start_loc + row)
+    queries = tl.load(query_start_loc + row + 1) - start
+    if seqused_q is not None:
+        queries = tl.minimum(queries, tl.load(seqused_q + row))
+    keys = tl.load(seqused_k + row)
+    tiles = (keys + BLOCK_N - 1) // BLOCK_N
+    return start, queries, keys, (tiles + SPLITS - 1) // SPLITS
+
+
+@triton.jit
+def _share_kernel(
+    query,
+    key_cache,
+    value_cache,
+    out,
+    share_out,
+    share_lse,
+    table2,
+    kv_batch_idx,
+    query_start_loc,
+    seqused_q,
+    seqused_k,
+    scale_log2,
+    heads,
+    stride_qt,
+    stride_qn,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_on,
+    stride_table,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    start, queries, keys, split_tiles = _row(
+        query_start_loc, seqused_q, seqused_k, row, BLOCK_N, SPLITS
+    )
+    begin = split * split_tiles * BLOCK_N
+    if (queries <= 0) | (begin >= keys):
+        return
+    end = tl.minimum(begin + split_tiles * BLOCK_N, keys)
+    table = table2 + tl.load(kv_batch_idx + row).to(tl.int64) * stride_table
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    token = (start + m // GROUP).to(tl.int64)
+    head = kv_head * GROUP + m % GROUP
+    position = keys - queries + m // GROUP
+    valid = m < queries * GROUP
+    stored = valid[:, None] & (d < HEAD_DIM)[None, :]
+    q_pointers = query + (token * stride_qt + head * stride_qn)[:, None] + d[None, :]
+    q = tl.load(q_pointers, mask=stored, other=0.0)
+    key_base = key_cache + kv_head * stride_kh
+    value_base = value_cache + kv_head * stride_vh
+
+    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for tile_start in range(begin, end, BLOCK_N):
+        n = tile_start + tl.arange(0, BLOCK_N)
+        loaded = (n < end)[:, None] & (d < HEAD_DIM)[None, :]
+        block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+        k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
+        k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+        v_offset = block * stride_vb + (n % BLOCK_SIZE) * stride_vt
+        v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+        visible = (n < end)[None, :] & (n[None, :] <= position[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        weights, largest, total, acc = softmax_step(scores, largest, total, acc)
+        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
+
+    # The last queries' keys may begin in the last share: an earlier query then has none here.
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if end - begin == keys:
+        o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
+        tl.store(o_pointers, result.to(out.dtype.element_ty), mask=stored)
+    else:
+        share = (token * heads + head) * SPLITS + split
+        tl.store(share_out + share[:, None] * HEAD_DIM + d[None, :], result, mask=stored)
+        lse = tl.where(total > 0, largest + tl.math.log2(total), NO_SCORE)
+        tl.store(share_lse + share, lse, mask=valid)
+
+
+@triton.jit
+def _join_kernel(
+    out,
+    share_out,
+    share_lse,
+    query_start_loc,
+    seqused_q,
+    seqused_k,
+    heads,
+    stride_ot,
+    stride_on,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    start, queries, keys, split_tiles = _row(
+        query_start_loc, seqused_q, seqused_k, row, BLOCK_N, SPLITS
+    )
+    if (queries <= 0) | (keys <= split_tiles * BLOCK_N):
+        return  # padding, or one share: written in place
+    p = tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    used = p * split_tiles * BLOCK_N < keys
+    for i in range(0, queries):
+        token = (start + i).to(tl.int64)
+        share = (token * heads + head) * SPLITS + p
+        lse = tl.load(share_lse + share, mask=used, other=float("-inf"))
+        weight = tl.math.exp2(lse - tl.max(lse, axis=0))
+        weight = weight / tl.sum(weight, axis=0)
+        part = tl.load(
+            share_out + share[:, None] * HEAD_DIM + d[None, :],
+            mask=used[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        joined = tl.sum(part * weight[:, None], axis=0)
+        o_pointers = out + token * stride_ot + head * stride_on + d
+        tl.store(o_pointers, joined.to(out.dtype.element_ty), mask=d < HEAD_DIM)

@@ -1,0 +1,184 @@
+"""Batches for the kernel tests, and the rule that errors are held to.
+
+Oracle: `flux_vllm.attention_backend.naive`. Everything that a kernel must not read is NaN: block
+0, blocks of no row, slots past a row's length; stale ends of the block table point at such blocks.
+Outputs start as NaN, so what was left unwritten shows.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+
+from flux_vllm.attention_backend import naive
+
+FULL, SPARSE = naive.FULL, naive.SPARSE
+
+DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            not triton.knobs.runtime.interpret,
+            reason="runs in Triton's interpreter, started by test_kernels_interpreter.py",
+        ),
+    ),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                not torch.cuda.is_available() or triton.knobs.runtime.interpret,
+                reason="needs a CUDA GPU",
+            ),
+        ],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a batch; a padding row has no tokens."""
+
+    query_len: int
+    seq_len: int
+    route: int = FULL
+    prefill: bool = True
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model and its cache."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float16
+    sink_tokens: int = 20
+    window_tokens: int = 24
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"N{self.heads}-K{self.kv_heads}-H{self.head_dim}-B{self.block_size}-{dtype}"
+            f"-S{self.sink_tokens}-W{self.window_tokens}"
+        )
+
+
+@dataclass
+class Batch:
+    """Tensors of a batch, on one device."""
+
+    rows: list[Row]
+    shape: Shape
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
+
+    def poisoned_output(self) -> torch.Tensor:
+        return torch.full_like(self.query, float("nan"))
+
+    def tokens_of(self, row: int) -> slice:
+        start = sum(r.query_len for r in self.rows[:row])
+        return slice(start, start + self.rows[row].query_len)
+
+    def seqused_q(self, chosen: list[bool]) -> torch.Tensor:
+        lens = [r.query_len if c else 0 for r, c in zip(self.rows, chosen, strict=True)]
+        return torch.tensor(lens, dtype=torch.int32, device=self.query.device)
+
+    def oracle(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Attend by definition; the exact result, or that of plain torch in a low dtype."""
+        exact = torch.float64 if self.shape.dtype == torch.float32 else torch.float32
+        return naive.attend_batch(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            [r.query_len for r in self.rows],
+            [r.seq_len for r in self.rows],
+            self.block_table,
+            [r.route for r in self.rows],
+            [r.prefill for r in self.rows],
+            self.shape.sink_tokens,
+            self.shape.window_tokens,
+            self.scale,
+            dtype or exact,
+        )
+
+
+def make_batch(rows: list[Row], shape: Shape, device: str, seed: int = 0) -> Batch:
+    """Fill a cache and a batch with random numbers, NaN wherever nothing may be read."""
+    generator = torch.Generator().manual_seed(seed)
+    size = shape.block_size
+    blocks_of = [-(-row.seq_len // size) for row in rows]
+    spare = 5
+    num_blocks = 1 + sum(blocks_of) + spare
+    order = 1 + torch.randperm(num_blocks - 1, generator=generator)
+    width = max(blocks_of) + 3
+    # The layout of vLLM 0.33: keys and values of a token and head side by side.
+    packed = torch.full(
+        (num_blocks, size, shape.kv_heads, 2 * shape.head_dim), float("nan"), dtype=shape.dtype
+    )
+    table = order[-spare:][torch.randint(spare, (len(rows), width), generator=generator)]
+    slots = []
+    for index, row in enumerate(rows):
+        blocks = order[sum(blocks_of[:index]) :][: blocks_of[index]]
+        table[index, : len(blocks)] = blocks
+        filled = torch.full((len(blocks) * size, *packed.shape[2:]), float("nan"))
+        filled[: row.seq_len] = torch.randn(row.seq_len, *packed.shape[2:], generator=generator)
+        packed[blocks] = filled.view(len(blocks), *packed.shape[1:]).to(shape.dtype)
+        position = torch.arange(row.seq_len - row.query_len, row.seq_len)
+        slots.append(table[index, position // size] * size + position % size)
+    packed = packed.to(device)
+    query_lens = torch.tensor([0] + [row.query_len for row in rows])
+    total = int(query_lens.sum())
+    query = torch.randn(total, shape.heads, shape.head_dim, generator=generator)
+    return Batch(
+        rows=rows,
+        shape=shape,
+        query=query.to(shape.dtype).to(device),
+        key_cache=packed[..., : shape.head_dim],
+        value_cache=packed[..., shape.head_dim :],
+        block_table=table.int().to(device),
+        query_start_loc=query_lens.cumsum(0).int().to(device),
+        seq_lens=torch.tensor([row.seq_len for row in rows], dtype=torch.int32, device=device),
+        slot_mapping=torch.cat(slots).to(device),
+    )
+
+
+def assert_as_exact_as_torch(
+    result: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, what: str = ""
+) -> None:
+    """Hold a result to twice the error of plain torch in its dtype, plus its last bit."""
+    assert result.isfinite().all(), f"{what}: not finite"
+    error = (result.to(exact.dtype) - exact).abs().max().item()
+    allowed = (low.to(exact.dtype) - exact).abs().max().item()
+    last_bit = exact.abs().max().item() * torch.finfo(result.dtype).eps
+    assert error <= 2 * allowed + last_bit, f"{what}: error {error:.3g}, torch's {allowed:.3g}"
+
+
+def check_rows(batch: Batch, out: torch.Tensor, attended: list[bool]) -> None:
+    """Hold attended rows to the oracle; others must be as they were (NaN)."""
+    exact, low = batch.oracle(), batch.oracle(batch.shape.dtype)
+    for index, row in enumerate(batch.rows):
+        tokens = batch.tokens_of(index)
+        if attended[index] and row.query_len:
+            assert_as_exact_as_torch(out[tokens], exact[tokens], low[tokens], f"row {index} {row}")
+        else:
+            assert out[tokens].isnan().all(), f"row {index} {row} was written"
+
+
+def test_make_batch_poisons_what_no_row_holds() -> None:
+    batch = make_batch([Row(2, 5), Row(0, 0), Row(1, 33)], Shape(), "cpu")
+    finite = batch.key_cache.isfinite().all(dim=(2, 3))
+    assert finite.sum() == 5 + 33
+    assert not finite[0].any()
+    assert batch.oracle().isfinite().all()

@@ -1,0 +1,312 @@
+"""Query sums, pooling and the router on the GPU against `flux_vllm.router` and the naive oracle.
+
+A story of several engine steps is played on both: chunked prompts, a prefix shared within a step,
+generated text, blocks that change hands. Sums are bfloat16, so they are compared within its last
+bit; tokens of the step itself count exactly.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from flux_vllm.attention_backend import naive
+from flux_vllm.attention_backend.kernels.prompt_rows import (
+    COLUMNS,
+    PooledStep,
+    pack_prompt_rows,
+    update_counts,
+)
+from flux_vllm.attention_backend.kernels.query_sums import (
+    InverseRotary,
+    pooling_workspace,
+    update_and_pool,
+)
+from flux_vllm.attention_backend.kernels.router_mlp import (
+    RouterWeights,
+    RouteTables,
+    RowSwitch,
+    decide_routes,
+    router_weights,
+    router_workspace,
+)
+from flux_vllm.router.features import PromptSpan
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.route import Route, choose_route, full_probability
+from flux_vllm.router.state import QuerySums
+from tests.unit.attention_backend.test_kernels_cases import DEVICES
+
+POOL = 20
+"""Not a multiple of 16: edges round."""
+
+
+@dataclass
+class Request:
+    """A request of the story: its blocks, and its queries before RoPE once they are known."""
+
+    prompt_len: int
+    blocks: list[int]
+    computed: int = 0
+    mean_query: list[torch.Tensor] = field(default_factory=list)
+    has_sum: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Model:
+    heads: int = 3
+    head_dim: int = 64
+    rotary_dim: int = 64
+    interleaved: bool = False
+    attention_scaling: float = 1.0
+    block_size: int = 32
+    by_table: bool = False
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        pairs = self.rotary_dim // 2
+        return 10_000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+
+    def inverse(self, device: str) -> InverseRotary:
+        if not self.by_table:
+            return InverseRotary(
+                self.rotary_dim,
+                self.interleaved,
+                inv_freq=self.inv_freq.to(device),
+                attention_scaling=self.attention_scaling,
+            )
+        angle = torch.arange(400.0)[:, None] * self.inv_freq
+        cos, sin = (f(angle) / self.attention_scaling for f in (torch.cos, torch.sin))
+        return InverseRotary(
+            self.rotary_dim, self.interleaved, cos=cos.to(device), sin=sin.to(device)
+        )
+
+
+MODELS = [
+    Model(),
+    Model(interleaved=True, heads=9, block_size=16),
+    Model(head_dim=96, rotary_dim=32, heads=1),
+    Model(head_dim=128, rotary_dim=128, heads=10, attention_scaling=1.3, block_size=128),
+    Model(head_dim=80, rotary_dim=80, interleaved=True, by_table=True, attention_scaling=0.7),
+]
+
+
+class Story:
+    """Plays steps on the kernels, on `QuerySums`, and keeps what the oracle needs."""
+
+    def __init__(self, model: Model, device: str) -> None:
+        self.model, self.device = model, device
+        self.generator = torch.Generator().manual_seed(0)
+        args = (2, 40, model.block_size, model.head_dim)
+        self.expected = QuerySums(*args, torch.device("cpu"))
+        actual = QuerySums(*args, torch.device("cpu"))
+        self.sums = actual.sums[1].to(device).fill_(float("nan"))
+        self.counts = actual.counts.to(device)
+        self.workspace = pooling_workspace(8, POOL, model.head_dim, torch.device(device))
+        for buffer in self.workspace:
+            buffer.fill_(float("nan"))
+        self.pooled_step = PooledStep(
+            torch.zeros(8, COLUMNS, dtype=torch.int32, device=device),
+            torch.full((8,), 99, dtype=torch.int32, device=device),
+            torch.full((8,), float("nan"), device=device),
+        )
+
+    def step(self, requests: list[Request], scheduled: list[int], routed: list[bool]) -> None:
+        model = self.model
+        spans, slot_mapping, mean_query, query = [], [], [], []
+        width = 12
+        table = torch.randint(40, (len(requests), width), generator=self.generator).int()
+        for row, (request, tokens) in enumerate(zip(requests, scheduled, strict=True)):
+            spans.append(PromptSpan(request.computed, tokens, request.prompt_len))
+            table[row, : len(request.blocks)] = torch.tensor(request.blocks)
+            position = torch.arange(request.computed, request.computed + tokens)
+            block = table[row, position // model.block_size].long()
+            slot_mapping.append(block * model.block_size + position % model.block_size)
+            # An offset, so that a sum that lost or gained a token shows.
+            raw = 1 + torch.randn(tokens, model.heads, model.head_dim, generator=self.generator)
+            rotated = naive.rotate(
+                raw, position, model.inv_freq, model.interleaved, model.attention_scaling
+            )
+            query.append(rotated)
+            exact = naive.unrotate(
+                rotated, position, model.inv_freq, model.interleaved, model.attention_scaling
+            ).mean(dim=1)
+            prompt = max(0, spans[-1].known_end - request.computed)
+            mean_query.append(exact[:prompt])
+            request.mean_query += list(exact)
+            request.has_sum += [True] * prompt + [False] * (tokens - prompt)
+        slots = np.arange(len(requests))[::-1].copy()
+        # Padding after the batch, as in a piecewise graph: slot -1, queries never read.
+        all_slots = torch.cat([*slot_mapping, torch.full((5,), -1)])
+        poison = torch.full((5, model.heads, model.head_dim), float("nan"))
+        all_queries = torch.cat([*query, poison])
+        step = self.expected.begin_step(spans, np.array(routed), slots, all_slots, table, POOL)
+        expected = self.expected.update_and_pool(1, step, torch.cat(mean_query))
+        pooled = self.play(spans, np.array(routed), slots, all_slots, table, all_queries)
+        self.compare(requests, spans, routed, expected, pooled)
+        for request, tokens in zip(requests, scheduled, strict=True):
+            request.computed += tokens
+
+    def play(self, spans, routed, slots, slot_mapping, table, query) -> torch.Tensor:
+        device, model = self.device, self.model
+        packed = pack_prompt_rows(spans, routed, slots)
+        rows = len(packed.rows)
+        self.pooled_step.rows[:rows] = torch.from_numpy(packed.rows).to(device)
+        sizes = {"block_size": model.block_size, "pool_tokens": POOL}
+        slot_mapping, table = slot_mapping.to(device), table.to(device)
+        update_counts(
+            self.counts,
+            slot_mapping,
+            len(slot_mapping),
+            table,
+            self.pooled_step,
+            rows,
+            packed.num_programs,
+            **sizes,
+        )
+        pooled = torch.full((8, model.head_dim), float("nan"), device=device)
+        update_and_pool(
+            query.to(device),
+            self.sums,
+            self.counts,
+            slot_mapping,
+            table,
+            self.pooled_step,
+            self.workspace,
+            model.inverse(device),
+            pooled,
+            rows,
+            packed.num_programs,
+            **sizes,
+        )
+        order = packed.rows[:, 4].astype(bool)
+        assert pooled[:rows][torch.from_numpy(~order)].isnan().all()
+        return pooled[:rows][torch.from_numpy(order)].cpu()
+
+    def compare(self, requests, spans, routed, expected, pooled) -> None:
+        counts = self.counts.cpu()
+        assert torch.equal(counts, self.expected.counts)
+        held = counts > 0
+        # A sum is rounded to bfloat16 twice at most (once a chunk), and the interpreter truncates
+        # where a GPU rounds: two last bits. One token more or less would be 2**-4.
+        torch.testing.assert_close(
+            self.sums.cpu()[held], self.expected.sums[1][held], rtol=2**-6, atol=1e-2
+        )
+        torch.testing.assert_close(pooled, expected, rtol=2**-6, atol=2e-3)
+        chosen = [index for index, chosen in enumerate(routed) if chosen]
+        for index, vector in zip(chosen, pooled, strict=True):
+            request, span = requests[index], spans[index]
+            known = torch.stack(request.mean_query[: span.known_end])
+            exact = naive.pool(
+                known, torch.tensor(request.has_sum[: span.known_end]), span.computed, POOL
+            )
+            torch.testing.assert_close(vector, exact, rtol=2**-6, atol=4e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_update_and_pool_over_several_steps(device: str, model: Model) -> None:
+    story = Story(model, device)
+    size = model.block_size
+
+    def blocks(first: int, tokens: int) -> list[int]:
+        return list(range(first, first - (-tokens // size)))
+
+    short = Request(1, blocks(1, 60))
+    chunked = Request(115, blocks(5, 125))
+    # Both have their first chunk now; one ends within a granule.
+    story.step([short, chunked], [1, 37], [True, True])
+    # Generated text follows the one-token prompt; the other goes on from the middle of a granule.
+    story.step([chunked, short], [53, 30], [True, False])
+    # Ends its prompt, and a request joins that shares its first block in the same step.
+    shared = Request(2 * size + 3, [chunked.blocks[0], *blocks(15, 2 * size + 10)], computed=size)
+    shared.mean_query = [*chunked.mean_query[:size]]
+    shared.has_sum = [True] * min(size, 90) + [False] * (size - 90)
+    if size <= 90:
+        story.step([shared, short, chunked], [size + 1, 1, 25], [True, False, True])
+        story.step([shared, chunked], [2, 1], [True, False])
+    else:
+        story.step([short, chunked], [1, 25], [False, True])
+        story.step([chunked], [1], [False])
+    # Everything changes hands; the new prompt's sums must not see the old ones.
+    for request in (short, chunked):
+        request.blocks = []
+    fresh = Request(50, list(range(30, 0, -1))[: -(-50 // size)])
+    story.step([fresh], [16], [True])
+    story.step([fresh], [17], [True])
+    story.step([fresh], [17], [True])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_update_and_pool_of_a_prefix_computed_in_the_same_step(device: str) -> None:
+    """The row that reads the shared block comes first; its sums are another row's of this step."""
+    story = Story(Model(), device)
+    first = Request(70, [3, 4, 5])
+    second = Request(45, [3, 6], computed=32)
+    # What the first row's queries will be: the story draws the table, then rows in turn.
+    state = story.generator.get_state()
+    torch.randint(40, (2, 12), generator=story.generator)
+    torch.randn(13, 3, 64, generator=story.generator)
+    first_queries = 1 + torch.randn(70, 3, 64, generator=story.generator)
+    story.generator.set_state(state)
+    second.mean_query = list(first_queries.mean(dim=1)[:32])
+    second.has_sum = [True] * 32
+    story.step([second, first], [13, 70], [True, True])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_decide_routes_matches_the_layer_router(device: str, head_dim: int) -> None:
+    torch.manual_seed(0)
+    layers, layer, column = 3, 2, 4
+    router = LayerRouter(layers, head_dim)
+    pooled = torch.randn(5, head_dim)
+    expected = full_probability(router(layer, pooled)).detach()
+    threshold = expected.sort().values[1:3].mean().item()
+    spans = [PromptSpan(10 * i, 7 + i, 100) for i in range(6)]
+    spans[3] = PromptSpan(100, 1, 100)  # decodes: no prompt row
+    routed = np.array([True, True, False, False, True, True])
+    packed = pack_prompt_rows(spans, routed, np.array([5, 4, 3, 2, 1, 0]))
+    tables = RouteTables(
+        torch.full((6, 6), -1, dtype=torch.int8, device=device),
+        torch.full((6, 6), float("nan"), device=device),
+    )
+    lens = torch.tensor([0] + [span.scheduled for span in spans])
+    seq_lens = torch.tensor([span.computed + span.scheduled for span in spans])
+    switch = RowSwitch(
+        seq_lens.int().to(device),
+        lens.cumsum(0).int().to(device),
+        torch.full((6,), -7, dtype=torch.int32, device=device),
+        torch.full((6,), -7, dtype=torch.int32, device=device),
+    )
+    weights = router_weights(router, torch.device(device))
+    assert isinstance(weights, RouterWeights)
+    decide_routes(
+        pooled.to(device),
+        torch.from_numpy(packed.rows).to(device),
+        len(packed.rows),
+        weights,
+        layer,
+        column,
+        threshold,
+        tables,
+        switch,
+        router_workspace(5, head_dim, torch.device(device)),
+        sparse_beyond_tokens=25,
+    )
+    wanted = {0: 0, 1: 1, 4: 3, 5: 4}  # batch row to prompt row
+    chosen = choose_route(expected, threshold)
+    assert {Route.FULL, Route.SPARSE} == {Route(int(chosen[row])) for row in wanted.values()}
+    for batch_row, row in wanted.items():
+        slot = 5 - batch_row
+        probability = tables.full_probability[slot, column].cpu()
+        torch.testing.assert_close(probability, expected[row], rtol=1e-5, atol=1e-6)
+        assert tables.routes[slot, column] == chosen[row]
+        apart = chosen[row] == Route.SPARSE and int(seq_lens[batch_row]) > 25
+        tokens = spans[batch_row].scheduled
+        assert switch.full_seqused_q[batch_row] == (0 if apart else tokens)
+        assert switch.sparse_seqused_q[batch_row] == (tokens if apart else 0)
+    untouched = [3, 2]
+    assert (tables.routes[untouched] == -1).all()
+    assert (tables.routes[:, :column] == -1).all()
+    assert (switch.full_seqused_q[[2, 3]] == -7).all()

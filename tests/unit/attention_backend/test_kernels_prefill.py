@@ -1,0 +1,242 @@
+"""Triton prefill and the sink merge against the float32 oracle, rows switched on the device."""
+
+import pytest
+import torch
+
+from flux_vllm.attention_backend import naive
+from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
+from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile, attend_prefill
+from tests.unit.attention_backend.test_kernels_cases import (
+    DEVICES,
+    FULL,
+    SPARSE,
+    Batch,
+    Row,
+    Shape,
+    assert_as_exact_as_torch,
+    check_rows,
+    make_batch,
+)
+
+S, W = 20, 24
+
+# Whole prompts around every edge, chunks at odd offsets, one-token chunks, padding, both routes.
+AWKWARD = [
+    Row(1, 1, SPARSE),
+    Row(15, 15, SPARSE),
+    Row(16, 16, FULL),
+    Row(17, 17, SPARSE),
+    Row(0, 0, SPARSE),
+    Row(S + W - 1, S + W - 1, SPARSE),
+    Row(S + W, S + W, SPARSE),
+    Row(S + W + 1, S + W + 1, SPARSE),
+    Row(13, 60, SPARSE),
+    Row(37, 101, FULL),
+    Row(5, 40, SPARSE),
+    Row(1, 130, SPARSE),
+    Row(1, 77, FULL),
+    Row(70, 133, SPARSE),
+    Row(0, 0, FULL),
+]
+FEW = [Row(1, 1, SPARSE), Row(50, 83, SPARSE), Row(3, 47, FULL), Row(0, 0), Row(21, 91, SPARSE)]
+SHAPES = [
+    (Shape(), AWKWARD),
+    (Shape(dtype=torch.bfloat16), FEW),
+    (Shape(dtype=torch.float32), FEW),
+    (Shape(heads=3, kv_heads=3), FEW),
+    (Shape(heads=9, kv_heads=3), FEW),
+    (Shape(heads=8, kv_heads=1, head_dim=128), FEW),
+    (Shape(head_dim=96), FEW),
+    (Shape(heads=2, kv_heads=1, head_dim=256), FEW),
+    (Shape(block_size=64), FEW),
+    (Shape(block_size=48, sink_tokens=16, window_tokens=32), FEW),
+    (Shape(sink_tokens=0, window_tokens=5), FEW),
+    (Shape(sink_tokens=1, window_tokens=1), FEW),
+    (Shape(sink_tokens=40, window_tokens=3), FEW),
+]
+IDS = [f"{shape}-R{len(rows)}" for shape, rows in SHAPES]
+
+
+def attend(batch: Batch, out: torch.Tensor, seqused_q: torch.Tensor, sparse: bool) -> None:
+    attend_prefill(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        batch.block_table,
+        batch.query_start_loc,
+        seqused_q,
+        batch.seq_lens,
+        scale=batch.scale,
+        sparse=sparse,
+        sink_tokens=batch.shape.sink_tokens,
+        window_tokens=batch.shape.window_tokens,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("shape", "rows"), SHAPES, ids=IDS)
+def test_attend_prefill_matches_the_oracle(device: str, shape: Shape, rows: list[Row]) -> None:
+    batch = make_batch(rows, shape, device)
+    out = batch.poisoned_output()
+    sparse_rows = [row.route == SPARSE for row in rows]
+    attend(batch, out, batch.seqused_q(sparse_rows), sparse=True)
+    check_rows(batch, out, sparse_rows)
+    attend(batch, out, batch.seqused_q([not sparse for sparse in sparse_rows]), sparse=False)
+    check_rows(batch, out, [True] * len(rows))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attend_prefill_reads_the_table_row_it_is_given(device: str) -> None:
+    batch = make_batch([Row(9, 30), Row(4, 70, SPARSE)], Shape(), device)
+    batch.block_table = torch.cat([torch.zeros_like(batch.block_table), batch.block_table.flip(0)])
+    out = batch.poisoned_output()
+    attend_prefill(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        batch.block_table,
+        batch.query_start_loc,
+        batch.seqused_q([True, True]),
+        batch.seq_lens,
+        scale=batch.scale,
+        sparse=False,
+        kv_batch_idx=torch.tensor([3, 2], dtype=torch.int32, device=device),
+    )
+    batch.block_table = batch.block_table[2:].flip(0)
+    batch.rows[1] = Row(4, 70, FULL)
+    check_rows(batch, out, [True, True])
+
+
+def window_pass(batch: Batch, seqused_q: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to the window alone, with its log-sum-exp: what FA3 hands to `merge_sinks`."""
+    out = batch.poisoned_output()
+    lse = torch.full((batch.shape.heads, len(out)), float("nan"), device=out.device)
+    for index, row in enumerate(batch.rows):
+        if not seqused_q[index] or not row.query_len:
+            continue
+        key, value = (
+            naive.gather_pages(cache, batch.block_table[index], row.seq_len).float()
+            for cache in (batch.key_cache, batch.value_cache)
+        )
+        positions = range(row.seq_len - row.query_len, row.seq_len)
+        mask = naive.prefill_mask(positions, SPARSE, 0, batch.shape.window_tokens)
+        tokens = batch.tokens_of(index)
+        query = batch.query[tokens].float()
+        out[tokens] = naive.attend(query, key, value, mask, batch.scale).to(out.dtype)
+        group = batch.shape.heads // batch.shape.kv_heads
+        scores = torch.einsum("qnh,snh->nqs", query, key.repeat_interleave(group, dim=1))
+        scores = (scores * batch.scale).masked_fill(~mask.to(out.device), float("-inf"))
+        lse[:, tokens] = scores.logsumexp(dim=-1)
+    return out, lse
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("shape", "rows"), SHAPES, ids=IDS)
+def test_merge_sinks_completes_the_window(device: str, shape: Shape, rows: list[Row]) -> None:
+    batch = make_batch(rows, shape, device)
+    sparse_rows = [row.route == SPARSE for row in rows]
+    out, lse = window_pass(batch, sparse_rows)
+    merge_sinks(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        lse,
+        batch.block_table,
+        batch.query_start_loc,
+        batch.seqused_q(sparse_rows),
+        batch.seq_lens,
+        scale=batch.scale,
+        sink_tokens=shape.sink_tokens,
+        window_tokens=shape.window_tokens,
+    )
+    check_rows(batch, out, sparse_rows)
+
+
+LONG = [
+    Shape(heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, sink_tokens=128,
+          window_tokens=2048),
+    Shape(heads=8, kv_heads=8, head_dim=64, dtype=torch.float16, sink_tokens=100,
+          window_tokens=1000, block_size=128),
+    Shape(heads=16, kv_heads=1, head_dim=128, dtype=torch.bfloat16, sink_tokens=128,
+          window_tokens=1024, block_size=32),
+    Shape(heads=6, kv_heads=2, head_dim=256, dtype=torch.bfloat16, sink_tokens=64,
+          window_tokens=512),
+    Shape(heads=4, kv_heads=4, head_dim=96, dtype=torch.float16, sink_tokens=64,
+          window_tokens=512),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("length", [2175, 2176, 2177, 70_000])
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_attend_prefill_long(device: str, shape: Shape, length: int) -> None:
+    query_len = min(length, 301)
+    rows = [Row(query_len, length, SPARSE), Row(7, 2005, FULL), Row(257, length - 1, FULL)]
+    batch = make_batch(rows, shape, device)
+    out = batch.poisoned_output()
+    attend(batch, out, batch.seqused_q([True, False, False]), sparse=True)
+    attend(batch, out, batch.seqused_q([False, True, True]), sparse=False)
+    exact = torch.cat([_by_torch(batch, row, torch.float32) for row in range(3)])
+    low = torch.cat([_by_torch(batch, row, shape.dtype) for row in range(3)])
+    assert_as_exact_as_torch(out, exact, low)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize(
+    "tile", [(64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+)
+def test_attend_prefill_with_any_tile(device: str, tile: tuple[int, int, int, int]) -> None:
+    shape = LONG[0]
+    batch = make_batch([Row(517, 5001, SPARSE), Row(64, 3000, SPARSE)], shape, device)
+    out = batch.poisoned_output()
+    attend_prefill(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        batch.block_table,
+        batch.query_start_loc,
+        batch.seqused_q([True, True]),
+        batch.seq_lens,
+        scale=batch.scale,
+        sparse=True,
+        sink_tokens=shape.sink_tokens,
+        window_tokens=shape.window_tokens,
+        tile=PrefillTile(*tile),
+    )
+    exact = torch.cat([_by_torch(batch, row, torch.float32) for row in range(2)])
+    low = torch.cat([_by_torch(batch, row, shape.dtype) for row in range(2)])
+    assert_as_exact_as_torch(out, exact, low)
+
+
+def _by_torch(batch: Batch, index: int, dtype: torch.dtype) -> torch.Tensor:
+    """Attend one row by masks built on the device: the oracle for lengths its loops cannot do."""
+    row = batch.rows[index]
+    device = batch.query.device
+    key, value = (
+        naive.gather_pages(cache, batch.block_table[index], row.seq_len)
+        for cache in (batch.key_cache, batch.value_cache)
+    )
+    position = torch.arange(row.seq_len - row.query_len, row.seq_len, device=device)[:, None]
+    keys = torch.arange(row.seq_len, device=device)[None, :]
+    mask = keys <= position
+    if row.route == SPARSE:
+        near = keys > position - batch.shape.window_tokens
+        mask &= near | (keys < batch.shape.sink_tokens)
+    group = batch.shape.heads // batch.shape.kv_heads
+    query = batch.query[batch.tokens_of(index)]
+    heads = [
+        naive.attend(
+            query[:, n : n + group],
+            key[:, k : k + 1],
+            value[:, k : k + 1],
+            mask,
+            batch.scale,
+            dtype,
+        )  # fmt: skip
+        for k, n in enumerate(range(0, batch.shape.heads, group))
+    ]
+    return torch.cat(heads, dim=1)
