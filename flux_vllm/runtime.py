@@ -12,7 +12,7 @@ from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route, choose_route, full_probability
-from flux_vllm.router.state import RouteTable
+from flux_vllm.router.state import RouteTable, to_device
 from flux_vllm.step import StepContext
 
 _RECENT_DECISIONS = 256
@@ -39,6 +39,56 @@ class ActiveStep:
     """[R] int64."""
     to_route: np.ndarray
     """[R] bool: prefill rows whose routes are still open."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step that was launched, with the routes that it decided on their way to the host."""
+
+    context: StepContext
+    slots: np.ndarray
+    """[R] int64."""
+    routed: np.ndarray
+    """[R] bool: rows whose routes the step decided, P of them."""
+    settled: np.ndarray
+    """[R] bool: rows whose routes stand from now on."""
+    routes: torch.Tensor
+    """[P, layers of the model] int8 on the host, valid once the event has passed."""
+    full_probability: torch.Tensor
+    """[P, layers of the model] float32 on the host, likewise."""
+    event: torch.cuda.Event | None
+    """None on the CPU, where the values are there at once."""
+
+    @classmethod
+    def read(cls, step: ActiveStep, settled: np.ndarray, table: RouteTable) -> "FinishedStep":
+        """Start copying what a step decided; returns at once."""
+        event = None
+        routes = torch.empty((0, table.num_layers), dtype=torch.int8)
+        probability = torch.empty((0, table.num_layers))
+        if step.to_route.any():
+            slots = to_device(step.slots[step.to_route], table.device)
+            routes, probability = table.routes[slots], table.full_probability[slots]
+            if table.device.type != "cpu":
+                routes, probability = _to_host(routes), _to_host(probability)
+                event = torch.cuda.Event()
+                event.record()
+        return cls(
+            step.context, step.slots, step.to_route, settled, routes, probability, event
+        )
+
+    def is_ready(self) -> bool:
+        """Say whether the values have arrived."""
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        """Wait until the values have arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
 
 
 class FluxRuntime:
@@ -75,6 +125,8 @@ class FluxRuntime:
         self.step: ActiveStep | None = None
         self.reporter: RouteReporter | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
+        self._finished: deque[FinishedStep] = deque()
+        self._known_routes = np.empty((0, num_layers), dtype=np.int8)
         self._reduce_mean = reduce_mean
         self._fixed_routes = None if config.needs_router else self._fix_routes(num_layers)
 
@@ -95,7 +147,7 @@ class FluxRuntime:
         settled = self.table.settled_prompt_len[slots] == context.prompt_lens
         to_route = context.is_prefill & ~settled
         if self._fixed_routes is not None:
-            self.table.routes[torch.from_numpy(slots[to_route])] = self._fixed_routes
+            self.table.routes[to_device(slots[to_route], self.table.device)] = self._fixed_routes
         self.step = ActiveStep(context, slots, to_route)
 
     def decide(self, layer: int, slots: torch.Tensor, pooled: torch.Tensor) -> None:
@@ -113,24 +165,42 @@ class FluxRuntime:
         self.table.routes[slots, layer] = choose_route(probability, self.config.threshold)
 
     def end_step(self) -> None:
-        """Settle the routes of prompts that are complete, and count the step."""
+        """Settle the routes of prompts that are complete, and count the step.
+
+        On a GPU the routes come back without waiting for them, so counting lags behind by the
+        steps in flight.
+        """
         step, self.step = self.step, None
         if step is None:
             return
         settled = step.to_route & step.context.completes_prompt
         self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
-        routes = self.table.routes[torch.from_numpy(step.slots)].numpy()
-        if self.reporter is not None:
-            self.reporter.record(step.context, routes[:, list(self.routed_layers)], settled)
-        for row in np.flatnonzero(settled):
-            self.recent.append(
-                RouteDecision(
-                    request_id=step.context.request_ids[row],
-                    prompt_tokens=int(step.context.prompt_lens[row]),
-                    routes=routes[row].tolist(),
-                    full_probability=self.table.full_probability[step.slots[row]].tolist(),
-                )
-            )
+        self._finished.append(FinishedStep.read(step, settled, self.table))
+        self._count_finished(wait=False)
+
+    def _count_finished(self, wait: bool) -> None:
+        while self._finished and (wait or self._finished[0].is_ready()):
+            step = self._finished.popleft()
+            step.wait()
+            context = step.context
+            # Only rows that were routed in the step can differ from what is known of their slot.
+            self._known_routes = _grown(self._known_routes, len(self.table.settled_prompt_len))
+            self._known_routes[step.slots[step.routed]] = step.routes.numpy()
+            routes = self._known_routes[step.slots]
+            if self.reporter is not None:
+                self.reporter.record(context, routes[:, list(self.routed_layers)], step.settled)
+            if context.is_warmup:
+                continue
+            for index, row in enumerate(np.flatnonzero(step.routed)):
+                if step.settled[row]:
+                    self.recent.append(
+                        RouteDecision(
+                            request_id=context.request_ids[row],
+                            prompt_tokens=int(context.prompt_lens[row]),
+                            routes=routes[row].tolist(),
+                            full_probability=step.full_probability[index].tolist(),
+                        )
+                    )
 
     def abandon_step(self) -> None:
         """Drop the current step after an error in it."""
@@ -141,12 +211,20 @@ class FluxRuntime:
         self.table.release(request_ids)
 
     def status(self) -> dict[str, object]:
-        """Describe the state, for tools and tests."""
+        """Describe the state, for tools and tests; waits for the steps in flight."""
+        self._count_finished(wait=True)
         return {
             "live_requests": len(self.table),
             "routed_layers": list(self.routed_layers),
             "recent": [asdict(decision) for decision in self.recent],
         }
+
+
+def _grown(known: np.ndarray, slots: int) -> np.ndarray:
+    missing = slots - len(known)
+    if missing <= 0:
+        return known
+    return np.pad(known, ((0, missing), (0, 0)), constant_values=int(Route.UNDECIDED))
 
 
 def recent_decisions(llm: object) -> list[RouteDecision]:

@@ -19,6 +19,14 @@ from flux_vllm.router.features import (
 from flux_vllm.router.route import Route
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy a small array to the device without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class RouteTable:
     """The routes of every live request, by slot; a request keeps its slot until it ends.
 
@@ -61,8 +69,9 @@ class RouteTable:
             slots.append(slot)
         if fresh:
             self.settled_prompt_len[fresh] = 0
-            self.routes[fresh] = int(Route.UNDECIDED)
-            self.full_probability[fresh] = float("nan")
+            index = to_device(np.array(fresh, dtype=np.int64), self.device)
+            self.routes.index_fill_(0, index, int(Route.UNDECIDED))
+            self.full_probability.index_fill_(0, index, float("nan"))
         return np.array(slots, dtype=np.int64)
 
     def release(self, request_ids: Iterable[str]) -> None:
