@@ -38,6 +38,7 @@ examples:
 `flux-vllm COMMAND --help` explains a command.
 """
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `flux-vllm`.
 
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flux-vllm",
+        usage="flux-vllm [-h] [--version] COMMAND ...",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

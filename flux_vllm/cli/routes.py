@@ -5,9 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flux_vllm.cli.console import INSTALL_VLLM, CommandError, Progress, require
 from flux_vllm.cli.route_map import (
@@ -19,15 +18,10 @@ from flux_vllm.cli.route_map import (
     symbols_for,
 )
 
+if TYPE_CHECKING:
+    from flux_vllm.runtime import RouteDecision
+
 _ROUTE_NAMES = {1: "FULL", 0: "SPARSE", -1: None}
-
-
-class Decision(Protocol):
-    """What the engine tells of one request's routes."""
-
-    prompt_tokens: int
-    routes: list[int]
-    full_probability: list[float]
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -122,7 +116,7 @@ def flux_config(args: argparse.Namespace) -> dict[str, object]:
 
 def route_prompt(
     args: argparse.Namespace, prompt: str, config: dict[str, object]
-) -> Decision:
+) -> "RouteDecision":
     """Run the prompt through vLLM's offline engine and fetch its routes.
 
     Raises: CommandError: the engine does not start, or tells of no decision.
@@ -149,7 +143,7 @@ def route_prompt(
         llm.chat([{"role": "user", "content": prompt}], sampling, use_tqdm=False)
     else:
         llm.generate([prompt], sampling, use_tqdm=False)
-    decisions: Sequence[Decision] = recent_decisions(llm)
+    decisions = recent_decisions(llm)
     if not decisions:
         raise CommandError(
             "expected the routes of the prompt, found none; run again with --verbose and look for "
@@ -159,7 +153,7 @@ def route_prompt(
     return decisions[-1]
 
 
-def as_json(model: str, decision: Decision) -> dict[str, object]:
+def as_json(model: str, decision: "RouteDecision") -> dict[str, object]:
     """Put a decision into an object for JSON: P(FULL) is null where no router was asked."""
     sparse, routed = count_sparse(decision.routes)
     return {
@@ -180,7 +174,7 @@ def as_json(model: str, decision: Decision) -> dict[str, object]:
     }
 
 
-def render(decision: Decision) -> str:
+def render(decision: "RouteDecision") -> str:
     """Draw a decision as text."""
     symbols = symbols_for(sys.stdout)
     asked = not all(math.isnan(probability) for probability in decision.full_probability)

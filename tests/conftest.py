@@ -1,0 +1,87 @@
+"""What all tests share: marks, seeds, NaN in fresh memory, and the sample model."""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLE_MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
+SEED = 20260404
+
+# Engine processes inherit these: nothing may ask a hub, and nothing is reported anywhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests without a GPU `cpu`; skip, saying why, what this machine cannot run."""
+    gpu_reason: str | None = None
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            item.add_marker(pytest.mark.cpu)
+        else:
+            gpu_reason = _missing_gpu() if gpu_reason is None else gpu_reason
+            if gpu_reason:
+                item.add_marker(pytest.mark.skip(reason=gpu_reason))
+        if item.get_closest_marker("vllm") is not None and find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="needs vLLM; it is not installed here"))
+
+
+def _missing_gpu() -> str:
+    """Say why GPU tests cannot run here; empty where they can."""
+    if find_spec("torch") is None:
+        return "needs a CUDA GPU; torch is not installed here"
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA GPU; this machine has none"
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Give every test the same random numbers, whatever ran before it."""
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill memory that flux_vllm asks for uninitialised with NaN: an unwritten output shows."""
+    if "torch" not in sys.modules:
+        return
+    torch = sys.modules["torch"]
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
+    is_compiling = sys.modules["torch"].compiler.is_dynamo_compiling
+
+    def empty(*args: Any, **kwargs: Any) -> Any:
+        tensor = original(*args, **kwargs)
+        if is_compiling():  # a look at the caller would break vLLM's compiled graphs
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == "flux_vllm" and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        return tensor
+
+    return empty
+
+
+@pytest.fixture(scope="session")
+def sample_model() -> Path:
+    """Give the folder of SmolLM2-135M-Instruct, made once and kept in `models/`."""
+    from flux_vllm.cli.sample_model import is_sample_model, make_sample_model
+
+    if not is_sample_model(SAMPLE_MODEL):
+        make_sample_model(SAMPLE_MODEL)
+    return SAMPLE_MODEL
