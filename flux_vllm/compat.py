@@ -96,15 +96,23 @@ def _attach_then_measure(original: Callable, self: Any) -> int:
 
     if not uses_flux(self.vllm_config):
         return original(self)
+    held = _device_memory(self.device)
     runtime = startup.attach(self.model_runner.get_model(), self.vllm_config, self.device)
     hook_worker(self, runtime)
-    return startup.reserve_side_tables(original(self), self, runtime)
+    held = _device_memory(self.device) - held
+    return startup.reserve_side_tables(original(self) - held, self, runtime)
+
+
+def _device_memory(device: Any) -> int:
+    import torch
+
+    return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
 def hook_worker(worker: Any, runtime: Any) -> None:
     """Tell the runtime of each step's requests and of those that ended."""
 
-    def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any):
+    def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         runtime.finish(scheduler_output.finished_req_ids)
         try:
             output = original(scheduler_output, *args, **kwargs)
@@ -115,11 +123,29 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         return output
 
     _wrap_object(worker, "execute_model", execute_model)
+    # For `collective_rpc`.
     worker.flux_status = runtime.status
-    runner = worker.model_runner
+    worker.flux_fix_routes = runtime.fix_routes
+    _hook_runner(worker.model_runner, runtime)
+
+
+def _hook_runner(runner: Any, runtime: Any) -> None:
+    """Read each step's rows, and keep prefill rows out of full CUDA graphs.
+
+    vLLM treats a prompt's last single token like a decode row and may replay a graph for it, in
+    which no Python runs and nothing is routed.
+    """
     if hasattr(runner, "_build_attention_metadata"):
 
-        def build(original: Callable, *args: Any, **kwargs: Any):
+        def is_uniform_decode(original: Callable, *args: Any, **kwargs: Any) -> bool:
+            forced = kwargs.get("force_uniform_decode")
+            if forced is None and is_prefill_v1(runner.input_batch).any():
+                return False
+            return original(*args, **kwargs)
+
+        _wrap_object(runner, "_is_uniform_decode", is_uniform_decode)
+
+        def build(original: Callable, *args: Any, **kwargs: Any) -> Any:
             scheduled = kwargs.get("num_scheduled_tokens")
             if scheduled is not None:
                 runtime.begin_step(step_from_v1(runner.input_batch, scheduled))
@@ -128,11 +154,32 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         _wrap_object(runner, "_build_attention_metadata", build)
     else:
 
-        def prepare_attn(original: Callable, input_batch: Any):
+        def gather(original: Callable, *args: Any, **kwargs: Any) -> Any:
+            state, uniform = original(*args, **kwargs)
+            if state is not None and state.has_prefill:
+                return state._replace(decode_graph_eligible=False), None
+            return state, uniform
+
+        _wrap_object(runner, "gather_batch_req_state", gather)
+
+        def prepare_attn(original: Callable, input_batch: Any) -> Any:
             runtime.begin_step(step_from_v2(input_batch, runner.req_states))
             return original(input_batch)
 
         _wrap_object(runner, "prepare_attn", prepare_attn)
+
+
+def is_prefill_v1(input_batch: Any) -> np.ndarray:
+    """Say which rows of runner V1 compute older tokens than the newest: [R] bool.
+
+    V1 does not say how many tokens a resumed request recomputes, so a row past its prompt is
+    prefill while older tokens than the newest remain to be computed.
+    """
+    rows = input_batch.num_reqs
+    oldest_decode = np.maximum(
+        input_batch.num_prompt_tokens[:rows], input_batch.num_tokens_no_spec[:rows] - 1
+    )
+    return input_batch.num_computed_tokens_cpu[:rows] < oldest_decode
 
 
 def step_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> StepContext:
@@ -142,20 +189,16 @@ def step_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> Step
         input_batch: vLLM's `gpu_input_batch.InputBatch`.
         num_scheduled_tokens: of the scheduler's output, by request id.
 
-    Returns: StepContext. V1 does not say how many tokens a resumed request recomputes, so a row
-        past its prompt is prefill while older tokens than the newest remain to be computed.
+    Returns: StepContext.
     """
     rows = input_batch.num_reqs
     request_ids = tuple(input_batch.req_ids[:rows])
-    prompt_lens = input_batch.num_prompt_tokens[:rows].astype(np.int64)
-    computed = input_batch.num_computed_tokens_cpu[:rows].astype(np.int64)
-    known = input_batch.num_tokens_no_spec[:rows].astype(np.int64)
     return StepContext(
         request_ids=request_ids,
-        prompt_lens=prompt_lens,
-        computed=computed,
+        prompt_lens=input_batch.num_prompt_tokens[:rows].astype(np.int64),
+        computed=input_batch.num_computed_tokens_cpu[:rows].astype(np.int64),
         scheduled=np.array([num_scheduled_tokens[name] for name in request_ids], dtype=np.int64),
-        is_prefill=computed < np.maximum(prompt_lens, known - 1),
+        is_prefill=is_prefill_v1(input_batch),
     )
 
 

@@ -1,4 +1,4 @@
-"""The operator's configuration: `--additional-config '{"flux": {...}}'`, checked before anything runs."""
+"""The operator's configuration, `--additional-config '{"flux": {...}}'`, checked at start."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -9,6 +9,7 @@ from flux_vllm.router.checkpoint import RouterInfo
 
 ADDITIONAL_CONFIG_KEY = "flux"
 POLICIES = ("router", "full", "sparse", "static")
+KERNELS = ("fa3", "triton")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class FluxConfig:
     """First tokens a SPARSE layer attends to; default: what the router was trained with."""
     window_tokens: int | None = None
     """Latest tokens a SPARSE layer attends to, the query's own included; default likewise."""
+    kernels: str | None = None
+    """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
 
     def __post_init__(self) -> None:
         _check_type("router", self.router, str, "a path")
@@ -46,6 +49,8 @@ class FluxConfig:
             _check_type(name, value, int, "a whole number of tokens")
             if value is not None and value < least:
                 raise _error(name, f"a whole number of at least {least}", value)
+        if self.kernels is not None and self.kernels not in KERNELS:
+            raise _error("kernels", f"one of {list(KERNELS)}", self.kernels)
         self._check_sparse_layers()
 
     def _check_sparse_layers(self) -> None:
@@ -54,15 +59,17 @@ class FluxConfig:
             expected = "a list of distinct layer indices such as [0, 2, 5]"
             _check_type("sparse_layers", layers, (list, tuple), expected)
             indices = [i for i in layers if isinstance(i, int) and not isinstance(i, bool)]
-            if len(indices) != len(layers) or len(set(layers)) != len(layers) or min(
-                indices, default=0
-            ) < 0:
+            if (
+                len(indices) != len(layers)
+                or len(set(layers)) != len(layers)
+                or min(indices, default=0) < 0
+            ):
                 raise _error("sparse_layers", expected, list(layers))
             object.__setattr__(self, "sparse_layers", tuple(sorted(layers)))
         if (layers is not None) != (self.policy == "static"):
             raise FluxConfigError(
                 'flux config: expected "sparse_layers" together with "policy": "static" and only '
-                f'then, found policy {self.policy!r} and sparse_layers {layers!r}; '
+                f"then, found policy {self.policy!r} and sparse_layers {layers!r}; "
                 + ('add "sparse_layers"' if layers is None else 'set "policy": "static" or drop it')
             )
 
@@ -82,7 +89,7 @@ class FluxConfig:
             return given
         if not isinstance(given, Mapping):
             raise FluxConfigError(
-                "--additional-config: expected an object under \"flux\", such as "
+                '--additional-config: expected an object under "flux", such as '
                 f'{{"flux": {{"policy": "full"}}}}, found {given!r}'
             )
         known = [field.name for field in fields(cls)]

@@ -2,7 +2,7 @@
 
 
 class FluxConfigError(ValueError):
-    """A value of `--additional-config '{"flux": ...}'` is unknown, of the wrong type or out of range."""
+    """The operator's configuration has an unknown key, a wrong type or a value out of range."""
 
 
 class RouterCheckpointError(ValueError):

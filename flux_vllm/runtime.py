@@ -72,9 +72,7 @@ class FinishedStep:
                 routes, probability = _to_host(routes), _to_host(probability)
                 event = torch.cuda.Event()
                 event.record()
-        return cls(
-            step.context, step.slots, step.to_route, settled, routes, probability, event
-        )
+        return cls(step.context, step.slots, step.to_route, settled, routes, probability, event)
 
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""
@@ -127,19 +125,28 @@ class FluxRuntime:
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
         self._finished: deque[FinishedStep] = deque()
         self._known_routes = np.empty((0, num_layers), dtype=np.int8)
-        self._reduce_mean = reduce_mean
-        self._fixed_routes = None if config.needs_router else self._fix_routes(num_layers)
+        self.reduce_mean = reduce_mean
+        self.fixed_routes: list[int] | None = None
+        """By layer of the model, for policies that need no router."""
+        self._fixed_routes: torch.Tensor | None = None
+        if not config.needs_router:
+            sparse = {"sparse": routed_layers, "static": config.sparse_layers}.get(config.policy)
+            self.fix_routes(sparse or ())
 
-    def _fix_routes(self, num_layers: int) -> torch.Tensor:
-        sparse = {
-            "full": (),
-            "sparse": self.routed_layers,
-            "static": self.config.sparse_layers or (),
-        }[self.config.policy]
-        routes = torch.full((num_layers,), int(Route.UNDECIDED), dtype=torch.int8)
-        routes[list(self.routed_layers)] = int(Route.FULL)
-        routes[list(sparse)] = int(Route.SPARSE)
-        return routes.to(self.table.device)
+    def fix_routes(self, sparse_layers: Iterable[int]) -> None:
+        """Make these layers SPARSE and the other routed ones FULL, for requests to come.
+
+        Benchmarks switch patterns with it on a running engine whose policy is `static`.
+        """
+        if self.config.needs_router:
+            raise AssertionError("fix_routes: the policy is `router`")
+        routes = [int(Route.UNDECIDED)] * self.table.num_layers
+        for layer in self.routed_layers:
+            routes[layer] = int(Route.FULL)
+        for layer in sparse_layers:
+            routes[layer] = int(Route.SPARSE)
+        self.fixed_routes = routes
+        self._fixed_routes = torch.tensor(routes, dtype=torch.int8, device=self.table.device)
 
     def begin_step(self, context: StepContext) -> None:
         """Take up the rows of the step that is about to run."""
@@ -159,7 +166,7 @@ class FluxRuntime:
             pooled: [R, H] float32 pooled query features, of this rank's heads alone.
         """
         assert self.router is not None
-        logits = self.router(layer, self._reduce_mean(pooled))
+        logits = self.router(layer, self.reduce_mean(pooled))
         probability = full_probability(logits)
         self.table.full_probability[slots, layer] = probability
         self.table.routes[slots, layer] = choose_route(probability, self.config.threshold)

@@ -95,16 +95,20 @@ def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime)
 
     Returns: bytes left for the KV cache.
     """
-    if runtime.router is None:
-        return available_bytes
-    kv_bytes = side_bytes = 0.0
-    for spec in worker.get_kv_cache_spec().values():
-        kv_bytes += spec.page_size_bytes / spec.block_size
+    specs = list(worker.get_kv_cache_spec().values())
+    kv_bytes = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+    side_bytes = 0.0
+    if runtime.router is not None:
         # One bfloat16 sum and its share of the count, a granule.
-        side_bytes += (2 * runtime.router.head_dim + 1) / GRANULE_TOKENS
-    left = int(available_bytes * kv_bytes / (kv_bytes + side_bytes))
+        side_bytes = len(specs) * (2 * runtime.router.head_dim + 1) / GRANULE_TOKENS
+    fixed = 0
+    if worker.device.type != "cpu":
+        from flux_vllm.attention_backend.cuda import fixed_nbytes
+
+        fixed = fixed_nbytes(runtime, worker.vllm_config, specs)
+    left = int((available_bytes - fixed) * kv_bytes / (kv_bytes + side_bytes))
     logger.info(
-        "flux: %.1f MiB of the KV cache's memory (%.2f %%) hold query sums",
+        "flux: %.1f MiB of the KV cache's memory (%.2f %%) hold query sums and views",
         (available_bytes - left) / 2**20,
         100 * (1 - left / available_bytes) if available_bytes else 0.0,
     )
@@ -170,12 +174,12 @@ def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
             )
 
 
-def _routed_layers(model: nn.Module) -> list[tuple[int, nn.Module, nn.Module]]:
+def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
     """Find (layer index, attention, rotary embedding) of every layer that gets a route."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
-    layers = []
+    layers: list[tuple[int, Any, Any]] = []
     for parent in model.modules():
         for attention in parent.children():
             if not isinstance(attention, Attention):

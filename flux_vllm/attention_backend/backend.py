@@ -9,10 +9,12 @@ from flux_vllm.errors import UnsupportedConfigurationError
 
 if current_platform.is_cpu():
     from flux_vllm.attention_backend.cpu import FluxCPUBackend as FluxBackend
+elif current_platform.is_cuda():
+    from flux_vllm.attention_backend.cuda import FluxCUDABackend as FluxBackend
 else:
     raise UnsupportedConfigurationError(
-        "--attention-backend flux: expected a CPU platform (the CUDA backend is not part of this "
-        f"version), found {current_platform.device_name}; choose another attention backend"
+        "--attention-backend flux: expected a CPU or a CUDA platform, found "
+        f"{current_platform.device_name}; choose another attention backend"
     )
 
 __all__ = ["FluxBackend"]

@@ -5,6 +5,8 @@ compacted block table; SPARSE prefill rows are computed exactly by `cpu_prefill`
 embedded default: correct everywhere, no claim of speed.
 """
 
+from typing import Any
+
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -64,7 +66,7 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         context = self.vllm_config.compilation_config.static_forward_context
-        self._layers = [
+        self._layers: list[Any] = [
             layer
             for name in self.layer_names
             if isinstance(layer := context[name], torch.nn.Module)
@@ -177,27 +179,24 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Attend; shapes as in vLLM's `CPUAttentionBackendImpl.forward`."""
         step: CpuStep | None = None if attn_metadata is None else attn_metadata.flux
-        rest = (kv_cache,), (output_scale, output_block_scale)
+        rest = (output_scale, output_block_scale)
         if step is None or self.binding is None:
-            return self._kernel(layer, query, key, value, attn_metadata, output, rest)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
         step.route(self.binding, self.group_index, query)
         plan = step.plan(self.binding.layer)
-        if plan.kernel is not None:
-            if plan.tokens is None:
-                self._kernel(layer, query, key, value, plan.kernel, output, rest)
-            else:
-                # vLLM's kernel takes its rows' queries in one piece.
-                part = torch.empty_like(output[: len(plan.tokens)])
-                picked = query[plan.tokens]
-                self._kernel(layer, picked, key, value, plan.kernel, part, rest)
-                output[plan.tokens] = part
+        if plan.kernel is None:
+            pass  # every row is a SPARSE prefill
+        elif plan.tokens is None:
+            super().forward(layer, query, key, value, kv_cache, plan.kernel, output, *rest)
+        else:
+            # vLLM's kernel takes its rows' queries in one piece.
+            part = torch.empty_like(output[: len(plan.tokens)])
+            picked = query[plan.tokens]
+            super().forward(layer, picked, key, value, kv_cache, plan.kernel, part, *rest)
+            output[plan.tokens] = part
         shape = (-1, self.num_heads, self.head_size)
         for rows, prefill in plan.sparse_prefills:
             prefill.attend(
                 query[rows], kv_cache, self.page_layout, self.scale, output[rows].view(shape)
             )
         return output
-
-    def _kernel(self, layer, query, key, value, metadata, output, rest):  # noqa: ANN001, ANN202
-        (kv_cache,), scales = rest
-        return super().forward(layer, query, key, value, kv_cache, metadata, output, *scales)

@@ -56,9 +56,7 @@ class SparsePrefill:
         last_block = -(-end // block_size)
         self.window_origin = first_block * block_size
         self.sink_width = sink_blocks * block_size
-        self.blocks = torch.cat(
-            [block_row[:sink_blocks], block_row[first_block:last_block]]
-        ).long()
+        self.blocks = torch.cat([block_row[:sink_blocks], block_row[first_block:last_block]]).long()
         self.tiles = [
             self._tile(computed, begin, min(begin + _TILE_QUERIES, scheduled), window_tokens)
             for begin in range(0, scheduled, _TILE_QUERIES)

@@ -1,7 +1,8 @@
 """Rotate queries back: the router sees them as they were before RoPE, vLLM's backend after it."""
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from flux_vllm.errors import UnsupportedConfigurationError
 
@@ -21,13 +22,13 @@ class RotaryInverse:
         position axes, position-dependent tables); found by trying it.
     """
 
-    def __init__(self, rotary: nn.Module, head_dim: int, device: torch.device) -> None:
+    def __init__(self, rotary: Any, head_dim: int, device: torch.device) -> None:
         compute = getattr(rotary, "_compute_cos_sin_cache", None)
         if compute is None or hasattr(rotary, "mrope_section"):
             raise _unsupported(rotary, "no single table of cos and sin")
         try:
-            with torch.device(device):
-                cos, sin = compute().float().chunk(2, dim=-1)
+            with torch.device("cpu"):
+                cos, sin = compute().float().cpu().chunk(2, dim=-1)
         except (TypeError, AttributeError) as error:
             raise _unsupported(rotary, str(error)) from error
         scale = cos.square() + sin.square()
@@ -38,7 +39,16 @@ class RotaryInverse:
         self.sin = (sin / scale).contiguous()
         if self.cos.shape[-1] * 2 != self.rotary_dim or self.rotary_dim > head_dim:
             raise _unsupported(rotary, f"rotary_dim {self.rotary_dim}, head_dim {head_dim}")
-        self._check(rotary, head_dim)
+        self._check(rotary, head_dim, device)
+        self.attention_scaling = float(scale[1].mean().sqrt())
+        self.inv_freq: torch.Tensor | None = torch.atan2(sin[1], cos[1]).to(device)
+        """[rotary_dim / 2] float32; None where the angle is not position * frequency."""
+        angle = torch.arange(len(cos), dtype=torch.float32)[-1] * self.inv_freq.cpu()
+        off = (angle.cos() * self.attention_scaling - cos[-1]).abs().max().item()
+        if not off < 0.05 * self.attention_scaling:
+            self.inv_freq = None
+        if self.inv_freq is None or device.type == "cpu":
+            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
 
     def __call__(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Undo the rotation.
@@ -60,14 +70,13 @@ class RotaryInverse:
         return torch.cat((pair.reshape(len(query), self.rotary_dim), kept), dim=-1)
 
     @torch.inference_mode()
-    def _check(self, rotary: nn.Module, head_dim: int) -> None:
-        device = self.cos.device
-        positions = torch.tensor([0, 1, len(self.cos) // 2, len(self.cos) - 1], device=device)
-        generator = torch.Generator().manual_seed(0)
-        query = torch.randn(len(positions), head_dim, generator=generator).to(device)
+    def _check(self, rotary: Any, head_dim: int, device: torch.device) -> None:
+        positions = torch.tensor([0, 1, len(self.cos) // 2, len(self.cos) - 1])
+        query = torch.randn(len(positions), head_dim, generator=torch.Generator().manual_seed(0))
         kept = getattr(rotary, "cos_sin_cache", None)
+        given = query.to(device)
         try:
-            rotated, _ = rotary.forward_native(positions, query.clone(), query.clone())
+            rotated, _ = rotary.forward_native(positions.to(device), given.clone(), given.clone())
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise _unsupported(rotary, str(error)) from error
         finally:
@@ -75,12 +84,12 @@ class RotaryInverse:
             if kept is not None:
                 rotary.cos_sin_cache = kept
         # The module's own table may be bfloat16, 8 bits of mantissa.
-        error_size = (self(rotated.float(), positions) - query).abs().max().item()
+        error_size = (self(rotated.float().cpu(), positions) - query).abs().max().item()
         if not error_size < 0.1:
             raise _unsupported(rotary, f"rotating back misses by {error_size:.2g}")
 
 
-def _unsupported(rotary: nn.Module, found: str) -> UnsupportedConfigurationError:
+def _unsupported(rotary: Any, found: str) -> UnsupportedConfigurationError:
     return UnsupportedConfigurationError(
         "layer routes: expected a rotary embedding with one position per token, found "
         f"{type(rotary).__name__} ({found}); serve this model with vLLM's own attention backend"

@@ -109,9 +109,7 @@ def full_keys(computed: np.ndarray, scheduled: np.ndarray) -> np.ndarray:
     return scheduled * computed + scheduled * (scheduled + 1) // 2
 
 
-def sparse_prefill_keys(
-    computed: np.ndarray, scheduled: np.ndarray, most_keys: int
-) -> np.ndarray:
+def sparse_prefill_keys(computed: np.ndarray, scheduled: np.ndarray, most_keys: int) -> np.ndarray:
     """Sum the keys exact SPARSE attention visits: [R] int64.
 
     Args:

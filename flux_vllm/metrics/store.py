@@ -54,7 +54,7 @@ class MetricStore:
         self._gauges.write_value(key, value, time.time())
 
     def _key(self, name: str, sample: str, labels: Mapping[str, str], documentation: str) -> str:
-        merged = self._labels | labels
+        merged = {**self._labels, **labels}
         return mmap_key(name, sample, list(merged), list(merged.values()), documentation)
 
     def _increase(self, file: MmapedDict, key: str, amount: float) -> None:
@@ -63,5 +63,3 @@ class MetricStore:
             value = file.read_value(key)[0]
         self._values[key] = value = value + amount
         file.write_value(key, value, time.time())
-
-

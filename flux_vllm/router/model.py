@@ -23,8 +23,7 @@ _SILU_AFTER = ("features.0", "head.0", "head.2")
 def linear_shapes(head_dim: int) -> dict[str, tuple[int, int]]:
     """List the router's linear layers: checkpoint name to (outputs, inputs)."""
     return {
-        name: (2 if out is None else out * head_dim, inp * head_dim)
-        for name, out, inp in _LAYERS
+        name: (2 if out is None else out * head_dim, inp * head_dim) for name, out, inp in _LAYERS
     }
 
 

@@ -143,9 +143,7 @@ class QuerySums:
     ) -> None:
         self.block_size = block_size
         granules = num_blocks * (block_size // GRANULE_TOKENS)
-        self.sums = torch.zeros(
-            num_layers, granules, head_dim, dtype=torch.bfloat16, device=device
-        )
+        self.sums = torch.zeros(num_layers, granules, head_dim, dtype=torch.bfloat16, device=device)
         self.counts = torch.zeros(granules, dtype=torch.uint8, device=device)
         """Prompt tokens in each granule's sum."""
 

@@ -37,7 +37,10 @@ def _run_with_aborts(engine, chooser):
             prompt = random_prompt(chooser.randrange(1, 120), seed=number)
             prompt_lens[name] = len(prompt)
             parameters = SamplingParams(
-                temperature=0, max_tokens=chooser.randrange(1, 20), ignore_eos=True, detokenize=False
+                temperature=0,
+                max_tokens=chooser.randrange(1, 20),
+                ignore_eos=True,
+                detokenize=False,
             )
             core.add_request(name, {"prompt_token_ids": prompt}, parameters)
             alive.append(name)
@@ -138,8 +141,6 @@ def test_blocks_shared_in_the_same_step(tiny_model, reference, reference_router)
     assert first.steps[0][:2] == (0, 400)
     source = replay(reference, first, pattern, router=reference_router)
     assert_same(first, source)
-    request = replay(
-        reference, second, pattern, router=reference_router, history=source.history
-    )
+    request = replay(reference, second, pattern, router=reference_router, history=source.history)
     assert_same(second, request)
     assert second.routes == request.routes

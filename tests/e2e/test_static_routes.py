@@ -32,9 +32,7 @@ def _pattern(block_size):
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("chunk", [4096, 256, 97], ids=["one-chunk", "chunks-256", "chunks-97"])
-def test_static_equals_reference(
-    tiny_model, reference, block_size, chunk, record_property
-):
+def test_static_equals_reference(tiny_model, reference, block_size, chunk, record_property):
     worst = [0.0, 0.0]
     with Engine(tiny_model, FLUX, block_size=block_size, max_num_batched_tokens=chunk) as engine:
         for length in LENGTHS:

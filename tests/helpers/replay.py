@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from .engine import Answer
-from .reference import FULL, SPARSE, History, ReferenceModel, ReferenceRouter, Request, SparsePattern
+from .reference import (
+    FULL,
+    SPARSE,
+    History,
+    ReferenceModel,
+    ReferenceRouter,
+    Request,
+    SparsePattern,
+)
 
 # The engine in float32 differs from transformers by its kernels' order of additions alone; a
 # wrong key or route costs more than 0.02 on the tiny models (test_static_routes checks that).

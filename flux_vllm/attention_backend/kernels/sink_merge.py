@@ -8,6 +8,8 @@ Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim
 M table width.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,15 +21,27 @@ from flux_vllm.attention_backend.kernels.tiles import (
     find_row,
     softmax_step,
 )
-from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile
 
 
-def default_tile(head_dim: int, sink_tokens: int, queries_per_kv: int) -> PrefillTile:
-    """Choose a tile; the sinks are few, so it is the queries' traffic that counts."""
+class MergeTile(NamedTuple):
+    """How one program is sized. The sinks are few: it is the queries' traffic that counts."""
+
+    block_m: int
+    """Rows of a tile: queries times the query heads of a kv head."""
+    block_n: int
+    """Keys taken at a time; all sinks, if they fit, are then loaded once."""
+    num_tiles: int
+    """Tiles of queries that a program takes in turn."""
+    num_warps: int
+    num_stages: int
+
+
+def default_tile(head_dim: int, sink_tokens: int) -> MergeTile:
+    """Choose a tile for a model's shape; measured on Hopper."""
     if INTERPRETED:
-        return PrefillTile(64, 32, 4, 1)
-    block_n = min(64 if head_dim <= 128 else 32, max(16, triton.next_power_of_2(sink_tokens)))
-    return PrefillTile(64, block_n, 4, 2)
+        return MergeTile(64, 32, 2, 4, 1)
+    most = 128 if head_dim <= 128 else 64
+    return MergeTile(64, min(most, max(16, triton.next_power_of_2(sink_tokens))), 4, 4, 2)
 
 
 def merge_sinks(
@@ -45,7 +59,7 @@ def merge_sinks(
     sink_tokens: int,
     window_tokens: int,
     kv_batch_idx: torch.Tensor | None = None,
-    tile: PrefillTile | None = None,
+    tile: MergeTile | None = None,
 ) -> None:
     """Merge the sinks into the output of rows whose `seqused_q` is not 0.
 
@@ -74,9 +88,9 @@ def merge_sinks(
     assert lse.shape == (heads, tokens), f"lse {tuple(lse.shape)}, expected {(heads, tokens)}"
     if tokens == 0 or rows == 0 or sink_tokens == 0:
         return
-    tile = tile or default_tile(head_dim, sink_tokens, group)
+    tile = tile or default_tile(head_dim, sink_tokens)
     block_q = tile.block_m // group
-    grid = (tokens // block_q + rows, kv_heads)
+    grid = (tokens // (block_q * tile.num_tiles) + rows, kv_heads)
     _sink_kernel[grid](
         query,
         key_cache,
@@ -106,10 +120,40 @@ def merge_sinks(
         BLOCK_Q=block_q,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        TILES=tile.num_tiles,
         INTERPRET=INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+@triton.jit
+def _load_sinks(
+    key_base, value_base, table, n, d, stride_kb, stride_kt, stride_vb, stride_vt,
+    SINK_TOKENS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of the sinks' keys and values."""
+    in_use = n < SINK_TOKENS
+    loaded = in_use[:, None] & (d < HEAD_DIM)[None, :]
+    block = tl.load(table + n // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
+    k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
+    v_offset = block * stride_vb + (n % BLOCK_SIZE) * stride_vt
+    k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+    v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+    return k, v
+
+
+@triton.jit
+def _absorb(
+    q, k, v, n, position, largest, total, acc, scale_log2,
+    SINK_TOKENS: tl.constexpr, WINDOW_TOKENS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of sinks into the running softmax, but those within a query's window."""
+    scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+    outside = n[None, :] <= (position - WINDOW_TOKENS)[:, None]
+    scores = tl.where((n < SINK_TOKENS)[None, :] & outside, scores, float("-inf"))
+    weights, largest, total, acc = softmax_step(scores, largest, total, acc)
+    return largest, total, dot(weights.to(v.dtype), v, acc, INTERPRET)
 
 
 @triton.jit
@@ -148,54 +192,56 @@ def _sink_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    row, q_tile = find_row(query_start_loc, tl.program_id(0), num_rows, BLOCK_Q)
+    row, q_tile = find_row(query_start_loc, tl.program_id(0), num_rows, BLOCK_Q * TILES)
     queries = tl.load(seqused_q + row)
-    first_query = q_tile * BLOCK_Q
     keys = tl.load(seqused_k + row)
-    first = keys - queries + first_query
-    last = tl.minimum(first + BLOCK_Q, keys) - 1
-    if (first_query >= queries) | (last < WINDOW_TOKENS):
+    first_query = q_tile * BLOCK_Q * TILES
+    stop_query = tl.minimum(first_query + BLOCK_Q * TILES, queries)
+    context = keys - queries
+    if (first_query >= queries) | (context + stop_query <= WINDOW_TOKENS):
         return
     kv_head = tl.program_id(1)
     table_row = row
     if kv_batch_idx is not None:
         table_row = tl.load(kv_batch_idx + row)
     table = block_table + table_row.to(tl.int64) * stride_table
-
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    position = first + m // GROUP
-    token = (tl.load(query_start_loc + row) + first_query + m // GROUP).to(tl.int64)
-    head = kv_head * GROUP + m % GROUP
-    # Tokens without a sink of their own keep their output bit by bit.
-    valid = (position >= WINDOW_TOKENS) & (position <= last) & (m < BLOCK_Q * GROUP)
-    stored = valid[:, None] & (d < HEAD_DIM)[None, :]
-    q_pointers = query + (token * stride_qt + head * stride_qn)[:, None] + d[None, :]
-    o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
-    q = tl.load(q_pointers, mask=stored, other=0.0)
-    window_out = tl.load(o_pointers, mask=stored, other=0.0).to(tl.float32)
-    window_lse = tl.load(lse + head * stride_lse + token, mask=valid, other=0.0) * LOG2_E
     key_base = key_cache + kv_head * stride_kh
     value_base = value_cache + kv_head * stride_vh
-
-    # The window is the first share of the softmax: its sum is 1 at a maximum of its lse.
-    largest = window_lse
-    total = tl.full([BLOCK_M], 1.0, tl.float32)
-    acc = window_out
-    for start in range(0, SINK_TOKENS, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        in_use = n < SINK_TOKENS
-        loaded = in_use[:, None] & (d < HEAD_DIM)[None, :]
-        block = tl.load(table + n // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
-        k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
-        k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        v_offset = block * stride_vb + (n % BLOCK_SIZE) * stride_vt
-        v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
-        visible = in_use[None, :] & (n[None, :] <= (position - WINDOW_TOKENS)[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        weights, largest, total, acc = softmax_step(scores, largest, total, acc)
-        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
-    tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    start_token = tl.load(query_start_loc + row)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + m % GROUP
+    if SINK_TOKENS <= BLOCK_N:
+        k, v = _load_sinks(key_base, value_base, table, n, d, stride_kb, stride_kt, stride_vb,
+                           stride_vt, SINK_TOKENS, BLOCK_SIZE, HEAD_DIM)  # fmt: skip
+    for tile_query in range(first_query, stop_query, BLOCK_Q):
+        index = tile_query + m // GROUP
+        position = context + index
+        token = (start_token + index).to(tl.int64)
+        # Queries without a sink outside their window keep their output bit by bit.
+        valid = (position >= WINDOW_TOKENS) & (index < stop_query) & (m < BLOCK_Q * GROUP)
+        stored = valid[:, None] & (d < HEAD_DIM)[None, :]
+        q_pointers = query + (token * stride_qt + head * stride_qn)[:, None] + d[None, :]
+        o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
+        q = tl.load(q_pointers, mask=stored, other=0.0)
+        # The window is the first share of the softmax: its sum is 1 at a maximum of its lse.
+        acc = tl.load(o_pointers, mask=stored, other=0.0).to(tl.float32)
+        largest = tl.load(lse + head * stride_lse + token, mask=valid, other=0.0) * LOG2_E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+        if SINK_TOKENS <= BLOCK_N:
+            largest, total, acc = _absorb(q, k, v, n, position, largest, total, acc, scale_log2,
+                                          SINK_TOKENS, WINDOW_TOKENS, INTERPRET)  # fmt: skip
+        else:
+            for start in range(0, SINK_TOKENS, BLOCK_N):
+                k, v = _load_sinks(key_base, value_base, table, start + n, d, stride_kb,
+                                   stride_kt, stride_vb, stride_vt, SINK_TOKENS, BLOCK_SIZE,
+                                   HEAD_DIM)  # fmt: skip
+                largest, total, acc = _absorb(
+                    q, k, v, start + n, position, largest, total, acc, scale_log2, SINK_TOKENS,
+                    WINDOW_TOKENS, INTERPRET,
+                )  # fmt: skip
+        tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)

@@ -34,6 +34,8 @@ class PrefillTile(NamedTuple):
     """Keys taken at a time."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """A thread's most; with fewer, two programs fit on a multiprocessor."""
 
 
 def default_tile(head_dim: int, element_size: int, queries_per_kv: int) -> PrefillTile:
@@ -127,6 +129,7 @@ def attend_prefill(
         INTERPRET=INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
     )
 
 

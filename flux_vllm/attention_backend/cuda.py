@@ -1,0 +1,289 @@
+"""The CUDA backend: vLLM's FlashAttention backend, steered by routes on the device.
+
+Decode of mixed routes is one attention call a layer over the views of `cuda_views`, in CUDA graphs
+or out of them. A batch with prefill rows routes them layer by layer, then attends in two passes
+that the device assigns rows to. Nothing here waits for the device.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from flux_vllm import compat
+from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels, split_cache
+from flux_vllm.attention_backend.cuda_pooling import GroupPooling, StepSizes
+from flux_vllm.attention_backend.cuda_views import RowFacts, ViewBuffers
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.router.route import Route
+from flux_vllm.runtime import FluxRuntime
+
+compat.install_worker_hooks()
+
+
+class FluxCUDABackend(FlashAttentionBackend):
+    """vLLM's FlashAttention backend with a route per request and layer."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the enum name that selects this backend."""
+        return "FLUX"
+
+    @staticmethod
+    def get_impl_cls() -> type["FluxCUDAImpl"]:
+        """Return the implementation class."""
+        return FluxCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["FluxCUDAMetadataBuilder"]:
+        """Return the metadata builder class."""
+        return FluxCUDAMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Only causal decoders are routed."""
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Only causal attention is routed."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """Reference sliding windows have no route."""
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Bidirectional prefixes have no route."""
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Learned sinks have no sparse counterpart here."""
+        return False
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """The router must see queries before vLLM quantizes them, so no float8 KV cache."""
+        return kv_cache_dtype is None or not is_quantized_kv_cache(kv_cache_dtype)
+
+
+@dataclass(slots=True)
+class CudaStep:
+    """The routes' side of one batch's attention metadata."""
+
+    views: ViewBuffers
+    num_rows: int
+    """R, padding included."""
+    pooling: GroupPooling | None
+    """Where prompt rows' queries go; None in a step without, and for fixed policies."""
+    sizes: StepSizes
+    has_prefill: bool
+    full_pass: list[bool]
+    """By layer of the group: whether any row may need the full pass."""
+    sparse_pass: list[bool]
+    """By layer of the group: whether any row may need the sparse pass."""
+
+
+class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
+    """Adds a CudaStep to vLLM's metadata, as `metadata.flux`."""
+
+    # Full graphs replay decode only: a prefill row is routed by Python.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    # vLLM would reuse another group's metadata with only the tables swapped: stale views.
+    supports_update_block_table = False
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_draft_decode_metadata_update = False
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers: list[Any] = [context[name] for name in self.layer_names]
+        self._layers = [x for x in layers if getattr(x.impl, "binding", None) is not None]
+        for index, layer in enumerate(self._layers):
+            layer.impl.group_index = index
+        self._views: ViewBuffers | None = None
+        self._pooling: GroupPooling | None = None
+        self._bound: tuple[int, int] | None = None
+        self._capacity = most_rows(self.vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FlashAttentionMetadata:
+        """Build vLLM's metadata, and the views of the same rows."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.flux = None
+        if self._layers:
+            runtime = self._layers[0].impl.binding.runtime
+            if runtime.config.policy != "full":
+                metadata.flux = self._step(runtime, metadata, common_attn_metadata.num_reqs)
+        return metadata
+
+    def _step(self, runtime: FluxRuntime, metadata: FlashAttentionMetadata, rows: int) -> CudaStep:
+        active = runtime.step
+        facts = None
+        if active is not None:
+            facts = RowFacts(active.slots, active.context.is_prefill)
+        views = self._view_buffers(runtime, metadata.block_table.shape[1])
+        views.write(
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            facts,
+            runtime.table.routes,
+        )
+        layers = len(self._layers)
+        if active is None:
+            return CudaStep(
+                views, rows, None, StepSizes(0, 0), False, [True] * layers, [False] * layers
+            )
+        pooling = self._group_pooling(runtime)
+        # Every step resets granules whose first slot it writes, also one that only decodes.
+        sizes = pooling.begin_step(active, metadata) if pooling else StepSizes(0, 0)
+        context = active.context
+        has_prefill = bool(context.is_prefill.any())
+        full, sparse = [True] * layers, [False] * layers
+        if has_prefill:
+            reach = runtime.sink_tokens + runtime.window_tokens
+            beyond = context.is_prefill & (context.computed + context.scheduled > reach)
+            sparse = [bool(beyond.any())] * layers
+            fixed = runtime.fixed_routes
+            if fixed is not None:
+                by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
+                sparse = [bool(beyond.any()) and route == Route.SPARSE for route in by_layer]
+                full = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
+        return CudaStep(views, rows, pooling, sizes, has_prefill, full, sparse)
+
+    def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
+        if self._views is None:
+            self._views = ViewBuffers(
+                self._capacity,
+                width,
+                [layer.impl.binding.layer for layer in self._layers],
+                self.block_size,
+                runtime.sink_tokens,
+                runtime.window_tokens,
+                self.device,
+            )
+        return self._views
+
+    def _group_pooling(self, runtime: FluxRuntime) -> GroupPooling | None:
+        """Return the side tables of the KV cache now bound; a new cache gets new ones."""
+        if runtime.router is None:
+            return None
+        kv_cache = self._layers[0].kv_cache
+        bound = (kv_cache.data_ptr(), kv_cache.shape[0])
+        if self._pooling is None or self._bound != bound:
+            self._pooling = GroupPooling(
+                runtime, kv_cache, len(self._layers), self.block_size, self._capacity
+            )
+            self._bound = bound
+        return self._pooling
+
+
+class FluxCUDAImpl(FlashAttentionImpl):
+    """Routes the requests of the batch in one layer, then attends."""
+
+    binding: LayerBinding | None = None
+    """Set when the model is loaded; None for a layer with a sliding window of its own."""
+    group_index: int
+    """Index among the routed layers of its KV cache group."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        refused = {
+            "ALiBi slopes": self.alibi_slopes is not None,
+            "attention logits softcap": bool(self.logits_soft_cap),
+            "learned attention sinks": self.sinks is not None,
+            f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
+            "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
+        }
+        found = [what for what, present in refused.items() if present]
+        if found:
+            raise UnsupportedConfigurationError(
+                "layer routes on CUDA: expected plain causal attention over a KV cache, found "
+                f"{', '.join(found)}; serve with --attention-backend FLASH_ATTN"
+            )
+        self._kernels: Kernels | None = None
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; shapes as in vLLM's `FlashAttentionImpl.forward`."""
+        if attn_metadata is None or attn_metadata.flux is None or self.binding is None:
+            scales = (output_scale, output_block_scale)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        step: CudaStep = attn_metadata.flux
+        tokens, index = attn_metadata.num_actual_tokens, self.group_index
+        query = query[:tokens]
+        if step.pooling is not None and step.sizes.num_rows:
+            step.pooling.route(self.binding, index, query, attn_metadata, step.views, step.sizes)
+        if self._kernels is None:
+            self._kernels = choose_kernels(self, self.binding.runtime)
+        keys, values = split_cache(kv_cache, self.head_size)
+        out = output[:tokens].view(query.shape)
+        call = LayerCall(query, keys, values, out, attn_metadata, step.views, index)
+        if not step.has_prefill:
+            self._kernels.decode(call)
+            return output
+        if step.full_pass[index]:
+            self._kernels.full_pass(call)
+        if step.sparse_pass[index]:
+            self._kernels.sparse_pass(call)
+        return output
+
+
+def most_rows(vllm_config: Any) -> int:
+    """Return the most rows of a batch, padding for CUDA graphs included."""
+    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, largest_graph)
+
+
+def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> int:
+    """Return the memory of all builders' buffers that does not grow with the KV cache.
+
+    Args:
+        runtime: of the worker.
+        vllm_config: of the engine.
+        specs: vLLM's KV cache spec of each layer.
+    """
+    if runtime.config.policy == "full":
+        return 0
+    rows = most_rows(vllm_config)
+    total = 0
+    for block_size in {spec.block_size for spec in specs}:
+        # vLLM rounds a table's width up to whole 128 tokens.
+        width = -(-vllm_config.model_config.max_model_len // block_size) + 128
+        total += ViewBuffers.nbytes(rows, width, len(runtime.routed_layers))
+        if runtime.router is not None:
+            assert runtime.info is not None
+            total += GroupPooling.fixed_nbytes(runtime.router, rows, runtime.info.pool_tokens)
+    return total

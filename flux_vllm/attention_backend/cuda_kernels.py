@@ -1,0 +1,204 @@
+"""The two families of CUDA kernels behind one interface: FlashAttention-3, and our Triton ones."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+
+from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.triton_decode import (
+    DecodeWorkspace,
+    attend_decode,
+    choose_num_splits,
+    decode_workspace,
+)
+from flux_vllm.attention_backend.kernels.triton_prefill import attend_prefill
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.runtime import FluxRuntime
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.flash_attn import (
+        FlashAttentionImpl,
+        FlashAttentionMetadata,
+    )
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One layer's attention in one step."""
+
+    query: torch.Tensor
+    """[T, N, H]."""
+    keys: torch.Tensor
+    """[num_blocks, block_size, K, H], a view of the KV cache."""
+    values: torch.Tensor
+    """Likewise."""
+    out: torch.Tensor
+    """[T, N, H]; rows that a pass leaves out keep theirs."""
+    metadata: "FlashAttentionMetadata"
+    """vLLM's for the batch."""
+    views: ViewBuffers
+    index: int
+    """The layer's index within its KV cache group."""
+
+    def row(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return this layer's part [R] of one of the views' buffers [L, C]."""
+        return buffer[self.index, : self.metadata.seq_lens.shape[0]]
+
+
+class Kernels(Protocol):
+    """The three kinds of attention call that a layer makes."""
+
+    def decode(self, call: LayerCall) -> None:
+        """Attend a batch without prefill rows, each row through its view."""
+
+    def full_pass(self, call: LayerCall) -> None:
+        """Attend decode rows, and prefill rows that are FULL or short."""
+
+    def sparse_pass(self, call: LayerCall) -> None:
+        """Attend the other prefill rows, exactly."""
+
+
+def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
+    """Choose the kernels of a layer: those asked for, else FlashAttention-3 where it runs.
+
+    Raises: UnsupportedConfigurationError: FlashAttention-3 was asked for and is not there.
+    """
+    wanted = runtime.config.kernels
+    has_fa3 = fa3.is_available() and impl.vllm_flash_attn_version == 3
+    if wanted == "fa3" and not has_fa3:
+        raise UnsupportedConfigurationError(
+            'flux config: expected FlashAttention-3 for "kernels": "fa3" (a GPU of compute '
+            f"capability 9.0), found FlashAttention-{impl.vllm_flash_attn_version} on "
+            f'{torch.cuda.get_device_name()}; use "kernels": "triton" or leave it out'
+        )
+    if wanted == "triton" or not has_fa3:
+        return TritonKernels(impl, runtime)
+    return FA3Kernels(impl, runtime)
+
+
+class FA3Kernels:
+    """FlashAttention-3: one call for mixed decode; window and sinks for sparse prefill."""
+
+    def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
+        self._scale = impl.scale
+        self._sink_tokens = runtime.sink_tokens
+        self._window_tokens = runtime.window_tokens
+
+    def decode(self, call: LayerCall) -> None:
+        """Attend in one call over the views."""
+        self._attend(call, None)
+
+    def full_pass(self, call: LayerCall) -> None:
+        """Attend likewise, less the rows that the other pass takes."""
+        self._attend(call, call.row(call.views.full_seqused_q))
+
+    def _attend(self, call: LayerCall, seqused_q: torch.Tensor | None) -> None:
+        metadata = call.metadata
+        fa3.attend(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.row(call.views.kv_batch_idx),
+            metadata.query_start_loc,
+            call.row(call.views.seqused_k),
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+            scale=self._scale,
+            seqused_q=seqused_q,
+            num_splits=metadata.max_num_splits,
+        )
+
+    def sparse_pass(self, call: LayerCall) -> None:
+        """Attend over the window with FA3, then merge the sinks."""
+        metadata = call.metadata
+        fa3.attend_sparse_prefill(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.row(call.views.kv_batch_idx),
+            metadata.query_start_loc,
+            call.row(call.views.sparse_seqused_q),
+            metadata.seq_lens,
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+            scale=self._scale,
+            sink_tokens=self._sink_tokens,
+            window_tokens=self._window_tokens,
+        )
+
+
+class TritonKernels:
+    """Our Triton kernels: any CUDA GPU."""
+
+    _workspaces: ClassVar[dict[tuple, DecodeWorkspace]] = {}
+    """Shared by all layers, by size: a captured graph keeps the one it was captured with."""
+
+    def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
+        self._scale = impl.scale
+        self._sink_tokens = runtime.sink_tokens
+        self._window_tokens = runtime.window_tokens
+        device = runtime.table.device
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def _workspace(self, call: LayerCall) -> DecodeWorkspace:
+        rows = call.metadata.seq_lens.shape[0]
+        tokens, heads, head_dim = call.query.shape
+        splits = choose_num_splits(rows, call.keys.shape[2], self._num_sms)
+        key = (tokens, heads, head_dim, splits, call.query.device)
+        if key not in self._workspaces:
+            self._workspaces[key] = decode_workspace(*key)
+        return self._workspaces[key]
+
+    def decode(self, call: LayerCall) -> None:
+        """Attend in one split-KV call over the views."""
+        attend_decode(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.row(call.views.kv_batch_idx),
+            call.metadata.query_start_loc,
+            call.row(call.views.seqused_k),
+            self._workspace(call),
+            max_query_len=call.metadata.max_query_len,
+            scale=self._scale,
+        )
+
+    def full_pass(self, call: LayerCall) -> None:
+        """Attend by tiles of queries."""
+        self._prefill(call, call.views.full_seqused_q, sparse=False)
+
+    def sparse_pass(self, call: LayerCall) -> None:
+        """Attend sinks and window in one fused kernel."""
+        self._prefill(call, call.views.sparse_seqused_q, sparse=True)
+
+    def _prefill(self, call: LayerCall, seqused_q: torch.Tensor, sparse: bool) -> None:
+        attend_prefill(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.metadata.query_start_loc,
+            call.row(seqused_q),
+            call.row(call.views.seqused_k),
+            scale=self._scale,
+            sparse=sparse,
+            sink_tokens=self._sink_tokens,
+            window_tokens=self._window_tokens,
+            kv_batch_idx=call.row(call.views.kv_batch_idx),
+        )
+
+
+def split_cache(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """View vLLM's [num_blocks, K, block_size, 2 * H] as keys and values [blocks, size, K, H]."""
+    keys, values = kv_cache.transpose(1, 2).split(head_size, dim=-1)
+    return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)

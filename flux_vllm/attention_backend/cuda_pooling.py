@@ -1,0 +1,186 @@
+"""Pooling and routing on the GPU: one KV cache group's query sums, and a step's decisions.
+
+Dimension legend: P prompt rows, G granules of the KV cache, H head dim.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.kernels.prompt_rows import (
+    COLUMNS,
+    PooledStep,
+    pack_prompt_rows,
+    pool_slots,
+    update_counts,
+)
+from flux_vllm.attention_backend.kernels.query_sums import (
+    InverseRotary,
+    pooling_workspace,
+    update_and_pool,
+)
+from flux_vllm.attention_backend.kernels.router_mlp import (
+    SLICES,
+    RouterWeights,
+    RouteTables,
+    RowSwitch,
+    decide_routes,
+    router_weights,
+    router_workspace,
+)
+from flux_vllm.attention_backend.rotary import RotaryInverse
+from flux_vllm.router.features import GRANULE_TOKENS
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.state import to_device
+from flux_vllm.runtime import ActiveStep, FluxRuntime
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
+    from flux_vllm.attention_backend.binding import LayerBinding
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """A step's numbers of prompt rows and of granules that it writes to."""
+
+    num_rows: int
+    num_programs: int
+
+
+class GroupPooling:
+    """Query sums of one KV cache group's routed layers, and the routers' work on them.
+
+    Args:
+        runtime: of this worker; its policy is `router`.
+        kv_cache: of any layer of the group, for its number of blocks.
+        num_layers: routed layers of the group.
+        block_size: tokens a block.
+        max_rows: most rows of a batch.
+    """
+
+    def __init__(
+        self,
+        runtime: FluxRuntime,
+        kv_cache: torch.Tensor,
+        num_layers: int,
+        block_size: int,
+        max_rows: int,
+    ) -> None:
+        assert runtime.router is not None
+        assert runtime.info is not None
+        device, head_dim = kv_cache.device, runtime.router.head_dim
+        granules = kv_cache.shape[0] * (block_size // GRANULE_TOKENS)
+        self._runtime = runtime
+        self._block_size = block_size
+        self._pool_tokens = runtime.info.pool_tokens
+        self._sums = torch.zeros(
+            num_layers, granules, head_dim, dtype=torch.bfloat16, device=device
+        )
+        self._counts = torch.zeros(granules, dtype=torch.uint8, device=device)
+        self._step = PooledStep(
+            torch.zeros(max_rows, COLUMNS, dtype=torch.int32, device=device),
+            torch.zeros(max_rows, dtype=torch.int32, device=device),
+            torch.ones(max_rows, device=device),
+        )
+        self._pooled = torch.zeros(max_rows, head_dim, device=device)
+        self._workspace = pooling_workspace(max_rows, self._pool_tokens, head_dim, device)
+        self._router_workspace = router_workspace(max_rows, head_dim, device)
+        self._weights: RouterWeights = router_weights(runtime.router, device)
+
+    @staticmethod
+    def fixed_nbytes(router: LayerRouter, max_rows: int, pool_tokens: int) -> int:
+        """Return the memory that does not grow with the KV cache: workspaces and weights."""
+        head_dim = router.head_dim
+        floats = 2 * pool_slots(pool_tokens) * head_dim + 2 * head_dim  # pooling_workspace, pooled
+        floats += SLICES * 4 * head_dim  # router_workspace
+        weights = sum(parameter.numel() for parameter in router.parameters())
+        joint = router.num_layers * 32 * head_dim**2
+        return 4 * (max_rows * (floats + COLUMNS + 2) + weights + joint)
+
+    def begin_step(self, active: ActiveStep, metadata: "FlashAttentionMetadata") -> StepSizes:
+        """Upload the step's prompt rows and update the token counts, before the first layer."""
+        context = active.context
+        packed = pack_prompt_rows(context.spans(), active.to_route, active.slots)
+        rows = len(packed.rows)
+        if rows:
+            self._step.rows[:rows] = to_device(packed.rows, self._sums.device)
+        update_counts(
+            self._counts,
+            metadata.slot_mapping,
+            int(context.scheduled.sum()),
+            metadata.block_table,
+            self._step,
+            rows,
+            packed.num_programs,
+            block_size=self._block_size,
+            pool_tokens=self._pool_tokens,
+        )
+        return StepSizes(rows, packed.num_programs)
+
+    def route(
+        self,
+        binding: "LayerBinding",
+        group_index: int,
+        query: torch.Tensor,
+        metadata: "FlashAttentionMetadata",
+        views: ViewBuffers,
+        sizes: StepSizes,
+    ) -> None:
+        """Update one layer's sums and decide its open routes.
+
+        Args:
+            binding: the layer.
+            group_index: its index in the group.
+            query: [T, N, H] after RoPE.
+            metadata: vLLM's for the batch.
+            views: the decided rows change passes in them.
+            sizes: of `begin_step`.
+
+        Host sync: none.
+        """
+        runtime, rows = self._runtime, sizes.num_rows
+        update_and_pool(
+            query,
+            self._sums[group_index],
+            self._counts,
+            metadata.slot_mapping,
+            metadata.block_table,
+            self._step,
+            self._workspace,
+            inverse_rotary(binding.rotary),
+            self._pooled,
+            rows,
+            sizes.num_programs,
+            block_size=self._block_size,
+            pool_tokens=self._pool_tokens,
+        )
+        decide_routes(
+            runtime.reduce_mean(self._pooled[:rows]),
+            self._step.rows,
+            rows,
+            self._weights,
+            binding.layer,
+            binding.layer,
+            runtime.config.threshold,
+            RouteTables(runtime.table.routes, runtime.table.full_probability),
+            RowSwitch(
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                views.full_seqused_q[group_index],
+                views.sparse_seqused_q[group_index],
+            ),
+            self._router_workspace,
+            sparse_beyond_tokens=runtime.sink_tokens + runtime.window_tokens,
+        )
+
+
+def inverse_rotary(rotary: RotaryInverse) -> InverseRotary:
+    """Describe a rotation for the kernels: by frequencies where they suffice, else by tables."""
+    if rotary.inv_freq is None:
+        return InverseRotary(rotary.rotary_dim, rotary.interleaved, cos=rotary.cos, sin=rotary.sin)
+    return InverseRotary(
+        rotary.rotary_dim, rotary.interleaved, rotary.inv_freq, rotary.attention_scaling
+    )
