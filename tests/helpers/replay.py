@@ -28,6 +28,8 @@ def replay(
     router: ReferenceRouter | None = None,
     history: History | None = None,
     threshold: float = 0.5,
+    margin: float = P_FULL_MARGIN,
+    follow_tokens: bool = False,
 ) -> Request:
     """Compute an answer's steps in the reference.
 
@@ -40,6 +42,8 @@ def replay(
             followed, so that a near tie does not part the two histories.
         history: what the prefix cache held when the request came.
         threshold: FULL where P(FULL) is at least this.
+        margin: how near the threshold P(FULL) may be for either route to pass.
+        follow_tokens: continue with the engine's tokens, where low precision decides ties.
     Returns: Request: computed.
     """
     request = Request(
@@ -51,6 +55,7 @@ def replay(
         threshold=threshold,
         history=history.first(answer.steps[0][0]) if history is not None else None,
         score_prompt=bool(answer.prompt_logprobs),
+        forced_tokens=answer.tokens if follow_tokens else None,
     )
     for index, (start, length, phase) in enumerate(answer.steps):
         if start != len(request.history):
@@ -61,13 +66,15 @@ def replay(
         taken = answer.step_routes[index]
         record = request.step(length, phase, taken)
         if record.p_full is not None:
-            _check_routes(taken, record.p_full.tolist(), threshold)
+            _check_routes(taken, record.p_full.tolist(), threshold, margin)
     return request
 
 
-def _check_routes(taken: Sequence[int], p_full: Sequence[float], threshold: float) -> None:
+def _check_routes(
+    taken: Sequence[int], p_full: Sequence[float], threshold: float, margin: float
+) -> None:
     for layer, (route, probability) in enumerate(zip(taken, p_full, strict=True)):
-        if abs(probability - threshold) > P_FULL_MARGIN:
+        if abs(probability - threshold) > margin:
             expected = FULL if probability >= threshold else SPARSE
             assert route == expected, f"layer {layer}: P(FULL) {probability:.4f}, route {route}"
 
