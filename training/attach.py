@@ -203,10 +203,10 @@ def _routed_attention(
     decided = step.policy.decide(index, features)
     if len(step.features) == index:  # not so when activations are recomputed
         step.features.append(features)
-        known = isinstance(decided, Route)
-        step.routes.append(
-            features.new_full(features.shape[:2], float(decided)) if known else decided.detach()
-        )
+        if isinstance(decided, Route):
+            step.routes.append(features.new_full(features.shape[:2], float(decided)))
+        else:
+            step.routes.append(decided.detach())
     sparse_attention = layer.owner.sparse_attention
     if isinstance(decided, Route):
         attend = full_attention if decided == Route.FULL else sparse_attention

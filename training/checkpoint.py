@@ -46,7 +46,9 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
         except Exception as error:  # noqa: BLE001 - torch names no common class for broken files
-            warnings.warn(f"{path} cannot be read ({error}); going back to the one before it")
+            warnings.warn(
+                f"{path} cannot be read ({error}); going back to the one before it", stacklevel=2
+            )
     if paths:
         raise ValueError(
             f"expected a readable checkpoint in {folder}, found {len(paths)} that cannot be read; "

@@ -69,9 +69,7 @@ class DataSettings:
         unknown = sorted(set(self.tasks) - FAMILIES.keys())
         _check(not unknown, "data.tasks", f"among {sorted(FAMILIES)}", unknown)
         unknown = sorted(set(self.wrappers) - set(WRAPPERS))
-        _check(
-            bool(self.wrappers) and not unknown, "data.wrappers", f"among {WRAPPERS}", unknown
-        )
+        _check(bool(self.wrappers) and not unknown, "data.wrappers", f"among {WRAPPERS}", unknown)
         _check(
             len(self.weights) in (0, len(self.tasks)),
             "data.weights",
@@ -84,9 +82,7 @@ class DataSettings:
             f"between 256 and max_tokens ({self.max_tokens})",
             self.min_tokens,
         )
-        _check(
-            bool(self.tasks or self.files), "data.tasks", "given where data.files is not", ()
-        )
+        _check(bool(self.tasks or self.files), "data.tasks", "given where data.files is not", ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,7 @@ def start_world(device: str) -> World:
     return World(rank, size, local)
 
 
-def shard_model(model: Any, world: World) -> None:  # noqa: ANN401
+def shard_model(model: Any, world: World) -> None:
     """Shard a frozen model over the processes, layer by layer."""
     if world.size == 1:
         return

@@ -10,7 +10,7 @@ from training.config import SystemSettings
 from training.distributed import World, shard_model
 
 
-def load_tokenizer(model: str) -> Any:  # noqa: ANN401
+def load_tokenizer(model: str) -> Any:
     """Load the tokenizer."""
     return AutoTokenizer.from_pretrained(model)
 

@@ -76,9 +76,7 @@ class RelaxedPolicy:
         temperature: of the Gumbel-softmax.
     """
 
-    def __init__(
-        self, router: StandardizedRouter, noise: torch.Tensor, temperature: float
-    ) -> None:
+    def __init__(self, router: StandardizedRouter, noise: torch.Tensor, temperature: float) -> None:
         self.router = router
         self.noise = noise
         self.temperature = temperature

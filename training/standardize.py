@@ -83,5 +83,6 @@ class StandardizedRouter(nn.Module):
             linear = folded.linear(name)[0]
             linear.copy_((scaled if name == _FIRST else linear).to(dtype))
         # After the rounding, so that the mean is taken off by the weights it meets.
-        bias -= torch.einsum("loh,lh->lo", weight.double(), self.mean.cpu().double()).float()
+        shift = torch.einsum("loh,lh->lo", weight.double(), self.mean.cpu().double())
+        bias.sub_(shift.float())
         return folded

@@ -151,9 +151,7 @@ class Trainer:
             "multipliers": _named(names, self.constraints.multipliers[0], shares.count),
         }
 
-    def _accumulate(
-        self, prompts: list[Encoded], heat: float
-    ) -> tuple[torch.Tensor, Shares, int]:
+    def _accumulate(self, prompts: list[Encoded], heat: float) -> tuple[torch.Tensor, Shares, int]:
         """Run and differentiate all micro-batches, then the share constraint."""
         rng = random.Random(f"{self.config.seed}/chunks/{self.step}/{self.world.rank}")
         data, settings = self.config.data, self.config.optimizer

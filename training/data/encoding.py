@@ -34,7 +34,7 @@ class Encoded:
         return len(self.token_ids)
 
 
-def token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:  # noqa: ANN401
+def token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:
     """Return a function that counts the tokens of each of a list of texts."""
 
     def count(texts: list[str]) -> list[int]:
@@ -44,7 +44,7 @@ def token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:  # noqa: 
     return count
 
 
-def render(sample: Sample, wrapper: Wrapper, tokenizer: Any) -> str:  # noqa: ANN401
+def render(sample: Sample, wrapper: Wrapper, tokenizer: Any) -> str:
     """Write the prompt as the server sees it, the answer's prefix included.
 
     Raises: ValueError: wrapper `chat`, and the tokenizer has no chat template.
@@ -61,9 +61,7 @@ def render(sample: Sample, wrapper: Wrapper, tokenizer: Any) -> str:  # noqa: AN
     return str(text) + sample.answer_prefix
 
 
-def encode(
-    sample: Sample, wrapper: Wrapper, tokenizer: Any, max_answer_tokens: int  # noqa: ANN401
-) -> Encoded:
+def encode(sample: Sample, wrapper: Wrapper, tokenizer: Any, max_answer_tokens: int) -> Encoded:
     """Tokenize one sample.
 
     Args:

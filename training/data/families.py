@@ -18,6 +18,7 @@ def get_families(names: tuple[str, ...]) -> list[TaskFamily]:
     unknown = sorted(set(names) - FAMILIES.keys())
     if unknown:
         raise ValueError(
-            f"expected task families among {sorted(FAMILIES)}, found {unknown}; correct --data.tasks"
+            f"expected task families among {sorted(FAMILIES)}, found {unknown}; correct "
+            "--data.tasks"
         )
     return [FAMILIES[name] for name in names]

@@ -56,7 +56,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
             return [json.loads(line) for line in file if line.strip()]
     if path.suffix == ".parquet":
         try:
-            from datasets import load_dataset
+            from datasets import load_dataset  # type: ignore[import-untyped]
         except ImportError as error:
             raise ValueError(
                 f"expected the package `datasets` to read {path}, found none; install the extra "
@@ -71,7 +71,7 @@ def _sample(row: dict[str, Any], where: str) -> Sample:
     if row.get("messages"):
         *earlier, last = row["messages"]
         answer = last["content"] if last.get("role") == "assistant" else None
-        prompt = "\n\n".join(str(turn["content"]) for turn in earlier)
+        prompt: Any = "\n\n".join(str(turn["content"]) for turn in earlier)
     else:
         prompt, answer = row.get("prompt"), row.get("answer")
     if not task or not prompt or not answer:

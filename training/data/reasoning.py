@@ -14,14 +14,8 @@ def make_state_tracking(request: Request) -> Sample:
     steps = max(4, request.tokens // _TOKENS_A_STEP)
     rule = ", then the ".join(rooms)
     question = request.wording(
-        [
-            "{owner} has a {thing} that goes round: first the {rule}, and from the start again. "
-            "Write where it is after each of {steps} steps.",
-        ],
-        [
-            "A {thing} of {owner} visits in turn the {rule}, and begins anew. Log {steps} steps "
-            "with the place of each.",
-        ],
+        ["{owner}'s {thing} goes round: first the {rule}. Where is it at each of {steps} steps?"],
+        ["A {thing} of {owner} visits in turn the {rule}. Log its place at {steps} steps."],
     )
     lines = [f"Step {at + 1}: the {rooms[at % len(rooms)]}" for at in range(steps)]
     return Sample(

@@ -106,8 +106,7 @@ def _retrieve(request: Request, task: str, facts: int) -> Sample:
     keys = words.distinct_places(rng, facts)
     values = [_value(request, fact.kind) for _ in keys]
     statements = [
-        fact.statement.format(key=key, value=value)
-        for key, value in zip(keys, values, strict=True)
+        fact.statement.format(key=key, value=value) for key, value in zip(keys, values, strict=True)
     ]
     asked = rng.randrange(facts)
     context = plant(request, statements, _QUESTION_TOKENS + _FACT_TOKENS * facts)

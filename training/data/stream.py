@@ -45,7 +45,7 @@ class PromptStream(Dataset[Encoded]):
     def __init__(
         self,
         settings: DataSettings,
-        tokenizer: Any,  # noqa: ANN401
+        tokenizer: Any,
         split: Split,
         seed: int,
         held_out_wording: bool = False,
@@ -76,7 +76,7 @@ class PromptStream(Dataset[Encoded]):
         task = self._task_at(index)
         low, high = math.log(self.settings.min_tokens), math.log(self.settings.max_tokens)
         tokens = int(math.exp(rng.uniform(low, high)))
-        wrapper: Wrapper = rng.choice(self.settings.wrappers)  # type: ignore[assignment]
+        wrapper: Wrapper = rng.choice(self.settings.wrappers)  # type: ignore[arg-type]
         return self.make(task, tokens, wrapper, rng)
 
     def make(
@@ -118,7 +118,7 @@ def _is_short(task: TaskFamily | FileTask) -> bool:
     return isinstance(task, TaskFamily) and task.short_prompt
 
 
-def _load_text(settings: DataSettings, tokenizer: Any, split: Split) -> TextSource:  # noqa: ANN401
+def _load_text(settings: DataSettings, tokenizer: Any, split: Split) -> TextSource:
     if settings.corpus:
         documents = read_corpus(Path(settings.corpus))
     else:

@@ -42,9 +42,7 @@ class Evaluation:
         self.routed = load_routed(
             config.model, self.info.sink_tokens, self.info.window_tokens, config.system, world
         )
-        self.scorer = Scorer(
-            self.routed, self.info.pool_tokens, config.micro_batch_tokens, world
-        )
+        self.scorer = Scorer(self.routed, self.info.pool_tokens, config.micro_batch_tokens, world)
         self.limit: int = self.routed.model.config.max_position_embeddings
         self.started = time.monotonic()
         self.test = self._prompts("test", config.prompts, config.lengths)
@@ -142,7 +140,9 @@ class Evaluation:
         points = []
         for threshold in choose_thresholds(tried, self.config.shares):
             routed = self.scorer.score(self.test.prompts, self.policy(threshold))
-            count = int(self.routed.num_layers * self.test.cells.overall(routed.sparse.mean(axis=1)))
+            count = int(
+                self.routed.num_layers * self.test.cells.overall(routed.sparse.mean(axis=1))
+            )
             if count not in scored:
                 chosen, found = best_pattern(
                     self.scorer,
@@ -200,7 +200,8 @@ class Evaluation:
         """
         config = self.config
         count, lengths = config.variant_prompts, config.lengths
-        condition, more = None, {}
+        condition = None
+        more: dict[str, Any] = {}
         kind, _, value = name.partition(":")
         if kind == "wording":
             more = {"held_out_wording": True}

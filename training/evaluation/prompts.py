@@ -80,7 +80,7 @@ class _Prompts(Dataset[Encoded]):
 
 def make_prompts(
     data: DataSettings,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     setting: PromptSetting,
     max_model_tokens: int,
     groups: tuple[str, ...] = (),

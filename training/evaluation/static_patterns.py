@@ -61,8 +61,7 @@ def best_pattern(
     if count in (0, layers):
         candidates = candidates[:1]
     scores = [
-        cells.overall(scorer.score(prompts, pattern(layers, chosen)).score)
-        for chosen in candidates
+        cells.overall(scorer.score(prompts, pattern(layers, chosen)).score) for chosen in candidates
     ]
     best = max(range(len(candidates)), key=lambda index: scores[index])
     return candidates[best], {
