@@ -83,6 +83,8 @@ class RotaryInverse:
             # forward_native may convert the module's table to this query's dtype and keep it.
             if kept is not None:
                 rotary.cos_sin_cache = kept
+        if rotated.shape != query.shape:
+            raise _unsupported(rotary, f"queries of shape {list(rotated.shape)} come out of it")
         # The module's own table may be bfloat16, 8 bits of mantissa.
         error_size = (self(rotated.float().cpu(), positions) - query).abs().max().item()
         if not error_size < 0.1:

@@ -1,7 +1,7 @@
 """What a step pools: the plan's weights against counting token by token.
 
-Oracle: DESIGN.md, section 3, as `tests/helpers/reference_router.pooled_positions` and as a loop over
-positions. Pinned: the granule a chunk begins within counts with its earlier part only.
+Oracle: DESIGN.md, section 3, as `tests/helpers/reference_router.pooled_positions` and as a loop
+over positions. Pinned: the granule a chunk begins within counts with its earlier part only.
 """
 
 from collections import Counter
