@@ -1,0 +1,75 @@
+"""`python -m demo`: the demo from the sample model to the server's last metric."""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from demo.conversation import Conversation
+from demo.server import DemoError, Server
+from demo.setting import MODEL_NAME, Setting
+from flux_vllm.cli.console import CommandError
+from flux_vllm.cli.sample_model import is_sample_model, make_sample_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Run the demo and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, default=REPOSITORY / "models" / MODEL_NAME, help="made if missing"
+    )
+    parser.add_argument(
+        "--log", type=Path, default=REPOSITORY / "runs" / "demo-server.log", help="server's log"
+    )
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGHUP, _leave)
+    try:
+        _demonstrate(args.model, args.log)
+    except (CommandError, DemoError) as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; the server is stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demonstrate(model: Path, log: Path) -> None:
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - begin:3.0f} s] {text}", flush=True)
+
+    if is_sample_model(model):
+        say(f"the sample model is in {model}")
+    else:
+        say(f"making the sample model, {MODEL_NAME}, in {model}")
+        make_sample_model(model, lambda text: say(f"  {text}"))
+    setting = Setting.choose(model)
+    say(setting.explanation)
+    arguments = setting.serve_arguments(model)
+    say("starting the server (about half a minute):")
+    print(f"\n  flux-vllm serve {setting.shell_line(arguments)}\n", flush=True)
+    with Server(arguments, log) as server:
+        say(f"the server answers at {server.url}/v1")
+        conversation = Conversation(server, model, setting.num_layers)
+        conversation.ask_chat()
+        conversation.ask_code_word()
+        conversation.show_routes()
+        print()
+        say("stopping the server")
+    say("done")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that the server is stopped on the way out.
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
