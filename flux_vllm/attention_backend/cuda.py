@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionType,
@@ -80,7 +79,7 @@ class FluxCUDABackend(FlashAttentionBackend):
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
         """The router must see queries before vLLM quantizes them, so no float8 KV cache."""
-        return kv_cache_dtype is None or not is_quantized_kv_cache(kv_cache_dtype)
+        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
 
 
 @dataclass(slots=True)
