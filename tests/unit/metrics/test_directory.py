@@ -1,0 +1,188 @@
+"""The folder between workers and the API server: who makes it, who reads it, who removes it.
+
+Oracle: prometheus_client's global registry and its own multi-process collector. What happens at a
+process's end is seen from outside, in processes of their own. Pinned: a forked child that exits
+takes nothing away; vLLM's clean-up of its own collectors leaves ours.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from flux_vllm.metrics import directory
+from flux_vllm.metrics.directory import FluxCollector, metrics_directory, prepare_front_end
+from flux_vllm.metrics.store import MetricStore
+
+OWN, VLLMS = "FLUX_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start without folders; leave the global registry as it was."""
+    monkeypatch.delenv(OWN, raising=False)
+    monkeypatch.delenv(VLLMS, raising=False)
+    monkeypatch.setattr(directory, "_collecting", set())
+    before = set(REGISTRY._collector_to_names)
+    yield
+    for collector in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(collector)
+
+
+def ours() -> list[FluxCollector]:
+    return [c for c in REGISTRY._collector_to_names if isinstance(c, FluxCollector)]
+
+
+def shown() -> str:
+    return generate_latest(REGISTRY).decode()
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    code = "import os, sys\nfrom flux_vllm.metrics.directory import *\n" + code
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+
+
+class TestFolder:
+    def test_none_without_a_front_end(self) -> None:
+        assert metrics_directory() is None
+
+    def test_made_once(self) -> None:
+        count = len(ours())
+        prepare_front_end()
+        folder = metrics_directory()
+        assert folder is not None
+        assert folder.is_dir()
+        assert os.environ[OWN] == str(folder)
+        prepare_front_end()
+        assert metrics_directory() == folder
+        assert len(ours()) == count + 1
+
+    def test_given_folder_is_used(self, tmp_path: Path, monkeypatch) -> None:
+        """A process started by the front end inherits the name."""
+        monkeypatch.setenv(OWN, str(tmp_path))
+        prepare_front_end()
+        assert metrics_directory() == tmp_path
+        MetricStore(tmp_path, {"model_name": "m"}).add("flux_a", 1, "A.")
+        assert 'flux_a_total{model_name="m"} 1.0' in shown()
+
+    def test_vanished_folder_is_made_anew(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv(OWN, str(tmp_path / "gone"))
+        prepare_front_end()
+        folder = metrics_directory()
+        assert folder != tmp_path / "gone"
+        assert folder.is_dir()
+
+
+class TestCollector:
+    def test_shows_what_workers_count(self) -> None:
+        prepare_front_end()
+        store = MetricStore(metrics_directory(), {"model_name": "m"})
+        for expected in (1.0, 2.0):
+            store.add("flux_things", 1, "Things.")
+            assert f'flux_things_total{{model_name="m"}} {expected}' in shown()
+
+    def test_nothing_counted_yet(self) -> None:
+        prepare_front_end()
+        assert "flux_" not in shown()
+
+    def test_folder_gone(self, tmp_path: Path) -> None:
+        folder = tmp_path / "f"
+        folder.mkdir()
+        collector = FluxCollector(str(folder))
+        MetricStore(folder, {}).add("flux_things", 1, "Things.")
+        assert len(collector.collect()) == 1
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        assert collector.collect() == []
+
+    def test_two_folders_can_be_registered(self, tmp_path: Path) -> None:
+        """Metrics of equal names in two collectors do not clash: none is announced."""
+        registry = CollectorRegistry()
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            MetricStore(tmp_path / name, {"model_name": name}).add("flux_things", 1, "Things.")
+            registry.register(FluxCollector(str(tmp_path / name)))
+        text = generate_latest(registry).decode()
+        assert 'flux_things_total{model_name="a"} 1.0' in text
+        assert 'flux_things_total{model_name="b"} 1.0' in text
+
+    @pytest.mark.vllm
+    def test_vllm_leaves_it_registered(self) -> None:
+        """vLLM's stat logger unregisters its own collectors before it makes new ones."""
+        from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+        prepare_front_end()
+        MetricStore(metrics_directory(), {"model_name": "m"}).add("flux_things", 1, "Things.")
+        unregister_vllm_metrics()
+        assert "flux_things_total" in shown()
+
+
+class TestSeveralApiServers:
+    def test_vllms_folder_is_used(self, tmp_path: Path, monkeypatch) -> None:
+        """vLLM then shows a registry of its own, which reads all files of its folder."""
+        monkeypatch.setenv(VLLMS, str(tmp_path))
+        monkeypatch.setenv(OWN, "/nowhere")
+        count = len(ours())
+        prepare_front_end()
+        assert len(ours()) == count
+        assert metrics_directory() == tmp_path
+        MetricStore(tmp_path, {"model_name": "m"}).add("flux_things", 3, "Things.")
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(tmp_path))
+        assert 'flux_things_total{model_name="m"} 3.0' in generate_latest(registry).decode()
+
+    def test_files_do_not_collide_with_prometheus_clients(self, tmp_path: Path) -> None:
+        """In one process both write: its own counter under the bare process id, ours beside it."""
+        code = (
+            "from pathlib import Path\n"
+            "from prometheus_client import Counter, CollectorRegistry, generate_latest\n"
+            "from prometheus_client.multiprocess import MultiProcessCollector\n"
+            "from flux_vllm.metrics.store import MetricStore\n"
+            "prepare_front_end()\n"
+            "Counter('vllm_own', 'Own.').inc(7)\n"
+            "MetricStore(metrics_directory(), {}).add('flux_things', 3, 'Things.')\n"
+            "registry = CollectorRegistry()\n"
+            "MultiProcessCollector(registry)\n"
+            "print(generate_latest(registry).decode())\n"
+        )
+        environment = os.environ | {VLLMS: str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", "from flux_vllm.metrics.directory import *\n" + code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        assert "vllm_own_total 7.0" in done.stdout
+        assert "flux_things_total 3.0" in done.stdout
+
+
+class TestExit:
+    def test_folder_goes_with_the_front_end(self) -> None:
+        folder = Path(run("prepare_front_end(); print(metrics_directory())").stdout.strip())
+        assert folder.name.startswith("flux-metrics-")
+        assert not folder.exists()
+
+    def test_forked_child_leaves_it(self) -> None:
+        shown = run(
+            "prepare_front_end()\n"
+            "child = os.fork()\n"
+            "if child == 0: sys.exit(0)\n"  # runs the inherited exit handlers
+            "os.waitpid(child, 0)\n"
+            "print(metrics_directory().is_dir(), metrics_directory())\n"
+        ).stdout.split()
+        assert shown[0] == "True"
+        assert not Path(shown[1]).exists()
+
+    def test_process_that_was_given_a_folder_leaves_it(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv(OWN, str(tmp_path))
+        run("prepare_front_end()")
+        assert tmp_path.is_dir()
