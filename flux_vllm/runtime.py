@@ -37,6 +37,8 @@ class ActiveStep:
     context: StepContext
     slots: np.ndarray
     """[R] int64."""
+    is_new: np.ndarray
+    """[R] bool: requests that got their slot in this step."""
     to_route: np.ndarray
     """[R] bool: prefill rows whose routes are still open."""
 
@@ -48,6 +50,8 @@ class FinishedStep:
     context: StepContext
     slots: np.ndarray
     """[R] int64."""
+    is_new: np.ndarray
+    """[R] bool: requests that got their slot in the step."""
     routed: np.ndarray
     """[R] bool: rows whose routes the step decided, P of them."""
     settled: np.ndarray
@@ -72,7 +76,16 @@ class FinishedStep:
                 routes, probability = _to_host(routes), _to_host(probability)
                 event = torch.cuda.Event()
                 event.record()
-        return cls(step.context, step.slots, step.to_route, settled, routes, probability, event)
+        return cls(
+            context=step.context,
+            slots=step.slots,
+            is_new=step.is_new,
+            routed=step.to_route,
+            settled=settled,
+            routes=routes,
+            full_probability=probability,
+            event=event,
+        )
 
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""
@@ -150,12 +163,13 @@ class FluxRuntime:
 
     def begin_step(self, context: StepContext) -> None:
         """Take up the rows of the step that is about to run."""
+        is_new = np.array([self.table.slot(name) is None for name in context.request_ids], bool)
         slots = self.table.acquire(context.request_ids)
         settled = self.table.settled_prompt_len[slots] == context.prompt_lens
         to_route = context.is_prefill & ~settled
         if self._fixed_routes is not None:
             self.table.routes[to_device(slots[to_route], self.table.device)] = self._fixed_routes
-        self.step = ActiveStep(context, slots, to_route)
+        self.step = ActiveStep(context, slots, is_new, to_route)
 
     def decide(self, layer: int, slots: torch.Tensor, pooled: torch.Tensor) -> None:
         """Route requests in one layer.
@@ -190,8 +204,10 @@ class FluxRuntime:
             step = self._finished.popleft()
             step.wait()
             context = step.context
-            # Only rows that were routed in the step can differ from what is known of their slot.
+            # Only rows that were routed in the step can differ from what is known of their slot,
+            # once a new request has forgotten the slot's former owner.
             self._known_routes = _grown(self._known_routes, len(self.table.settled_prompt_len))
+            self._known_routes[step.slots[step.is_new]] = int(Route.UNDECIDED)
             self._known_routes[step.slots[step.routed]] = step.routes.numpy()
             routes = self._known_routes[step.slots]
             if self.reporter is not None:
