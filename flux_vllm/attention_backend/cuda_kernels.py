@@ -14,7 +14,7 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
     choose_num_splits,
     decode_workspace,
 )
-from flux_vllm.attention_backend.kernels.triton_prefill import attend_prefill
+from flux_vllm.attention_backend.kernels.triton_prefill import SUPPORTED_HEAD_DIMS, attend_prefill
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.runtime import FluxRuntime
 
@@ -75,6 +75,12 @@ def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
             f'{torch.cuda.get_device_name()}; use "kernels": "triton" or leave it out'
         )
     if wanted == "triton" or not has_fa3:
+        if impl.head_size not in SUPPORTED_HEAD_DIMS:
+            raise UnsupportedConfigurationError(
+                "layer routes with Triton kernels: expected a head_dim among "
+                f"{SUPPORTED_HEAD_DIMS}, found {impl.head_size}; serve this model with "
+                "--attention-backend FLASH_ATTN"
+            )
         return TritonKernels(impl, runtime)
     return FA3Kernels(impl, runtime)
 

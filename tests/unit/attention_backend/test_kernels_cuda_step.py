@@ -1,0 +1,230 @@
+"""The CUDA backend's step, from StepContext to attention output, in Triton's interpreter.
+
+Builder and implementation are the real ones, on the Triton kernels; only what they inherit from
+vLLM's constructors is set by hand. Oracles: the tests' own masked attention (float32) and, for the
+routes, the reference router over pooled queries; steps mix prefill chunks, decode rows, requests
+in new rows, and a dummy batch.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.config import FluxConfig
+from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.route import Route
+from flux_vllm.runtime import FluxRuntime
+from flux_vllm.step import StepContext
+from tests.helpers.reference_attention import SparsePattern, masked_attention
+from tests.helpers.reference_router import pooled_positions
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
+    ),
+]
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 64, 16
+SINK_TOKENS, WINDOW_TOKENS, POOL_TOKENS = 20, 24, 32
+PATTERN = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
+PROMPTS = {"a": 66, "b": 21, "c": 90}
+
+
+class _NoRotation:
+    """A rotary inverse that changes nothing, so that queries are their own features."""
+
+    rotary_dim, interleaved, attention_scaling = HEAD_DIM, False, 1.0
+    inv_freq = torch.zeros(HEAD_DIM // 2)
+
+
+class _Server:
+    """A hand-made worker: a KV cache, block tables, and a builder with its layers."""
+
+    def __init__(self, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from flux_vllm.attention_backend.cuda import FluxCUDAImpl, FluxCUDAMetadataBuilder
+
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(multi_processor_count=4),
+        )
+        monkeypatch.setattr("flux_vllm.attention_backend.kernels.fa3.is_available", lambda: False)
+        self.router = LayerRouter(LAYERS, HEAD_DIM).requires_grad_(False)
+        for name in self.router.shapes:
+            self.router.linear(name)[0].mul_(3)
+        static = policy == "static"
+        self.runtime = FluxRuntime(
+            FluxConfig(policy=policy, sparse_layers=[0] if static else None),
+            None if static else self.router,
+            RouterInfo(
+                base_model="",
+                num_layers=LAYERS,
+                head_dim=HEAD_DIM,
+                pool_tokens=POOL_TOKENS,
+                sink_tokens=SINK_TOKENS,
+                window_tokens=WINDOW_TOKENS,
+            ),
+            LAYERS,
+            tuple(range(LAYERS)),
+            2,
+            torch.device("cpu"),
+            lambda pooled: pooled,
+        )
+        blocks = sum(-(-(n + 8) // BLOCK_SIZE) for n in PROMPTS.values()) + 1
+        shape = (blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+        self.caches = [torch.full(shape, float("nan")) for _ in range(LAYERS)]
+        free = iter(torch.randperm(blocks - 1).add(1).tolist())
+        self.tables = {
+            name: list(itertools.islice(free, -(-(n + 8) // BLOCK_SIZE)))
+            for name, n in PROMPTS.items()
+        }
+        self.builder = FluxCUDAMetadataBuilder.__new__(FluxCUDAMetadataBuilder)
+        self.layers = []
+        for index, cache in enumerate(self.caches):
+            impl = FluxCUDAImpl.__new__(FluxCUDAImpl)
+            impl.num_heads, impl.num_kv_heads, impl.head_size = HEADS, KV_HEADS, HEAD_DIM
+            impl.scale, impl.vllm_flash_attn_version = HEAD_DIM**-0.5, 2
+            impl.binding = LayerBinding(self.runtime, index, _NoRotation())
+            impl.group_index, impl._kernels = index, None
+            self.layers.append(SimpleNamespace(impl=impl, kv_cache=cache))
+        self.builder._layers = self.layers
+        self.builder.block_size, self.builder.device = BLOCK_SIZE, torch.device("cpu")
+        self.builder._views = self.builder._pooling = self.builder._bound = None
+        self.builder._capacity = 4
+        self.history = {name: [[] for _ in range(LAYERS)] for name in PROMPTS}
+
+    def step(self, rows: list[tuple[str, int, bool]], padding: int = 0) -> None:
+        """Run one step of (request, tokens, is prefill) rows and check every layer."""
+        computed = [len(self._queries(name)) for name, _, _ in rows]
+        self.runtime.begin_step(
+            StepContext(
+                tuple(name for name, _, _ in rows),
+                np.array([PROMPTS[name] for name, _, _ in rows]),
+                np.array(computed),
+                np.array([count for _, count, _ in rows]),
+                np.array([prefill for _, _, prefill in rows]),
+            )
+        )
+        metadata = self._metadata(rows, computed, padding)
+        metadata.flux = self.builder._step(self.runtime, metadata, len(rows) + padding)
+        slots = self.runtime.step.slots
+        for index, layer in enumerate(self.layers):
+            tokens = metadata.num_actual_tokens
+            query, key, value = (
+                torch.randn(tokens, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)
+            )
+            self._write(layer.kv_cache, metadata.slot_mapping, key, value)
+            out = torch.full((tokens, HEADS * HEAD_DIM), float("nan"))
+            layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata, out)
+            start = 0
+            for row, (name, count, prefill) in enumerate(rows):
+                part = slice(start, start + count)
+                kept = self.history[name][index]
+                kept.append((query[part], key[part], value[part]))
+                route = int(self.runtime.table.routes[int(slots[row]), index])
+                if prefill and self.runtime.router is not None:
+                    assert route == self._expected_route(name, index, computed[row])
+                self._check(name, index, count, route, prefill, out[part])
+                start += count
+        self.runtime.end_step()
+
+    def _queries(self, name: str) -> torch.Tensor:
+        parts = [query for query, _, _ in self.history[name][0]]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _metadata(self, rows: list, computed: list[int], padding: int) -> object:
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
+        counts = [count for _, count, _ in rows] + [0] * padding
+        lens = [c + n for c, n in zip(computed, counts, strict=False)] + [0] * padding
+        width = max(map(len, self.tables.values()))
+        table = torch.full((len(counts), width), 10**6, dtype=torch.int32)  # stale tails
+        slots = []
+        for row, (name, count, _) in enumerate(rows):
+            used = -(-lens[row] // BLOCK_SIZE)
+            table[row, :used] = torch.tensor(self.tables[name][:used])
+            slots += [
+                self.tables[name][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+                for p in range(computed[row], computed[row] + count)
+            ]
+        return FlashAttentionMetadata(
+            num_actual_tokens=sum(counts),
+            max_query_len=max(counts),
+            query_start_loc=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            max_seq_len=max(lens),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            block_table=table,
+            slot_mapping=torch.tensor(slots),
+        )
+
+    @staticmethod
+    def _write(cache: torch.Tensor, slots: torch.Tensor, key, value) -> None:
+        pages = cache.transpose(1, 2)
+        pages[slots // BLOCK_SIZE, slots % BLOCK_SIZE] = torch.cat([key, value], dim=-1)
+
+    def _expected_route(self, name: str, layer: int, computed: int) -> int:
+        features = torch.cat([query.mean(dim=1) for query, _, _ in self.history[name][layer]])
+        prompt_len, end = PROMPTS[name], len(features)
+        positions = pooled_positions(
+            computed, end, prompt_len, POOL_TOKENS, torch.arange(end) < prompt_len
+        )
+        pooled = features[positions].mean(dim=0, keepdim=True)
+        difference = self.router(layer, pooled)[0, 1] - self.router(layer, pooled)[0, 0]
+        assert abs(difference) > 1e-3, "a near tie: choose another seed"
+        return int(Route.FULL if difference >= 0 else Route.SPARSE)
+
+    def _check(self, name, layer, count, route, prefill, out) -> None:
+        keys, values = (
+            torch.cat([entry[i] for entry in self.history[name][layer]]).transpose(0, 1)
+            for i in (1, 2)
+        )
+        query = self.history[name][layer][-1][0]
+        expected = masked_attention(
+            query.transpose(0, 1),
+            keys,
+            values,
+            HEAD_DIM**-0.5,
+            route,
+            "prefill" if prefill else "decode",
+            PATTERN,
+        )
+        torch.testing.assert_close(out.view(count, HEADS, HEAD_DIM), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["router", "static"])
+def test_steps(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = _Server(policy, monkeypatch)
+    server.step([("a", 40, True), ("b", 21, True)])
+    server.step([("b", 1, False), ("c", 50, True), ("a", 25, True)])
+    server.step([("a", 1, True), ("c", 39, True)])  # a prompt's one-token tail
+    server.step([("c", 1, True), ("a", 1, False), ("b", 2, False)])
+    server.step([("b", 1, False), ("a", 1, False), ("c", 1, False)], padding=1)
+    assert server.builder._views.unrouted.item() == 0
+    settled = {decision["request_id"] for decision in server.runtime.status()["recent"]}
+    assert settled == set(PROMPTS)
+    server.runtime.finish(["a", "b", "c"])
+    assert server.runtime.status()["live_requests"] == 0
+
+
+def test_dummy_batch_attends_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture and warm-up know no requests; their rows attend FULL through the same views."""
+    server = _Server("router", monkeypatch)
+    server.step([("a", 60, True)])
+    metadata = server._metadata([("a", 1, False)], [60], padding=1)
+    server.caches[1][server.tables["a"][60 // BLOCK_SIZE], :, 60 % BLOCK_SIZE] = 0.5
+    metadata.flux = server.builder._step(server.runtime, metadata, 2)
+    query = torch.randn(1, HEADS, HEAD_DIM)
+    out = torch.full((1, HEADS * HEAD_DIM), float("nan"))
+    layer = server.layers[1]
+    layer.impl.forward(layer, query, None, None, layer.kv_cache, metadata, out)
+    token = torch.full((1, KV_HEADS, HEAD_DIM), 0.5)
+    server.history["a"][1].append((query, token, token))
+    server._check("a", 1, 1, int(Route.FULL), False, out)
+    assert server.builder._views.unrouted.item() == 0
