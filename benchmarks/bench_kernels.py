@@ -1,6 +1,6 @@
 """Time the GPU kernels at the Llama-3.1-8B shape against vLLM's FlashAttention-3, on one GPU.
 
-    python benchmarks/bench_kernels.py --out FILE.json [--only decode,prefill,sweep,router]
+    python benchmarks/bench_kernels.py --out FILE.json [--only decode,prefill]
 
 GPU times come from CUDA graphs whose calls go around several KV caches, so that none is found in
 the L2 cache; host times are what the caller's thread spends on a call. Baseline: vLLM's own
@@ -20,25 +20,7 @@ import triton
 
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
-from flux_vllm.attention_backend.kernels.prompt_rows import (
-    COLUMNS,
-    PooledStep,
-    pack_prompt_rows,
-    update_counts,
-)
-from flux_vllm.attention_backend.kernels.query_sums import (
-    InverseRotary,
-    pooling_workspace,
-    update_and_pool,
-)
-from flux_vllm.attention_backend.kernels.router_mlp import (
-    RouteTables,
-    RowSwitch,
-    decide_routes,
-    router_weights,
-    router_workspace,
-)
-from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
+from flux_vllm.attention_backend.kernels.sink_merge import MergeTile, merge_sinks
 from flux_vllm.attention_backend.kernels.triton_decode import (
     attend_decode,
     choose_num_splits,
@@ -96,6 +78,26 @@ def record(kernel: str, case: str, fn: Callable[[int], object], layers: int, **e
     ROWS.append(row)
     print(f"{kernel:34s} {case:34s} {row['us']:10.1f} us  host {row['host_us']:7.1f} us {extra}")
     return row["us"]
+
+
+def write_rows(path: Path) -> None:
+    """Write every row with what it ran on."""
+    import vllm
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "vllm": getattr(vllm, "__version__", "?"),
+        "commit": commit,
+        "shape": f"heads {HEADS}/{KV_HEADS}, head_dim {HEAD_DIM}, bf16, block {BLOCK_SIZE}, "
+        f"sink {SINK}, window {WINDOW}, pool {POOL}",
+        "rows": ROWS,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Batch:
@@ -233,7 +235,7 @@ def bench_decode(sms: int) -> None:
             record("fa3 views", f"{name} {what}", run, layers)
             for splits in {choose_num_splits(rows, KV_HEADS, sms), 16}:
                 space = decode_workspace(rows, HEADS, HEAD_DIM, splits, torch.device("cuda"))
-                for block_n in (32, 64, 128):
+                for block_n in (64, 128):
 
                     def run_triton(layer: int, batch=batch, space=space, n=block_n) -> None:
                         attend_decode(
@@ -309,7 +311,7 @@ def bench_prefill() -> None:
         if length == 131072:
             for tile in MERGE_TILES:
                 record(f"merge_sinks {tile}", case,
-                       lambda i, f=merge, t=tile: f(i, tile=PrefillTile(*t)), layers)  # fmt: skip
+                       lambda i, f=merge, t=tile: f(i, tile=MergeTile(*t)), layers)  # fmt: skip
             for tile in PREFILL_TILES:
                 record(f"triton SPARSE {tile}", case,
                        lambda i, f=fused, t=tile: f(i, tile=PrefillTile(*t)), layers)  # fmt: skip
@@ -317,128 +319,36 @@ def bench_prefill() -> None:
         del batch
 
 
-MERGE_TILES = [(64, 64, 4, 2), (64, 128, 4, 1), (128, 64, 8, 2), (128, 64, 4, 2), (128, 128, 8, 1)]
-PREFILL_TILES = [
-    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 3), (128, 64, 8, 2),
-    (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 1), (256, 64, 8, 2),
-    (256, 64, 16, 3),
+MERGE_TILES = [
+    (64, 128, 1, 4, 1), (64, 128, 2, 4, 2), (64, 128, 4, 4, 1), (64, 128, 4, 4, 2),
+    (64, 128, 8, 4, 2), (64, 64, 4, 4, 2), (128, 128, 4, 8, 2), (128, 128, 8, 8, 1),
+    (128, 64, 4, 8, 2), (32, 128, 4, 4, 2),
 ]  # fmt: skip
-
-
-def bench_router() -> None:
-    import numpy as np
-
-    from flux_vllm.router.features import PromptSpan
-    from flux_vllm.router.model import LayerRouter
-    from flux_vllm.router.route import choose_route, full_probability
-
-    cuda = torch.device("cuda")
-    router = LayerRouter(32, HEAD_DIM).to(cuda)
-    weights = router_weights(router, cuda)
-    for rows, tokens in ((1, 512), (1, 2048), (1, 8192), (16, 512)):
-        case = f"{rows}x{tokens}"
-        blocks = tokens // BLOCK_SIZE
-        packed = pack_prompt_rows(
-            [PromptSpan(0, tokens, tokens)] * rows, np.ones(rows, bool), np.arange(rows)
-        )
-        table = (1 + torch.arange(rows * blocks)).view(rows, blocks).int().cuda()
-        mapping = (table[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE).cuda()).flatten()
-        mapping = mapping.long()
-        step = PooledStep(
-            torch.zeros(rows, COLUMNS, dtype=torch.int32, device=cuda),
-            torch.zeros(rows, dtype=torch.int32, device=cuda),
-            torch.zeros(rows, device=cuda),
-        )
-        step.rows.copy_(torch.from_numpy(packed.rows))
-        sums = torch.zeros(4, rows * blocks + 1, HEAD_DIM, dtype=DTYPE, device=cuda)
-        counts = torch.zeros(rows * blocks + 1, dtype=torch.uint8, device=cuda)
-        queries = [
-            torch.randn(rows * tokens, HEADS, HEAD_DIM, device=cuda).to(DTYPE) for _ in range(4)
-        ]
-        rotary = InverseRotary(
-            HEAD_DIM, False, inv_freq=5e5 ** (-torch.arange(64, device=cuda) / 64)
-        )
-        space = pooling_workspace(rows, POOL, HEAD_DIM, cuda)
-        pooled = torch.zeros(rows, HEAD_DIM, device=cuda)
-        sizes = {"block_size": BLOCK_SIZE, "pool_tokens": POOL}
-        programs = packed.num_programs
-
-        def count(_: int) -> None:
-            update_counts(counts, mapping, len(mapping), table, step, rows, programs, **sizes)  # noqa: B023
-
-        def pool(layer: int) -> None:
-            update_and_pool(
-                queries[layer % 4], sums[layer % 4], counts, mapping, table, step, space, rotary,  # noqa: B023
-                pooled, rows, programs, **sizes,  # noqa: B023
-            )  # fmt: skip
-
-        tables = RouteTables(
-            torch.zeros(64, 32, dtype=torch.int8, device=cuda), torch.zeros(64, 32, device=cuda)
-        )
-        lens = torch.full((rows,), tokens, dtype=torch.int32, device=cuda)
-        switch = RowSwitch(
-            lens, (torch.arange(rows + 1) * tokens).int().cuda(), lens.clone(), lens.clone()
-        )
-        hidden = router_workspace(rows, HEAD_DIM, cuda)
-
-        def decide(layer: int) -> None:
-            decide_routes(
-                pooled, step.rows, rows, weights, layer, layer, 0.5, tables, switch, hidden,  # noqa: B023
-                sparse_beyond_tokens=SINK + WINDOW,
-            )  # fmt: skip
-
-        slots = torch.arange(rows, device=cuda)
-
-        @torch.no_grad()
-        def decide_by_torch(layer: int) -> None:
-            probability = full_probability(router(layer, pooled))  # noqa: B023
-            tables.full_probability[slots, layer] = probability  # noqa: B023
-            tables.routes[slots, layer] = choose_route(probability, 0.5)  # noqa: B023
-
-        def whole(layer: int) -> None:
-            pool(layer)
-            decide(layer)
-
-        record("update_counts (per step)", case, count, 8)
-        record("update_and_pool", case, pool, 8)
-        record("decide_routes", case, decide, 32)
-        record("router by torch", case, decide_by_torch, 32)
-        record("pool + route, one layer", case, whole, 32)
+PREFILL_TILES = [
+    (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2, 128),
+    (128, 64, 8, 3, 128), (128, 32, 8, 3, 128), (128, 32, 8, 4, 128), (256, 64, 16, 2),
+    (256, 64, 16, 3), (256, 32, 16, 3), (256, 128, 16, 2), (256, 64, 8, 3), (256, 32, 8, 3),
+]  # fmt: skip
 
 
 def main() -> None:
     """Run the chosen parts and write every row with what it ran on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="router,decode,prefill")
+    parser.add_argument("--only", default="decode,prefill")
     args = parser.parse_args()
-    import vllm
-
+    assert fa3.is_available(), "the baseline needs a Hopper GPU and vLLM"
     torch.manual_seed(0)
     device = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     parts = {
         "decode": lambda: bench_decode(device.multi_processor_count),
         "prefill": bench_prefill,
-        "router": bench_router,
     }
     try:
         for part in args.only.split(","):
             parts[part]()
     finally:
-        result = {
-            "gpu": device.name,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "vllm": getattr(vllm, "__version__", "?"),
-            "commit": commit,
-            "shape": f"heads {HEADS}/{KV_HEADS}, head_dim {HEAD_DIM}, bf16, block {BLOCK_SIZE}, "
-            f"sink {SINK}, window {WINDOW}, pool {POOL}",
-            "rows": ROWS,
-        }
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_rows(args.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from flux_vllm.router.features import GRANULE_TOKENS, PromptSpan
 
 COLUMNS = 8
 """Width of a packed row: token, computed, prompt tokens, table row, routed, slot, first program,
-and a spare that keeps rows aligned."""
+and a counter of programs, 0 between launches."""
 
 _GRANULE = tl.constexpr(GRANULE_TOKENS)
 

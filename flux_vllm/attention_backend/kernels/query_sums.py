@@ -1,8 +1,7 @@
-"""Query sums and pooling on the GPU, one layer: what `flux_vllm.router.state` does on the CPU.
+"""Query sums on the GPU, one layer: this step's queries, rotated back and averaged over heads.
 
-Two launches: one adds this step's queries, rotated back and averaged over heads, to the sums of
-their granules and notes what the routed rows pool of them; the next pools. The second may read
-what the first wrote for another row: rows of one step share blocks of the prefix cache.
+They are added to the sums of their granules; what the routed rows pool of them is noted apart,
+because tokens of the step count exactly. `flux_vllm.router.state` does the same on the CPU.
 
 Dimension legend: P prompt rows, T packed tokens, N query heads, H head dim, G granules of the KV
 cache, M block-table width.
@@ -14,16 +13,24 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.pooling import (
+    PoolingWorkspace,
+    pool_rows,
+)
+from flux_vllm.attention_backend.kernels.pooling import pooling_workspace as pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     PooledStep,
     find_granule,
-    physical_granule,
-    pool_slots,
     pooled_range,
 )
+from flux_vllm.attention_backend.kernels.trigonometry import cos_sin
 from flux_vllm.router.features import GRANULE_TOKENS
 
 _GRANULE = tl.constexpr(GRANULE_TOKENS)
+_PAIRS_AT_ONCE = 32
+"""Rotated pairs a program takes: enough programs for short prompts, 64 bytes a head."""
+_HEADS_AT_ONCE = 16
+"""Most loads in flight: a program's time is memory latency, not arithmetic."""
 
 
 class InverseRotary(NamedTuple):
@@ -39,26 +46,6 @@ class InverseRotary(NamedTuple):
     cos: torch.Tensor | None = None
     """[positions, rotary_dim / 2] float32, divided by m squared."""
     sin: torch.Tensor | None = None
-
-
-class PoolingWorkspace(NamedTuple):
-    """What the two launches of a layer hand over; one serves all layers."""
-
-    parts: torch.Tensor
-    """[P, 2, SLOTS, H] float32: this step's share of each pooled granule, by end of the prompt."""
-    straddled: torch.Tensor
-    """[P, H] float32: sum, before this step, of the granule that a row's chunk begins within."""
-
-
-def pooling_workspace(
-    max_rows: int, pool_tokens: int, head_dim: int, device: torch.device
-) -> PoolingWorkspace:
-    """Allocate a workspace for up to `max_rows` prompt rows."""
-    slots = pool_slots(pool_tokens)
-    return PoolingWorkspace(
-        torch.empty(max_rows, 2, slots, head_dim, device=device),
-        torch.empty(max_rows, head_dim, device=device),
-    )
 
 
 def update_and_pool(
@@ -80,15 +67,15 @@ def update_and_pool(
     """Add this step's prompt queries to a layer's sums, then pool the routed rows.
 
     Args:
-        query: [>= T, N, H] after RoPE, any float type, last dimension contiguous.
-        sums: [G, H] bfloat16, in and out: this layer's query sums.
+        query: see `update_sums`.
+        sums: [G, H] bfloat16, in and out.
         counts: [G] uint8, after `update_counts`.
         slot_mapping: [>= T] int64.
         block_table: [rows of the batch, M] int32.
         step: after `update_counts`.
-        workspace: for at least P rows.
+        workspace: of at least P entries.
         rotary: of the layer.
-        pooled: [P, H] float32, out: mean query before RoPE over this rank's heads; written for
+        pooled: [>= P, H] float32, out: mean query before RoPE over this rank's heads; written for
             routed rows only.
         num_rows: P.
         num_programs: of PackedRows.
@@ -97,12 +84,59 @@ def update_and_pool(
 
     Host sync: none; allocates nothing.
     """
+    sizes = {"pool_tokens": pool_tokens}
+    update_sums(query, sums, slot_mapping, step, workspace, rotary, num_rows, num_programs, **sizes)
+    pool_rows(
+        sums[None],
+        counts,
+        block_table,
+        step,
+        workspace,
+        pooled,
+        num_rows,
+        block_size=block_size,
+        **sizes,
+    )
+
+
+def update_sums(
+    query: torch.Tensor,
+    sums: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    step: PooledStep,
+    workspace: PoolingWorkspace,
+    rotary: InverseRotary,
+    num_rows: int,
+    num_programs: int,
+    *,
+    pool_tokens: int,
+    entry: int = 0,
+) -> None:
+    """Add this step's prompt queries to a layer's sums, and note what is pooled of them.
+
+    Args:
+        query: [>= T, N, H] after RoPE, any float type, last dimension contiguous.
+        sums: [G, H] bfloat16, in and out: this layer's query sums.
+        slot_mapping: [>= T] int64.
+        step: after `update_counts`.
+        workspace: prompt row p's part goes to entry `entry` + p.
+        rotary: of the layer.
+        num_rows: P.
+        num_programs: of PackedRows.
+        pool_tokens: tokens pooled at each end of a prompt.
+        entry: the layer's index times P, to pool several layers at once.
+
+    Host sync: none; allocates nothing.
+    """
     if num_rows == 0:
         return
     heads, head_dim = query.shape[1:]
-    slots = pool_slots(pool_tokens)
+    assert sums.is_contiguous()
     pairs = rotary.rotary_dim // 2
-    _write_kernel[(num_programs,)](
+    block_pairs = min(_PAIRS_AT_ONCE, triton.next_power_of_2(pairs))
+    pair_parts = triton.cdiv(pairs, block_pairs)
+    rest_parts = triton.cdiv(head_dim - 2 * pairs, block_pairs)
+    _write_kernel[(num_programs, pair_parts + rest_parts)](
         query,
         sums,
         slot_mapping,
@@ -116,83 +150,40 @@ def update_and_pool(
         1.0 / rotary.attention_scaling,
         1.0 / heads,
         num_rows,
+        entry,
         *query.stride()[:2],
         HEADS=heads,
+        AT_ONCE=max(n for n in range(1, _HEADS_AT_ONCE + 1) if heads % n == 0),
         HEAD_DIM=head_dim,
         PAIRS=pairs,
-        BLOCK_PAIRS=triton.next_power_of_2(pairs),
-        BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * pairs)),
+        BLOCK_PAIRS=block_pairs,
+        PAIR_PARTS=pair_parts,
         INTERLEAVED=rotary.interleaved,
         POOL_TOKENS=pool_tokens,
-        SLOTS=slots,
-        num_warps=8,
-    )
-    _pool_kernel[(num_rows,)](
-        sums,
-        counts,
-        block_table,
-        step.rows,
-        step.straddle_counts,
-        step.pooled_tokens,
-        workspace.parts,
-        workspace.straddled,
-        pooled,
-        block_table.stride(0),
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        GRANULES_PER_BLOCK=block_size // GRANULE_TOKENS,
-        POOL_TOKENS=pool_tokens,
-        SLOTS=slots,
-        num_warps=4,
+        SLOTS=workspace.parts.shape[2],
+        num_warps=max(1, block_pairs // 16),  # 16 bytes a thread and load
     )
 
 
 @triton.jit
 def _mean_over_heads(
-    query, token, valid, dim, dim_valid, weight, stride_t, stride_n, HEADS: tl.constexpr
-):
+    query, token, valid, dim, dim_valid, weight, stride_t, stride_n,
+    HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Average some dimensions of 16 tokens' queries over heads: [16, dims] float32."""
-    at_once: tl.constexpr = 8 if HEADS >= 8 else HEADS
-    group: tl.constexpr = triton.next_power_of_2(at_once)
+    loaded = valid[:, None] & dim_valid[None, :]
+    pointers = query + (token * stride_t)[:, None] + dim[None, :]
     total = tl.zeros([_GRANULE, dim.shape[0]], tl.float32)
-    for begin in range(0, HEADS, group):
-        head = begin + tl.arange(0, group)
-        pointers = (
-            query
-            + head[:, None, None] * stride_n
-            + (token * stride_t)[None, :, None]
-            + dim[None, None, :]
-        )
-        loaded = (head < HEADS)[:, None, None] & valid[None, :, None] & dim_valid[None, None, :]
-        total += tl.sum(tl.load(pointers, mask=loaded, other=0.0).to(tl.float32), axis=0)
+    for begin in range(0, HEADS, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            some = tl.load(pointers + (begin + i) * stride_n, mask=loaded, other=0.0)
+            total += some.to(tl.float32)
     return total * weight
 
 
 @triton.jit
-def _add_sum(sums, slot, dim, dim_valid, x, old, HEAD_DIM: tl.constexpr):
-    """Write a granule's new sum: the old one plus this step's queries."""
-    if slot >= 0:
-        target = sums + slot // _GRANULE * HEAD_DIM + dim
-        tl.store(target, (old + tl.sum(x, axis=0)).to(sums.dtype.element_ty), mask=dim_valid)
-
-
-@triton.jit
-def _old_sum(
-    sums, slot, straddled, row, continues, has_sum, dim, dim_valid, HEAD_DIM: tl.constexpr
-):
-    """Read the sum of a granule that this step goes on with, and keep it for the pooling."""
-    old = tl.zeros([dim.shape[0]], tl.float32)
-    if continues:
-        if has_sum & (slot >= 0):
-            source = sums + slot // _GRANULE * HEAD_DIM + dim
-            old = tl.load(source, mask=dim_valid, other=0.0).to(tl.float32)
-        tl.store(straddled + row * HEAD_DIM + dim, old, mask=dim_valid)
-    return old
-
-
-@triton.jit
 def _add_parts(
-    parts, row, granule, position, end, dim, dim_valid, x, valid,
+    parts, entry, granule, position, end, dim, dim_valid, x, valid,
     POOL_TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Note what the ends of the prompt pool of this granule's queries in this step."""
@@ -202,11 +193,30 @@ def _add_parts(
         slot = granule - begin // _GRANULE
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             part = tl.sum(tl.where(counted[:, None], x, 0.0), axis=0)
-            target = parts + ((row * 2 + which) * SLOTS + slot).to(tl.int64) * HEAD_DIM + dim
+            target = parts + ((entry * 2 + which) * SLOTS + slot).to(tl.int64) * HEAD_DIM + dim
             tl.store(target, part, mask=dim_valid)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def _keep(
+    sums, slot, straddled, parts, entry, granule, position, end, valid, continues, has_sum, routed,
+    dim, dim_valid, x, POOL_TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Add some dimensions of this step's queries to their granule's sum, and note the parts."""
+    old = tl.zeros([dim.shape[0]], tl.float32)
+    target = sums + slot // _GRANULE * HEAD_DIM + dim
+    if continues:
+        if has_sum & (slot >= 0):
+            old = tl.load(target, mask=dim_valid, other=0.0).to(tl.float32)
+        tl.store(straddled + entry * HEAD_DIM + dim, old, mask=dim_valid)
+    if slot >= 0:
+        tl.store(target, (old + tl.sum(x, axis=0)).to(sums.dtype.element_ty), mask=dim_valid)
+    if routed:
+        _add_parts(parts, entry, granule, position, end, dim, dim_valid, x, valid,
+                   POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_entry"])
 def _write_kernel(
     query,
     sums,
@@ -221,13 +231,15 @@ def _write_kernel(
     turn_scale,
     head_weight,
     num_rows,
+    first_entry,
     stride_t,
     stride_n,
     HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    PAIR_PARTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     POOL_TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -243,92 +255,36 @@ def _write_kernel(
     slot = tl.load(slot_mapping + tl.load(rows + row * 8) + begin - computed)
     continues = begin % _GRANULE != 0
     has_sum = tl.load(straddle_counts + row) > 0
+    entry = first_entry + row
 
-    pair = tl.arange(0, BLOCK_PAIRS)
+    lane = tl.arange(0, BLOCK_PAIRS)
+    if tl.program_id(1) >= PAIR_PARTS:  # dimensions that are not rotated
+        z_dim = 2 * PAIRS + (tl.program_id(1) - PAIR_PARTS) * BLOCK_PAIRS + lane
+        in_rest = z_dim < HEAD_DIM
+        z = _mean_over_heads(query, token, valid, z_dim, in_rest, head_weight, stride_t, stride_n,
+                             HEADS, AT_ONCE)  # fmt: skip
+        _keep(sums, slot, straddled, parts, entry, granule, position, end, valid, continues,
+              has_sum, routed, z_dim, in_rest, z, POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+        return
+    pair = tl.program_id(1) * BLOCK_PAIRS + lane
     in_pairs = pair < PAIRS
     x_dim = pair * 2 if INTERLEAVED else pair
     y_dim = x_dim + (1 if INTERLEAVED else PAIRS)
     x = _mean_over_heads(query, token, valid, x_dim, in_pairs, head_weight, stride_t, stride_n,
-                         HEADS)  # fmt: skip
+                         HEADS, AT_ONCE)  # fmt: skip
     y = _mean_over_heads(query, token, valid, y_dim, in_pairs, head_weight, stride_t, stride_n,
-                         HEADS)  # fmt: skip
+                         HEADS, AT_ONCE)  # fmt: skip
     if inv_freq is not None:
         frequency = tl.load(inv_freq + pair, mask=in_pairs, other=0.0)
-        angle = position.to(tl.float32)[:, None] * frequency[None, :]
-        cos = tl.cos(angle) * turn_scale
-        sin = tl.sin(angle) * turn_scale
+        cos, sin = cos_sin(position.to(tl.float32)[:, None] * frequency[None, :])
+        cos *= turn_scale
+        sin *= turn_scale
     else:
-        entry = position.to(tl.int64)[:, None] * PAIRS + pair[None, :]
+        turn = position.to(tl.int64)[:, None] * PAIRS + pair[None, :]
         known = valid[:, None] & in_pairs[None, :]
-        cos = tl.load(cos_table + entry, mask=known, other=0.0)
-        sin = tl.load(sin_table + entry, mask=known, other=0.0)
-    turned_x = x * cos + y * sin
-    turned_y = y * cos - x * sin
-    old_x = _old_sum(sums, slot, straddled, row, continues, has_sum, x_dim, in_pairs, HEAD_DIM)
-    old_y = _old_sum(sums, slot, straddled, row, continues, has_sum, y_dim, in_pairs, HEAD_DIM)
-    _add_sum(sums, slot, x_dim, in_pairs, turned_x, old_x, HEAD_DIM)
-    _add_sum(sums, slot, y_dim, in_pairs, turned_y, old_y, HEAD_DIM)
-    if routed:
-        _add_parts(parts, row, granule, position, end, x_dim, in_pairs, turned_x, valid,
-                   POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
-        _add_parts(parts, row, granule, position, end, y_dim, in_pairs, turned_y, valid,
-                   POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
-    if HEAD_DIM > 2 * PAIRS:
-        z_dim = 2 * PAIRS + tl.arange(0, BLOCK_REST)
-        in_rest = z_dim < HEAD_DIM
-        z = _mean_over_heads(query, token, valid, z_dim, in_rest, head_weight, stride_t, stride_n,
-                             HEADS)  # fmt: skip
-        old_z = _old_sum(sums, slot, straddled, row, continues, has_sum, z_dim, in_rest, HEAD_DIM)
-        _add_sum(sums, slot, z_dim, in_rest, z, old_z, HEAD_DIM)
-        if routed:
-            _add_parts(parts, row, granule, position, end, z_dim, in_rest, z, valid,
-                       POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
-
-
-@triton.jit
-def _pool_kernel(
-    sums,
-    counts,
-    block_table,
-    rows,
-    straddle_counts,
-    pooled_tokens,
-    parts,
-    straddled,
-    pooled,
-    stride_table,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GRANULES_PER_BLOCK: tl.constexpr,
-    POOL_TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    row = tl.program_id(0)
-    if tl.load(rows + row * 8 + 4) == 0:
-        return
-    computed = tl.load(rows + row * 8 + 1)
-    end = computed + tl.load(rows + row * 8 + 2)
-    table = block_table + tl.load(rows + row * 8 + 3).to(tl.int64) * stride_table
-    d = tl.arange(0, BLOCK_D)
-    in_head = d < HEAD_DIM
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for which in tl.static_range(2):
-        begin, stop = pooled_range(end, which, POOL_TOKENS)
-        slot = tl.arange(0, SLOTS)
-        granule = begin // _GRANULE + slot
-        earlier = tl.minimum(stop, computed)
-        whole = (granule < computed // _GRANULE) & (granule * _GRANULE < earlier)
-        physical = physical_granule(table, granule, whole, GRANULES_PER_BLOCK)
-        whole &= tl.load(counts + physical, mask=whole, other=0) > 0
-        source = sums + physical[:, None] * HEAD_DIM + d[None, :]
-        old = tl.load(source, mask=whole[:, None] & in_head[None, :], other=0.0)
-        total += tl.sum(old.to(tl.float32), axis=0)
-        first = tl.maximum(tl.maximum(begin, computed), granule * _GRANULE)
-        now = first < tl.minimum(stop, granule * _GRANULE + _GRANULE)
-        source = parts + ((row * 2 + which) * SLOTS + slot)[:, None] * HEAD_DIM + d[None, :]
-        new = tl.load(source, mask=now[:, None] & in_head[None, :], other=0.0)
-        total += tl.sum(new, axis=0)
-        if (earlier > begin) & (earlier > computed // _GRANULE * _GRANULE):
-            total += tl.load(straddled + row * HEAD_DIM + d, mask=in_head, other=0.0)
-    total = total / tl.load(pooled_tokens + row)
-    tl.store(pooled + row * HEAD_DIM + d, total, mask=in_head)
+        cos = tl.load(cos_table + turn, mask=known, other=0.0)
+        sin = tl.load(sin_table + turn, mask=known, other=0.0)
+    _keep(sums, slot, straddled, parts, entry, granule, position, end, valid, continues, has_sum,
+          routed, x_dim, in_pairs, x * cos + y * sin, POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+    _keep(sums, slot, straddled, parts, entry, granule, position, end, valid, continues, has_sum,
+          routed, y_dim, in_pairs, y * cos - x * sin, POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip

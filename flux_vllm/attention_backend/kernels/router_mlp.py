@@ -3,8 +3,8 @@
 A router is five small matrices for a handful of requests; as separate operators its time would be
 launches. Nothing non-linear stands between `features.2` and `head.0`: their product is taken when
 the weights are loaded. The first kernel spreads the 8H hidden units over programs, each with its
-share of that product; the second adds the shares up, runs the rest of the head, decides, and
-switches the decided rows between the passes of this layer.
+share of that product; the second spreads the next 4H units, and the program that comes last ends
+the head, decides, and switches the decided rows between the passes of this layer.
 
 Dimension legend: P prompt rows, L layers, U route slots, R rows of the batch, H head dim.
 """
@@ -20,6 +20,9 @@ from flux_vllm.router.route import Route
 
 SLICES = 32
 """Programs that share the features of one request."""
+
+_HEAD_PARTS = 8
+"""Programs that share the head of one request, where one layer is decided."""
 
 _FULL = tl.constexpr(int(Route.FULL))
 _SPARSE = tl.constexpr(int(Route.SPARSE))
@@ -48,16 +51,16 @@ class RouteTables(NamedTuple):
 
 
 class RowSwitch(NamedTuple):
-    """What the rows of the batch need to change passes, for one layer."""
+    """What the rows of the batch need to change passes, for the layers that are decided."""
 
     seq_lens: torch.Tensor
     """[R] int32."""
     query_start_loc: torch.Tensor
     """[R + 1] int32."""
     full_seqused_q: torch.Tensor
-    """[R] int32, out for decided rows: queries in the full pass of this layer."""
+    """[R] (one layer) or [L, R] int32, out for decided rows: queries in the full pass."""
     sparse_seqused_q: torch.Tensor
-    """[R] int32, out for decided rows: queries in the sparse pass of this layer."""
+    """[R] or [L, R] int32 of the same layout, out: queries in the sparse pass."""
 
 
 def router_weights(router: LayerRouter, device: torch.device) -> RouterWeights:
@@ -80,9 +83,9 @@ def router_weights(router: LayerRouter, device: torch.device) -> RouterWeights:
     )
 
 
-def router_workspace(max_rows: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    """Allocate what the two launches hand over, for up to `max_rows` prompt rows."""
-    return torch.empty(max_rows, SLICES, 4 * head_dim, device=device)
+def router_workspace(entries: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Allocate what the launches hand over: an entry a prompt row, times layers decided at once."""
+    return torch.empty(entries, SLICES, 4 * head_dim, device=device)
 
 
 def decide_routes(
@@ -103,7 +106,8 @@ def decide_routes(
 
     Args:
         pooled: [P, H] float32, pooled query features; with tensor parallelism, of all heads.
-        rows: [P, COLUMNS] int32, see `prompt_rows`.
+        rows: [P, COLUMNS] int32, see `prompt_rows`; the spare column counts programs and is 0
+            before and after.
         num_rows: P.
         weights: of all layers.
         layer: index into `weights`.
@@ -117,22 +121,88 @@ def decide_routes(
 
     Host sync: none; allocates nothing.
     """
+    _launch(
+        pooled, rows, (num_rows, 1), weights, None, layer, column, threshold, tables, switch,
+        workspace, sparse_beyond_tokens,
+    )  # fmt: skip
+
+
+def decide_layers(
+    pooled: torch.Tensor,
+    rows: torch.Tensor,
+    num_rows: int,
+    weights: RouterWeights,
+    layer_columns: torch.Tensor,
+    threshold: float,
+    tables: RouteTables,
+    switch: RowSwitch,
+    workspace: torch.Tensor,
+    *,
+    sparse_beyond_tokens: int,
+) -> None:
+    """Route the rows that are to be routed in several layers at once, after the last of them.
+
+    For steps in which no route matters to the step itself: every prefill row has at most
+    `sparse_beyond_tokens` keys. Two launches then serve all layers.
+
+    Args:
+        pooled: [L * P, H] float32, as `pool_rows` leaves it.
+        rows: see `decide_routes`.
+        num_rows: P.
+        weights: of all layers of the model.
+        layer_columns: [L] int32 on the device: the layers, as indices into `weights` and `tables`.
+        threshold: see `decide_routes`.
+        tables: written for the routed rows' slots.
+        switch: [L, R] buffers.
+        workspace: of L * P entries.
+        sparse_beyond_tokens: see `decide_routes`.
+
+    Host sync: none; allocates nothing.
+    """
+    grid = (num_rows, layer_columns.shape[0])
+    _launch(
+        pooled, rows, grid, weights, layer_columns, 0, 0, threshold, tables, switch, workspace,
+        sparse_beyond_tokens,
+    )  # fmt: skip
+
+
+def _launch(
+    pooled: torch.Tensor,
+    rows: torch.Tensor,
+    grid: tuple[int, int],
+    weights: RouterWeights,
+    layer_columns: torch.Tensor | None,
+    layer: int,
+    column: int,
+    threshold: float,
+    tables: RouteTables,
+    switch: RowSwitch,
+    workspace: torch.Tensor,
+    sparse_beyond_tokens: int,
+) -> None:
+    num_rows, layers = grid
     if num_rows == 0:
         return
+    assert workspace.shape[0] >= num_rows * layers, "workspace too small"
     head_dim = pooled.shape[1]
-    width = triton.next_power_of_2(head_dim)
+    width, joint_width = (triton.next_power_of_2(n * head_dim) for n in (1, 4))
     shared = {"H": head_dim, "W": width, "SLICES": SLICES}
-    _features_kernel[(num_rows, SLICES)](
+    _features_kernel[(num_rows, SLICES, layers)](
         pooled,
         rows,
         *weights.hidden,
         weights.joint[0],
         workspace,
+        layer_columns,
         layer,
+        JOINT=joint_width,
         **shared,
-        num_warps=4,
+        num_warps=8,
     )
-    _decide_kernel[(num_rows,)](
+    # Many layers at once fill the GPU by themselves.
+    parts = _HEAD_PARTS if layers == 1 else 1
+    units = 4 * head_dim // parts
+    _decide_kernel[(num_rows, layers, parts)](
         rows,
         workspace,
         weights.joint[1],
@@ -141,14 +211,19 @@ def decide_routes(
         tables.routes,
         tables.full_probability,
         *switch,
+        layer_columns,
         layer,
         column,
         threshold,
         sparse_beyond_tokens,
         tables.routes.stride(0),
         tables.full_probability.stride(0),
+        switch.full_seqused_q.stride(0) if switch.full_seqused_q.ndim == 2 else 0,
+        PARTS=parts,
+        UNITS=units,
+        CHUNK=min(triton.next_power_of_2(units), 8_192 // width),
         **shared,
-        num_warps=8,
+        num_warps=4,
     )
 
 
@@ -158,14 +233,13 @@ def _silu(x):
 
 
 @triton.jit
-def _matvec(weight, x, out_index, out_valid, in_index, in_valid, INPUTS: tl.constexpr):
-    """Multiply some rows of a matrix [outputs, INPUTS] by some of its inputs."""
-    tile = tl.load(
-        weight + out_index[:, None] * INPUTS + in_index[None, :],
-        mask=out_valid[:, None] & in_valid[None, :],
+def _load_matrix(weight, out, out_valid, unit, unit_valid, INPUTS: tl.constexpr):
+    """Load some rows and columns of a matrix [outputs, INPUTS]."""
+    return tl.load(
+        weight + out[:, None] * INPUTS + unit[None, :],
+        mask=out_valid[:, None] & unit_valid[None, :],
         other=0.0,
     )
-    return tl.sum(tile * x[None, :], axis=1)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -176,32 +250,36 @@ def _features_kernel(
     bias_0,
     joint,
     workspace,
+    layer_columns,
     layer,
     H: tl.constexpr,
     W: tl.constexpr,
+    JOINT: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     row = tl.program_id(0)
     if tl.load(rows + row * 8 + 4) == 0:
         return
     share = tl.program_id(1)
-    d = tl.arange(0, W)
-    x = tl.load(pooled + row * H + d, mask=d < H, other=0.0)
+    entry = tl.program_id(2) * tl.num_programs(0) + row
+    if layer_columns is not None:
+        layer = tl.load(layer_columns + tl.program_id(2))
+    layer = layer.to(tl.int64)
     units: tl.constexpr = 8 * H // SLICES
-    unit_width: tl.constexpr = triton.next_power_of_2(units)
-    local = tl.arange(0, unit_width)
+    local = tl.arange(0, triton.next_power_of_2(units))
     mine = local < units
     unit = share * units + local
-    layer = layer.to(tl.int64)
-    hidden = _matvec(weight_0 + layer * 8 * H * H, x, unit, mine, d, d < H, H)
-    hidden += tl.load(bias_0 + layer * 8 * H + unit, mask=mine, other=0.0)
+    d = tl.arange(0, W)
+    out = tl.arange(0, JOINT)
+    # All loads before the first sum: the weights come from memory, one latency is enough.
+    second = _load_matrix(joint + layer * 32 * H * H, out, out < 4 * H, unit, mine, 8 * H)
+    first = _load_matrix(weight_0 + layer * 8 * H * H, unit, mine, d, d < H, H)
+    hidden = tl.load(bias_0 + layer * 8 * H + unit, mask=mine, other=0.0)
+    x = tl.load(pooled + entry * H + d, mask=d < H, other=0.0)
+    hidden += tl.sum(first * x[None, :], axis=1)
     hidden = tl.where(mine, _silu(hidden), 0.0)
-    joint += layer * 32 * H * H
-    target = workspace + (row * SLICES + share) * 4 * H
-    for begin in range(0, 4 * H, W):
-        out = begin + d
-        share_of = _matvec(joint, hidden, out, out < 4 * H, unit, mine, 8 * H)
-        tl.store(target + out, share_of, mask=out < 4 * H)
+    target = workspace + (entry * SLICES + share) * 4 * H + out
+    tl.store(target, tl.sum(second * hidden[None, :], axis=1), mask=out < 4 * H)
 
 
 @triton.jit(do_not_specialize=["layer", "column", "sparse_beyond"])
@@ -219,40 +297,66 @@ def _decide_kernel(
     query_start_loc,
     full_seqused_q,
     sparse_seqused_q,
+    layer_columns,
     layer,
     column,
     threshold,
     sparse_beyond,
     stride_routes,
     stride_probability,
+    stride_switch,
     H: tl.constexpr,
     W: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNITS: tl.constexpr,
+    CHUNK: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     row = tl.program_id(0)
     if tl.load(rows + row * 8 + 4) == 0:
         return
+    entry = tl.program_id(1) * tl.num_programs(0) + row
+    if layer_columns is not None:
+        layer = tl.load(layer_columns + tl.program_id(1))
+        column = layer
     layer = layer.to(tl.int64)
     d = tl.arange(0, W)
     in_head = d < H
     share = tl.arange(0, SLICES)
+    part = tl.program_id(2)
+    shares = workspace + entry * SLICES * 4 * H
     weight_h2 += layer * 4 * H * H
+    head = weight_h4 + layer * 2 * H + d
+    to_sparse = tl.load(head + _SPARSE * H, mask=in_head, other=0.0)
+    to_full = tl.load(head + _FULL * H, mask=in_head, other=0.0)
     last = tl.zeros([W], tl.float32)
-    for begin in range(0, 4 * H, W):
-        unit = begin + d
-        in_use = unit < 4 * H
-        shares = workspace + (row * SLICES + share)[:, None] * 4 * H + unit[None, :]
-        hidden = tl.sum(tl.load(shares, mask=in_use[None, :], other=0.0), axis=0)
+    for begin in tl.static_range(0, UNITS, CHUNK):
+        local = begin + tl.arange(0, CHUNK)
+        in_use = local < UNITS
+        unit = part * UNITS + local
+        weight = _load_matrix(weight_h2, d, in_head, unit, in_use, 4 * H)
+        hidden = tl.load(
+            shares + share[:, None] * 4 * H + unit[None, :], mask=in_use[None, :], other=0.0
+        )
+        hidden = tl.sum(hidden, axis=0)
         hidden += tl.load(bias_joint + layer * 4 * H + unit, mask=in_use, other=0.0)
-        hidden = tl.where(in_use, _silu(hidden), 0.0)
-        last += _matvec(weight_h2, hidden, d, in_head, unit, in_use, 4 * H)
+        last += tl.sum(weight * tl.where(in_use, _silu(hidden), 0.0)[None, :], axis=1)
+    if PARTS > 1:
+        # A part's result takes the place of the shares that it alone has read.
+        place = shares + (d // UNITS) * 4 * H + d % UNITS
+        tl.debug_barrier()
+        tl.store(place + part * UNITS, last, mask=in_head)
+        tl.debug_barrier()
+        if tl.atomic_add(rows + row * 8 + 7, 1, sem="acq_rel") != PARTS - 1:
+            return
+        tl.store(rows + row * 8 + 7, 0)
+        every = place[None, :] + tl.arange(0, PARTS)[:, None] * UNITS
+        last = tl.load(every, mask=in_head[None, :], other=0.0, cache_modifier=".cg")
+        last = tl.sum(last, axis=0)
     last += tl.load(bias_h2 + layer * H + d, mask=in_head, other=0.0)
     last = tl.where(in_head, _silu(last), 0.0)
-    head = weight_h4 + layer * 2 * H + d
-    sparse = tl.sum(last * tl.load(head + _SPARSE * H, mask=in_head, other=0.0), axis=0)
-    full = tl.sum(last * tl.load(head + _FULL * H, mask=in_head, other=0.0), axis=0)
-    sparse += tl.load(bias_h4 + layer * 2 + _SPARSE)
-    full += tl.load(bias_h4 + layer * 2 + _FULL)
+    sparse = tl.sum(last * to_sparse, axis=0) + tl.load(bias_h4 + layer * 2 + _SPARSE)
+    full = tl.sum(last * to_full, axis=0) + tl.load(bias_h4 + layer * 2 + _FULL)
     probability = 1.0 / (1.0 + tl.exp(sparse - full))
     route = tl.where(probability >= threshold, _FULL, _SPARSE)
 
@@ -262,5 +366,6 @@ def _decide_kernel(
     batch_row = tl.load(rows + row * 8 + 3)
     queries = tl.load(query_start_loc + batch_row + 1) - tl.load(query_start_loc + batch_row)
     apart = (route == _SPARSE) & (tl.load(seq_lens + batch_row) > sparse_beyond)
-    tl.store(full_seqused_q + batch_row, tl.where(apart, 0, queries))
-    tl.store(sparse_seqused_q + batch_row, tl.where(apart, queries, 0))
+    switched = tl.program_id(1) * stride_switch + batch_row
+    tl.store(full_seqused_q + switched, tl.where(apart, 0, queries))
+    tl.store(sparse_seqused_q + switched, tl.where(apart, queries, 0))

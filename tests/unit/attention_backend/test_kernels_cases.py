@@ -114,8 +114,10 @@ class Batch:
         )
 
 
-def make_batch(rows: list[Row], shape: Shape, device: str, seed: int = 0) -> Batch:
-    """Fill a cache and a batch with random numbers, NaN wherever nothing may be read."""
+def make_batch(
+    rows: list[Row], shape: Shape, device: str, seed: int = 0, poison: float = float("nan")
+) -> Batch:
+    """Fill a cache and a batch with random numbers, `poison` wherever nothing may be read."""
     generator = torch.Generator().manual_seed(seed)
     size = shape.block_size
     blocks_of = [-(-row.seq_len // size) for row in rows]
@@ -125,14 +127,14 @@ def make_batch(rows: list[Row], shape: Shape, device: str, seed: int = 0) -> Bat
     width = max(blocks_of) + 3
     # The layout of vLLM 0.33: keys and values of a token and head side by side.
     packed = torch.full(
-        (num_blocks, size, shape.kv_heads, 2 * shape.head_dim), float("nan"), dtype=shape.dtype
+        (num_blocks, size, shape.kv_heads, 2 * shape.head_dim), poison, dtype=shape.dtype
     )
     table = order[-spare:][torch.randint(spare, (len(rows), width), generator=generator)]
     slots = []
     for index, row in enumerate(rows):
         blocks = order[sum(blocks_of[:index]) :][: blocks_of[index]]
         table[index, : len(blocks)] = blocks
-        filled = torch.full((len(blocks) * size, *packed.shape[2:]), float("nan"))
+        filled = torch.full((len(blocks) * size, *packed.shape[2:]), poison)
         filled[: row.seq_len] = torch.randn(row.seq_len, *packed.shape[2:], generator=generator)
         packed[blocks] = filled.view(len(blocks), *packed.shape[1:]).to(shape.dtype)
         position = torch.arange(row.seq_len - row.query_len, row.seq_len)

@@ -125,7 +125,9 @@ def test_attend_leaves_skipped_rows_alone(shape: Shape, query_len: int) -> None:
 def test_two_passes_long(shape: Shape, length: int) -> None:
     query_len = min(length, 1031)
     rows = [Row(query_len, length, SPARSE), Row(257, length - 1, FULL), Row(33, length, SPARSE)]
-    batch = make_batch(rows, shape, "cuda")
+    # With blocks as large as its tiles FA3 loads whole blocks: weight 0 times what is in them.
+    poison = float("nan") if shape.block_size < 128 else 3e4
+    batch = make_batch(rows, shape, "cuda", poison=poison)
     out = batch.poisoned_output()
     two_passes(batch, views_of(batch), out)
     exact = torch.cat([_by_torch(batch, row, torch.float32) for row in range(3)])
