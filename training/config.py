@@ -58,6 +58,9 @@ class DataSettings:
     wrappers: tuple[str, ...] = ("chat",)
     """What stands around the user's turn: chat (the model's template), plain, instruction,
     dialogue."""
+    open_fraction: float = 0.0
+    """Share of prompts whose answer is not begun for the model: the first words of the answer,
+    which prompts end with, become part of the answer."""
     chunked_fraction: float = 0.5
     """Share of prompts trained as if prefilled in chunks."""
     max_chunks: int = 3
@@ -105,6 +108,8 @@ class LossSettings:
     """Weight of KL(full attention || routed) on answer tokens, nats a token."""
     lm_weight: float = 0.0
     """Weight of the cross-entropy on answer tokens, nats a token."""
+    answer_tokens: int = 128
+    """Most answer tokens of a prompt that the loss looks at, evenly spaced."""
     constraint: Literal["lagrangian", "absolute"] = "lagrangian"
     """Form of the share constraint: `lagrangian` l*(target - s) + c/2*(target - s)^2 with l of
     either sign; `absolute` the paper's l1*|s - target| + l2*(s - target)^2."""

@@ -29,10 +29,12 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
     return TrainConfig(
         model=model,
         out=out,
-        router=RouterSettings(pool_tokens=96, sink_tokens=64, window_tokens=512, full_bias=2.0),
-        data=DataSettings(tasks=SMOLLM2_TASKS, min_tokens=1024, max_tokens=4096),
+        router=RouterSettings(pool_tokens=32, sink_tokens=64, window_tokens=512, full_bias=2.0),
+        data=DataSettings(
+            tasks=SMOLLM2_TASKS, min_tokens=1024, max_tokens=4096, open_fraction=0.25
+        ),
         loss=LossSettings(targets=("retrieval=0.6", "local=1.0", "few_shot=0.9")),
-        optimizer=OptimizerSettings(steps=600, batch_size=40, learning_rate=2e-3),
+        optimizer=OptimizerSettings(steps=600, batch_size=40, learning_rate=1e-3),
     )
 
 

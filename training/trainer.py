@@ -106,7 +106,7 @@ class Trainer:
                 began = time.monotonic()
                 row = self.train_step(next(batches))
                 self.elapsed = time.monotonic() - start
-                row |= {"seconds": time.monotonic() - began}
+                row |= {"seconds": round(time.monotonic() - began, 3), "peak_gib": _peak_gib()}
                 log.step(row)
                 if self.step % system.save_every == 0:
                     self._save()
@@ -252,6 +252,7 @@ class Trainer:
             [ends[row] for row in rows],
             router.pool_tokens,
             router.pool_prefix,
+            self.config.loss.answer_tokens,
         ).to(self.world.device)
 
     def _calibrate(self) -> None:
@@ -355,6 +356,13 @@ class Trainer:
             write_router(self.folder, folded, info, weight_dtype=torch.float16)
         self.world.wait()
         return self.folder / "flux_router.safetensors"
+
+
+def _peak_gib() -> float:
+    """Most device memory taken so far; 0 on the CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def _named(names: list[str], values: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:

@@ -89,6 +89,7 @@ def collate(
     chunk_ends: Sequence[Sequence[int]],
     pool_tokens: int,
     pool_prefix: bool = True,
+    answer_tokens: int | None = None,
 ) -> MicroBatch:
     """Pad prompts into one rectangle.
 
@@ -98,6 +99,7 @@ def collate(
         chunk_ends: where each one's chunks end.
         pool_tokens: prompt tokens pooled at each end.
         pool_prefix: whether the first tokens are pooled.
+        answer_tokens: most answer tokens of a prompt to look at, evenly spaced; None: all.
 
     Returns: MicroBatch, on the CPU.
     """
@@ -107,10 +109,12 @@ def collate(
     for row, prompt in enumerate(prompts):
         ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64)
         token_ids[row, : len(ids)] = ids
-        answer = len(ids) - prompt.prompt_len
-        rows.append(torch.full((answer,), row))
-        positions.append(torch.arange(prompt.prompt_len - 1, len(ids) - 1))
-        tokens.append(ids[prompt.prompt_len :])
+        looked_at = torch.arange(prompt.prompt_len - 1, len(ids) - 1)
+        if answer_tokens is not None and len(looked_at) > answer_tokens:
+            looked_at = looked_at[torch.arange(answer_tokens) * len(looked_at) // answer_tokens]
+        rows.append(torch.full_like(looked_at, row))
+        positions.append(looked_at)
+        tokens.append(ids[looked_at + 1])
     return MicroBatch(
         indices=indices,
         tasks=[prompt.task for prompt in prompts],

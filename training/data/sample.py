@@ -1,5 +1,6 @@
 """What a task family makes, and what is known about each family."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,12 @@ class Sample:
         parts = [self.question] if self.instruction_first and self.context else []
         parts += [self.context] if self.context else []
         return "\n\n".join([*parts, self.question])
+
+    def opened(self) -> "Sample":
+        """Return the same question with the answer's prefix as part of the answer."""
+        return dataclasses.replace(
+            self, answer_prefix="", answer=(self.answer_prefix + self.answer).lstrip(" ")
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,10 @@ class PromptStream(Dataset[Encoded]):
     ) -> Encoded:
         """Make one prompt of a task and length."""
         most = max(self.settings.max_answer_tokens, tokens if _is_short(task) else 0)
+        is_open = rng.random() < self.settings.open_fraction
         for _ in range(8):
             sample = self.sample(task, tokens, rng)
+            sample = sample.opened() if is_open else sample
             encoded = encode(sample, wrapper, self.tokenizer, most)
             if len(encoded) <= self.max_model_tokens:
                 return encoded

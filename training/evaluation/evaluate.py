@@ -140,9 +140,8 @@ class Evaluation:
         points = []
         for threshold in choose_thresholds(tried, self.config.shares):
             routed = self.scorer.score(self.test.prompts, self.policy(threshold))
-            count = int(
-                self.routed.num_layers * self.test.cells.overall(routed.sparse.mean(axis=1))
-            )
+            share = self.test.cells.overall(routed.sparse.mean(axis=1))
+            count = int(self.routed.num_layers * share + 1e-3)
             if count not in scored:
                 chosen, found = best_pattern(
                     self.scorer,

@@ -20,6 +20,8 @@ from training.distributed import World
 from training.losses import cross_entropy, mean_by_prompt
 from training.policies import CachedContextPolicy, Policy
 
+_LOGITS_AT_ONCE = 16384
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -101,18 +103,21 @@ class Scorer:
     def _run(self, micro: MicroBatch, policy: Policy) -> torch.Tensor:
         """Score one micro-batch: [B, 2 + L] of score, surprise, SPARSE by layer."""
         routed = self.routed.forward(micro.token_ids, micro.plan, policy)
-        logits = self.routed.logits(routed.hidden[micro.answer_rows, micro.answer_positions])
+        hidden = routed.hidden[micro.answer_rows, micro.answer_positions]
         count = len(micro.tasks)
-        right = (logits.argmax(dim=-1) == micro.answer_tokens).float()
-        share = mean_by_prompt(right, micro.answer_rows, count)
+        right, surprise = [], []
+        parts = (hidden.split(_LOGITS_AT_ONCE), micro.answer_tokens.split(_LOGITS_AT_ONCE))
+        for part, tokens in zip(*parts, strict=True):
+            logits = self.routed.logits(part)
+            right.append((logits.argmax(dim=-1) == tokens).float())
+            surprise.append(cross_entropy(logits, tokens))
+        share = mean_by_prompt(torch.cat(right), micro.answer_rows, count)
         exact = torch.tensor([metric_of(task) == "exact" for task in micro.tasks])
         score = torch.where(exact.to(share.device), (share > 1 - 1e-6).float(), share)
-        surprise = mean_by_prompt(
-            cross_entropy(logits, micro.answer_tokens), micro.answer_rows, count
-        )
+        by_prompt = mean_by_prompt(torch.cat(surprise), micro.answer_rows, count)
         final = micro.plan.is_last.float()
         sparse = ((1 - routed.routes) * final).sum(dim=-1).T
-        return torch.cat([torch.stack([score, surprise], dim=1), sparse], dim=1)
+        return torch.cat([torch.stack([score, by_prompt], dim=1), sparse], dim=1)
 
 
 def metric_of(task: str) -> str:
