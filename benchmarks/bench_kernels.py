@@ -1,6 +1,6 @@
 """Time the GPU kernels at the Llama-3.1-8B shape against vLLM's FlashAttention-3, on one GPU.
 
-    python benchmarks/bench_kernels.py --out FILE.json [--only decode,prefill]
+    python benchmarks/bench_kernels.py --out FILE.json [--only decode,prefill] [--sweep]
 
 GPU times come from CUDA graphs whose calls go around several KV caches, so that none is found in
 the L2 cache; host times are what the caller's thread spends on a call. Baseline: vLLM's own
@@ -9,6 +9,7 @@ wrapper with the work plan that its backend computes ahead (`flash_attn_varlen_f
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -84,9 +85,12 @@ def write_rows(path: Path) -> None:
     """Write every row with what it ran on."""
     import vllm
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        os.environ.get("FLUX_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -203,7 +207,7 @@ def baseline_decode(batch: Batch, splits: int) -> Callable[[int], object]:
     return run
 
 
-def bench_decode(sms: int) -> None:
+def bench_decode(sms: int, sweep: bool) -> None:
     for rows, length, layers in ((1, 131072, 12), (4, 131072, 6), (16, 16384, 8)):
         batch = Batch([1] * rows, [length] * rows, layers, prefill=False)
         name = f"{rows}x{length // 1024}K"
@@ -233,9 +237,10 @@ def bench_decode(sms: int) -> None:
                 )
 
             record("fa3 views", f"{name} {what}", run, layers)
-            for splits in {choose_num_splits(rows, KV_HEADS, sms), 16}:
+            chosen = choose_num_splits(rows, KV_HEADS, sms)
+            for splits in sorted({chosen, 16}) if sweep else [chosen]:
                 space = decode_workspace(rows, HEADS, HEAD_DIM, splits, torch.device("cuda"))
-                for block_n in (64, 128):
+                for block_n in (64, 128) if sweep else (128,):
 
                     def run_triton(layer: int, batch=batch, space=space, n=block_n) -> None:
                         attend_decode(
@@ -258,7 +263,7 @@ def bench_decode(sms: int) -> None:
         del batch
 
 
-def bench_prefill() -> None:
+def bench_prefill(sweep: bool) -> None:
     for chunk, length, layers in ((8192, 131072, 4), (8192, 8192, 4), (2048, 32768, 4)):
         batch = Batch([chunk], [length], layers, prefill=True)
         batch.write_views([0])
@@ -308,7 +313,7 @@ def bench_prefill() -> None:
         record("merge_sinks, skipped", case, lambda i, f=merge, n=none: f(i, n), layers)
         record("triton SPARSE", case, fused, layers)
         record("triton SPARSE, skipped", case, lambda i, f=fused, n=none: f(i, n), layers)
-        if length == 131072:
+        if sweep and length == 131072:
             for tile in MERGE_TILES:
                 record(f"merge_sinks {tile}", case,
                        lambda i, f=merge, t=tile: f(i, tile=MergeTile(*t)), layers)  # fmt: skip
@@ -336,13 +341,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="decode,prefill")
+    parser.add_argument("--sweep", action="store_true", help="also time other tiles and splits")
     args = parser.parse_args()
     assert fa3.is_available(), "the baseline needs a Hopper GPU and vLLM"
     torch.manual_seed(0)
     device = torch.cuda.get_device_properties(0)
     parts = {
-        "decode": lambda: bench_decode(device.multi_processor_count),
-        "prefill": bench_prefill,
+        "decode": lambda: bench_decode(device.multi_processor_count, args.sweep),
+        "prefill": lambda: bench_prefill(args.sweep),
     }
     try:
         for part in args.only.split(","):

@@ -159,7 +159,7 @@ def main() -> None:
             step, case = Step(rows, tokens, router), f"{rows}x{tokens}"
             record("update_counts, a step", case, step.count, 8)
             record("update_sums, a layer", case, step.update, LAYERS)
-            for pairs in (16, 64):
+            for pairs in (16, 32):
                 query_sums._PAIRS_AT_ONCE, default = pairs, query_sums._PAIRS_AT_ONCE
                 record(f"update_sums, {pairs} pairs at once", case, step.update, LAYERS)
                 query_sums._PAIRS_AT_ONCE = default

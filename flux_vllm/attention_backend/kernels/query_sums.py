@@ -27,8 +27,8 @@ from flux_vllm.attention_backend.kernels.trigonometry import cos_sin
 from flux_vllm.router.features import GRANULE_TOKENS
 
 _GRANULE = tl.constexpr(GRANULE_TOKENS)
-_PAIRS_AT_ONCE = 32
-"""Rotated pairs a program takes: enough programs for short prompts, 64 bytes a head."""
+_PAIRS_AT_ONCE = 64
+"""Rotated pairs a program takes: 128 bytes of a head are read together."""
 _HEADS_AT_ONCE = 16
 """Most loads in flight: a program's time is memory latency, not arithmetic."""
 

@@ -36,12 +36,13 @@ class MergeTile(NamedTuple):
     num_stages: int
 
 
-def default_tile(head_dim: int, sink_tokens: int) -> MergeTile:
-    """Choose a tile for a model's shape; measured on Hopper."""
+def default_tile(head_dim: int, sink_tokens: int, num_tokens: int) -> MergeTile:
+    """Choose a tile for a model's shape and a batch's tokens; measured on Hopper."""
     if INTERPRETED:
         return MergeTile(64, 32, 2, 4, 1)
     most = 128 if head_dim <= 128 else 64
-    return MergeTile(64, min(most, max(16, triton.next_power_of_2(sink_tokens))), 4, 4, 2)
+    block_n = min(most, max(16, triton.next_power_of_2(sink_tokens)))
+    return MergeTile(64, block_n, 8 if num_tokens >= 4096 else 4, 4, 2)
 
 
 def merge_sinks(
@@ -88,7 +89,7 @@ def merge_sinks(
     assert lse.shape == (heads, tokens), f"lse {tuple(lse.shape)}, expected {(heads, tokens)}"
     if tokens == 0 or rows == 0 or sink_tokens == 0:
         return
-    tile = tile or default_tile(head_dim, sink_tokens)
+    tile = tile or default_tile(head_dim, sink_tokens, tokens)
     block_q = tile.block_m // group
     grid = (tokens // (block_q * tile.num_tiles) + rows, kv_heads)
     _sink_kernel[grid](
@@ -156,7 +157,7 @@ def _absorb(
     return largest, total, dot(weights.to(v.dtype), v, acc, INTERPRET)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sink_kernel(
     query,
     key_cache,

@@ -87,11 +87,13 @@ def attend_decode(
     group = heads // kv_heads
     splits = workspace.lse.shape[2]
     assert workspace.lse.shape[0] >= tokens, "workspace too small"
+    assert splits & (splits - 1) == 0, f"{splits} splits, expected a power of two"
     assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
     if tokens == 0 or rows == 0:
         return
     if block_n is None:
-        block_n = 32 if INTERPRETED or query.element_size() * head_dim > 256 else 64
+        small = INTERPRETED or query.element_size() == 4 or head_dim > 128
+        block_n = 32 if small else 128
     block_m = max(16, triton.next_power_of_2(max_query_len * group))
     shared = {
         "GROUP": group,

@@ -38,17 +38,24 @@ class PrefillTile(NamedTuple):
     """A thread's most; with fewer, two programs fit on a multiprocessor."""
 
 
-def default_tile(head_dim: int, element_size: int, queries_per_kv: int) -> PrefillTile:
-    """Choose a tile for a model's shape; measured on Hopper, small enough for Ampere and Ada."""
+def default_tile(
+    head_dim: int, element_size: int, queries_per_kv: int, num_tokens: int
+) -> PrefillTile:
+    """Choose a tile for a model's shape and a batch's tokens; measured on Hopper.
+
+    Elsewhere it is small enough for the shared memory of Ada, 99 KiB.
+    """
     if INTERPRETED:
         return PrefillTile(64, 32, 4, 1)
     if element_size == 4:
         return PrefillTile(max(32, triton.next_power_of_2(queries_per_kv)), 32, 4, 1)
     if head_dim > 128:
-        return PrefillTile(64, 32, 4, 2)
-    if torch.cuda.get_device_capability()[0] >= 9:
-        return PrefillTile(128, 64, 8, 3)
-    return PrefillTile(64, 64, 4, 2)
+        return PrefillTile(64, 32, 4, 1)
+    if torch.cuda.get_device_capability()[0] != 9:
+        return PrefillTile(64, 64, 4, 2)
+    if num_tokens >= 1024:
+        return PrefillTile(256, 64, 16, 2)
+    return PrefillTile(64, 64, 4, 3)
 
 
 def attend_prefill(
@@ -96,7 +103,7 @@ def attend_prefill(
     assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
     if tokens == 0 or rows == 0:
         return
-    tile = tile or default_tile(head_dim, query.element_size(), group)
+    tile = tile or default_tile(head_dim, query.element_size(), group, tokens)
     block_q = tile.block_m // group
     grid = (tokens // block_q + rows, kv_heads)
     _prefill_kernel[grid](
@@ -145,7 +152,7 @@ def _first_tiles(low, SPARSE: tl.constexpr, SINK_TOKENS: tl.constexpr, BLOCK_N: 
     return sink_tiles, begin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _prefill_kernel(
     query,
     key_cache,
