@@ -72,14 +72,16 @@ def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: An
 def install_worker_hooks() -> None:
     """Attach the runtime to workers; called when our backend is imported, so only for flux."""
     from vllm.model_executor.model_loader import default_loader
+    from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_worker import Worker
 
     _wrap(default_loader, "filter_duplicate_safetensors_files", _leave_router_out)
 
     classes = [Worker]
-    cpu_worker = sys.modules.get("vllm.v1.worker.cpu_worker")
-    if cpu_worker is not None:
-        classes.append(cpu_worker.CPUWorker)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        classes.append(CPUWorker)
     for worker_class in classes:
         if "determine_available_memory" in vars(worker_class):
             _wrap(worker_class, "determine_available_memory", _attach_then_measure)
