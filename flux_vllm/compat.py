@@ -31,12 +31,20 @@ def uses_flux(vllm_config: Any) -> bool:
 
 def install_front_end_hooks() -> None:
     """Let the platform choose our backend, and check an engine's configuration before it starts."""
+    from vllm import plugins
     from vllm.platforms.cpu import CpuPlatform
 
     _wrap(CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, is_classmethod=True)
+    _wrap(plugins, "load_general_plugins", _hook_again)
     arguments = sys.modules.get("vllm.engine.arg_utils")
-    if arguments is not None:  # always, in a process that makes an engine's configuration
+    if arguments is not None:  # not yet, where a program loads the plugins first of all
         _wrap(arguments.EngineArgs, "create_engine_config", _check_engine_config)
+
+
+def _hook_again(original: Callable) -> None:
+    """EngineArgs asks for the plugins before it makes a configuration, loaded or not."""
+    original()
+    install_front_end_hooks()
 
 
 def _choose_on_cpu(
@@ -236,10 +244,10 @@ def _wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False
         return
 
     @functools.wraps(function)
-    def wrapped(first: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         if is_classmethod:
-            return wrapper(functools.partial(function, first), *args, **kwargs)
-        return wrapper(function, first, *args, **kwargs)
+            return wrapper(functools.partial(function, args[0]), *args[1:], **kwargs)
+        return wrapper(function, *args, **kwargs)
 
     wrapped.__flux_wrapped__ = True  # type: ignore[attr-defined]
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)

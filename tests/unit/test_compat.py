@@ -1,0 +1,358 @@
+"""Our patches of vLLM: they apply once, do what they are for, and leave other engines alone.
+
+Oracle: vLLM's unwrapped functions, whose answers the wrapped ones must give; recorded calls.
+Pinned: the order of imports does not matter (a program may load the plugins before EngineArgs is
+there, and import our backend before the worker). `test_compat_sources.py` watches what is wrapped.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from flux_vllm import compat
+from flux_vllm.errors import UnsupportedConfigurationError
+
+pytestmark = pytest.mark.vllm
+
+
+def unwrapped(function: Any) -> Any:
+    assert hasattr(function, "__flux_wrapped__")
+    return function.__wrapped__
+
+
+class TestWrapping:
+    def test_once(self) -> None:
+        from vllm import plugins
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms.cpu import CpuPlatform
+
+        def now() -> list[Any]:
+            return [
+                vars(CpuPlatform)["get_attn_backend_cls"].__func__,
+                EngineArgs.create_engine_config,
+                plugins.load_general_plugins,
+            ]
+
+        compat.install_front_end_hooks()
+        wrapped = now()
+        compat.install_front_end_hooks()
+        assert all(a is b for a, b in zip(wrapped, now(), strict=True))
+        assert all(not hasattr(unwrapped(f), "__flux_wrapped__") for f in wrapped)
+
+    def test_worker_hooks_once(self) -> None:
+        from vllm.model_executor.model_loader import default_loader
+        from vllm.v1.worker.cpu_worker import CPUWorker
+        from vllm.v1.worker.gpu_worker import Worker
+
+        def now() -> list[Any]:
+            return [
+                CPUWorker.determine_available_memory,
+                Worker.determine_available_memory,
+                default_loader.filter_duplicate_safetensors_files,
+            ]
+
+        compat.install_worker_hooks()
+        wrapped = now()
+        compat.install_worker_hooks()
+        assert all(a is b for a, b in zip(wrapped, now(), strict=True))
+        assert all(not hasattr(unwrapped(f), "__flux_wrapped__") for f in wrapped)
+
+    def test_arguments_and_result_pass_through(self) -> None:
+        class Owner:
+            def method(self, a: int, b: int = 2) -> tuple:
+                "Doc."
+                return self, a, b
+
+            @classmethod
+            def of_class(cls, a: int, *, b: int = 2) -> tuple:
+                return cls, a, b
+
+        def through(original: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs)
+
+        class Derived(Owner):
+            pass
+
+        compat._wrap(Owner, "method", through)
+        compat._wrap(Owner, "of_class", through, is_classmethod=True)
+        owner = Derived()
+        assert owner.method(1, b=3) == (owner, 1, 3)
+        assert Derived.of_class(1, b=3) == (Derived, 1, 3)
+        assert Owner.method.__doc__ == "Doc."
+
+    @pytest.mark.slow
+    def test_whatever_is_imported_first(self) -> None:
+        """Plugins before EngineArgs, the backend before the worker: all hooks are there."""
+        code = (
+            "from vllm.plugins import load_general_plugins\n"
+            "load_general_plugins()\n"
+            "import flux_vllm.attention_backend.backend\n"
+            "from vllm.v1.worker.cpu_worker import CPUWorker\n"
+            "from vllm.engine.arg_utils import EngineArgs\n"
+            "EngineArgs(model='.')\n"
+            "print([hasattr(f, '__flux_wrapped__') for f in\n"
+            "  (EngineArgs.create_engine_config, CPUWorker.determine_available_memory)])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1:] == ["[True, True]"], done.stderr[-2000:]
+
+
+class TestOtherEngines:
+    """Engines that did not ask for flux get what vLLM's own functions give."""
+
+    def selector_config(self, **values: Any) -> SimpleNamespace:
+        defaults = {"use_mla": False, "use_sparse": False, "kv_cache_dtype": "auto"}
+        return SimpleNamespace(**(defaults | values))
+
+    def answer(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever vLLM raises is its answer
+            return type(error), str(error)
+
+    @pytest.mark.parametrize("backend", [None, "CPU_ATTN", "TORCH_SDPA", "FLASH_ATTN", "CUSTOM"])
+    @pytest.mark.parametrize("model", [{}, {"use_mla": True}, {"use_sparse": True}], ids=str)
+    def test_cpu_chooses_as_before(self, backend: str | None, model: dict) -> None:
+        from vllm.platforms.cpu import CpuPlatform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        compat.install_front_end_hooks()
+        selected = None if backend is None else AttentionBackendEnum[backend]
+        original = unwrapped(vars(CpuPlatform)["get_attn_backend_cls"].__func__)
+        config = self.selector_config(**model)
+        for extra in ({}, {"num_heads": 4}):
+            expected = self.answer(original, CpuPlatform, selected, config, **extra)
+            found = self.answer(CpuPlatform.get_attn_backend_cls, selected, config, **extra)
+            assert found == expected
+            if not model:
+                assert found.endswith("CPUAttentionBackend")
+
+    def test_flux_is_chosen_for_flux(self) -> None:
+        from vllm.platforms.cpu import CpuPlatform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        from flux_vllm import plugin
+
+        plugin.register()
+        path = CpuPlatform.get_attn_backend_cls(
+            AttentionBackendEnum["FLUX"], self.selector_config(), num_heads=4
+        )
+        assert path == plugin.BACKEND_PATH
+
+    @pytest.mark.parametrize("model", ["use_mla", "use_sparse"])
+    def test_flux_refuses_latent_attention(self, model: str) -> None:
+        from vllm.platforms.cpu import CpuPlatform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        from flux_vllm import plugin
+
+        plugin.register()
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            CpuPlatform.get_attn_backend_cls(
+                AttentionBackendEnum["FLUX"], self.selector_config(**{model: True})
+            )
+        assert str(error.value) == (
+            "--attention-backend flux: expected a model with ordinary attention over keys and "
+            "values, found multi-head latent or sparse attention (MLA); serve it without "
+            "--attention-backend flux"
+        )
+
+    @pytest.mark.parametrize("name", [None, "CPU_ATTN", "CUSTOM"])
+    def test_configuration_is_not_looked_at(self, name: str | None) -> None:
+        backend = None if name is None else SimpleNamespace(name=name)
+        made = SimpleNamespace(attention_config=SimpleNamespace(backend=backend))
+        with mock.patch("flux_vllm.startup.prepare_front_end") as prepare:
+            assert compat._check_engine_config(lambda self, *a: made, None, 1) is made
+        prepare.assert_not_called()
+
+    def test_memory_is_measured_as_before(self) -> None:
+        attention = SimpleNamespace(backend=None)
+        worker = SimpleNamespace(vllm_config=SimpleNamespace(attention_config=attention))
+        before = dict(vars(worker))
+        with mock.patch("flux_vllm.startup.attach") as attach:
+            assert compat._attach_then_measure(lambda self: 123, worker) == 123
+        attach.assert_not_called()
+        assert vars(worker) == before
+
+
+class TestFluxEngine:
+    def test_attaches_before_measuring(self) -> None:
+        import torch
+
+        order = mock.Mock()
+        attention = SimpleNamespace(backend=SimpleNamespace(name="FLUX"))
+        worker = SimpleNamespace(
+            vllm_config=SimpleNamespace(attention_config=attention),
+            model_runner=SimpleNamespace(get_model=lambda: "model"),
+            device=torch.device("cpu"),
+        )
+        with (
+            mock.patch("flux_vllm.startup.attach", order.attach),
+            mock.patch("flux_vllm.startup.reserve_side_tables", order.reserve),
+            mock.patch("flux_vllm.compat.hook_worker", order.hook),
+        ):
+            order.measure.return_value = 1000
+            found = compat._attach_then_measure(order.measure, worker)
+        runtime = order.attach.return_value
+        assert found is order.reserve.return_value
+        assert order.mock_calls == [
+            mock.call.attach("model", worker.vllm_config, worker.device),
+            mock.call.hook(worker, runtime),
+            mock.call.measure(worker),
+            mock.call.reserve(1000, worker, runtime),
+        ]
+
+    def test_router_is_no_shard(self, tmp_path: Path) -> None:
+        """vLLM reads all safetensors files of a folder without an index."""
+        from vllm.model_executor.model_loader import default_loader
+
+        compat.install_worker_hooks()
+        files = [str(tmp_path / n) for n in ("a.safetensors", "flux_router.safetensors")]
+        found = default_loader.filter_duplicate_safetensors_files(
+            files, str(tmp_path), "model.safetensors.index.json"
+        )
+        assert found == files[:1]
+        (tmp_path / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"w": "a.safetensors"}}'
+        )
+        found = default_loader.filter_duplicate_safetensors_files(
+            [*files, str(tmp_path / "b.safetensors")],
+            str(tmp_path),
+            "model.safetensors.index.json",
+        )
+        assert found == files[:1]
+
+
+class FakeBatch:
+    """The part of V1's InputBatch that the hooks read; test_step_context.py has the real one."""
+
+    def __init__(self, computed: int, prompt: int) -> None:
+        self.num_reqs = 1
+        self.req_ids = ["a"]
+        self.num_prompt_tokens = np.array([prompt])
+        self.num_tokens_no_spec = np.array([prompt])
+        self.num_computed_tokens_cpu = np.array([computed])
+
+
+class TestWorkerHooks:
+    def make(self, runner: Any) -> tuple[Any, mock.Mock, list[str]]:
+        events: list[str] = []
+        runtime = mock.Mock()
+        runtime.finish.side_effect = lambda ids: events.append(f"finish {sorted(ids)}")
+        runtime.begin_step.side_effect = lambda context: events.append(
+            f"begin {context.request_ids}"
+        )
+        runtime.end_step.side_effect = lambda: events.append("end")
+        runtime.abandon_step.side_effect = lambda: events.append("abandon")
+        worker = SimpleNamespace(model_runner=runner, events=events)
+        worker.execute_model = lambda output: runner.execute(output)
+        compat.hook_worker(worker, runtime)
+        return worker, runtime, events
+
+    def runner_v1(self, computed: int = 0, prompt: int = 9) -> SimpleNamespace:
+        runner = SimpleNamespace(input_batch=FakeBatch(computed, prompt))
+        runner._build_attention_metadata = lambda *args, **kwargs: (args, kwargs)
+        runner._is_uniform_decode = lambda *args, **kwargs: True
+        runner.execute = lambda output: runner._build_attention_metadata(
+            num_reqs=1, num_scheduled_tokens=output.num_scheduled_tokens
+        )
+        return runner
+
+    OUTPUT = SimpleNamespace(finished_req_ids={"z"}, num_scheduled_tokens={"a": 9})
+
+    def test_order_of_a_step(self) -> None:
+        worker, _, events = self.make(self.runner_v1())
+        result = worker.execute_model(self.OUTPUT)
+        assert result == ((), {"num_reqs": 1, "num_scheduled_tokens": {"a": 9}})
+        assert events == ["finish ['z']", "begin ('a',)", "end"]
+
+    def test_warm_up_is_no_step(self) -> None:
+        runner = self.runner_v1()
+        _, _, events = self.make(runner)
+        runner._build_attention_metadata(num_tokens=3, num_reqs=1)
+        assert events == []
+
+    def test_error_abandons_the_step(self) -> None:
+        runner = self.runner_v1()
+        worker, _, events = self.make(runner)
+
+        def fail(_output: Any) -> None:
+            runner._build_attention_metadata(num_scheduled_tokens={"a": 9})
+            raise KeyboardInterrupt
+
+        runner.execute = fail
+        with pytest.raises(KeyboardInterrupt):
+            worker.execute_model(self.OUTPUT)
+        assert events == ["finish ['z']", "begin ('a',)", "abandon"]
+
+    def test_collective_rpc(self) -> None:
+        worker, runtime, _ = self.make(self.runner_v1())
+        assert worker.flux_status is runtime.status
+        assert worker.flux_fix_routes is runtime.fix_routes
+
+    @pytest.mark.parametrize(
+        ("computed", "prompt", "forced", "uniform"),
+        [
+            (9, 9, None, True),
+            (8, 9, None, False),  # the one-token tail of a prompt
+            (8, 9, True, True),  # a dummy run says what it wants
+        ],
+    )
+    def test_prefill_takes_no_decode_graph_v1(self, computed, prompt, forced, uniform) -> None:
+        runner = self.runner_v1(computed, prompt)
+        self.make(runner)
+        found = runner._is_uniform_decode(
+            max_num_scheduled_tokens=1,
+            uniform_decode_query_len=1,
+            num_tokens=1,
+            num_reqs=1,
+            force_uniform_decode=forced,
+        )
+        assert found is uniform
+
+    def runner_v2(self, state: Any, uniform: int | None) -> SimpleNamespace:
+        lengths = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([0, 9])))
+        runner = SimpleNamespace(req_states=lengths)
+        runner.gather_batch_req_state = lambda output, dummy_run: (state, uniform)
+        runner.prepare_attn = lambda batch: ("tables", batch)
+        return runner
+
+    def test_step_v2(self) -> None:
+        runner = self.runner_v2(None, None)
+        _, _, events = self.make(runner)
+        batch = SimpleNamespace(
+            num_reqs=1,
+            req_ids=["a"],
+            idx_mapping_np=np.array([1]),
+            num_computed_tokens_np=np.array([0]),
+            num_scheduled_tokens=np.array([9]),
+            prefill_len_np=np.array([9]),
+        )
+        assert runner.prepare_attn(batch) == ("tables", batch)
+        assert events == ["begin ('a',)"]
+
+    @pytest.mark.parametrize(
+        ("has_prefill", "eligible", "uniform"),
+        [(False, True, 1), (True, False, None)],
+        ids=["decodes", "one-token-tail"],
+    )
+    def test_prefill_takes_no_decode_graph_v2(self, has_prefill, eligible, uniform) -> None:
+        from vllm.v1.worker.gpu.model_runner import BatchReqState
+
+        fields = dict.fromkeys(BatchReqState._fields)
+        fields |= {"has_prefill": has_prefill, "decode_graph_eligible": True}
+        runner = self.runner_v2(BatchReqState(**fields), 1)
+        self.make(runner)
+        state, found = runner.gather_batch_req_state(None, dummy_run=False)
+        assert (state.decode_graph_eligible, found) == (eligible, uniform)
+
+    def test_dummy_batch_v2(self) -> None:
+        runner = self.runner_v2(None, 4)
+        self.make(runner)
+        assert runner.gather_batch_req_state(None, dummy_run=True) == (None, 4)
