@@ -1,0 +1,168 @@
+"""The plugin: `flux` becomes a backend that vLLM knows, in every process, and nothing else changes.
+
+Oracle: vLLM's own registry, AttentionConfig and plugin loader; fresh interpreters for what a
+spawned process sees. Pinned: an enum member pickles by value, which a spawned engine does not know
+before it loads plugins; ours pickles by name.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_vllm import plugin
+
+pytestmark = pytest.mark.vllm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def backends() -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    plugin.register()
+    return AttentionBackendEnum
+
+
+def run(code: str, **options: Any) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+class TestRegister:
+    def test_twice(self, backends: Any) -> None:
+        member, names = backends["FLUX"], list(backends.__members__)
+        plugin.register()
+        assert backends["FLUX"] is member
+        assert list(backends.__members__) == names
+        assert names.count("FLUX") == 1
+
+    def test_path(self, backends: Any) -> None:
+        assert backends["FLUX"].name == "FLUX"
+        assert backends["FLUX"].get_path() == plugin.BACKEND_PATH
+
+    def test_class_is_the_platforms(self, backends: Any) -> None:
+        from flux_vllm.attention_backend.cpu import FluxCPUBackend
+
+        backend = backends["FLUX"].get_class()
+        assert backend is FluxCPUBackend
+        # vLLM finds an impl's enum member by the backend's name.
+        assert backends[backend.get_name()] is backends["FLUX"]
+
+    @pytest.mark.slow
+    def test_others_are_untouched(self) -> None:
+        """Names, values, paths and pickles of vLLM's backends are the same before and after."""
+        code = (
+            "import pickle\n"
+            "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+            "def path(m):\n"
+            "    try: return m.get_path()\n"
+            "    except ValueError as error: return str(error)\n"
+            "def state(): return {n: (m.value, path(m), pickle.loads(pickle.dumps(m)) is m)\n"
+            "                     for n, m in E.__members__.items() if n != 'FLUX'}\n"
+            "before = state()\n"
+            "from flux_vllm import plugin\n"
+            "plugin.register()\n"
+            "assert 'CUSTOM' in before and 'CPU_ATTN' in before\n"
+            "assert all(entry[2] for entry in before.values())\n"
+            "print(state() == before, len(E.__members__) - len(before))\n"
+        )
+        assert run(code) == "True 1"
+
+
+class TestSelection:
+    @pytest.mark.parametrize("name", ["flux", "FLUX", "Flux", "fLuX"])
+    def test_any_case(self, backends: Any, name: str) -> None:
+        from vllm.config import AttentionConfig
+
+        assert AttentionConfig(backend=name).backend is backends["FLUX"]
+
+    def test_command_line(self, backends: Any) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        parsed = parser.parse_args(
+            ["--attention-backend", "flux", "--additional-config", '{"flux": {"policy": "full"}}']
+        )
+        assert parsed.attention_backend == "flux"
+        assert parsed.additional_config == {"flux": {"policy": "full"}}
+
+    def test_unknown_backends_are_still_unknown(self, backends: Any) -> None:
+        from vllm.config import AttentionConfig
+
+        with pytest.raises(ValueError, match=r"(?i)fluxx"):
+            AttentionConfig(backend="fluxx")
+
+
+class TestPickle:
+    def test_in_this_process(self, backends: Any) -> None:
+        member = backends["FLUX"]
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            assert pickle.loads(pickle.dumps(member, protocol)) is member
+        assert copy.deepcopy(member) is member
+        assert copy.copy(member) is member
+        custom = backends["CPU_ATTN"]
+        assert pickle.loads(pickle.dumps(custom)) is custom
+
+    def test_cloudpickle(self, backends: Any) -> None:
+        """Executors send callables with it."""
+        import cloudpickle
+
+        assert pickle.loads(cloudpickle.dumps(backends["FLUX"])) is backends["FLUX"]
+
+    @pytest.mark.slow
+    def test_in_a_process_without_plugins(self, backends: Any, tmp_path: Path) -> None:
+        """What `vllm serve` sends into a spawned EngineCore, which unpickles it first of all."""
+        from vllm.config import AttentionConfig
+
+        config = AttentionConfig(backend="flux")
+        for name, value in (("member", backends["FLUX"]), ("config", config)):
+            (tmp_path / name).write_bytes(pickle.dumps(value))
+        code = (
+            "import pickle, sys\n"
+            "member = pickle.load(open('member', 'rb'))\n"
+            "config = pickle.load(open('config', 'rb'))\n"
+            "again = pickle.loads(pickle.dumps(config))\n"  # and on into its workers
+            "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+            "from vllm import plugins\n"
+            "assert not plugins.plugins_loaded\n"
+            "assert member is config.backend is again.backend is E['FLUX']\n"
+            "plugins.load_general_plugins()\n"
+            "assert member is E['FLUX']\n"
+            "print(member.get_path())\n"
+        )
+        assert run(code, cwd=tmp_path) == plugin.BACKEND_PATH
+
+
+class TestEntryPoints:
+    @pytest.fixture
+    def project(self) -> dict:
+        return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+    def load(self, target: str) -> Any:
+        module, name = target.split(":")
+        return getattr(import_module(module), name)
+
+    def test_plugin(self, project: dict) -> None:
+        group = project["entry-points"]["vllm.general_plugins"]
+        assert {name: self.load(target) for name, target in group.items()} == {
+            "flux": plugin.register
+        }
+
+    def test_command(self, project: dict) -> None:
+        assert set(project["scripts"]) == {"flux-vllm"}
+        assert callable(self.load(project["scripts"]["flux-vllm"]))
+
+    def test_vllms_loader_finds_it(self, backends: Any) -> None:
+        from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
+
+        assert load_plugins_by_group(DEFAULT_PLUGINS_GROUP)["flux"] is plugin.register
