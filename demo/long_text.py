@@ -16,7 +16,7 @@ PLANTED_AFTER = 0.45
 """Share of the text before the code word: out of reach of the first and of the latest tokens."""
 
 # Chapters of Python's own manual, as `help()` shows them.
-_CHAPTERS = ("objects", "naming", "import", "specialnames")
+_CHAPTERS = ("typesseq", "typesmapping", "typesseq-mutable")
 
 
 def text_with_code_word(model: Path) -> tuple[str, int, int]:

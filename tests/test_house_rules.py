@@ -26,7 +26,7 @@ def _name(file: Path) -> str:
     return str(file.relative_to(REPOSITORY))
 
 
-CODE = _files("flux_vllm", "training", "demo", "benchmarks")
+CODE = _files("flux_vllm", "training", "demo")
 LIBRARY = _files("flux_vllm", "training")
 
 

@@ -73,7 +73,8 @@ run() {
 }
 
 pip() {
-    "$VENV/bin/python" -m pip --disable-pip-version-check "$@"
+    # Not compiled: most of those modules are never imported, the others are at their first import.
+    PIP_NO_COMPILE=1 "$VENV/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
 install_torch() {
