@@ -190,6 +190,12 @@ def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
                     f"{attention.layer_name} on {attention.attn_backend.get_name()}; serve this "
                     "model without --attention-backend flux"
                 )
+            if type(attention) is not Attention:
+                raise UnsupportedConfigurationError(
+                    "--attention-backend flux: expected plain causal attention in every layer, "
+                    f"found {type(attention).__name__} in {attention.layer_name}; serve this model "
+                    "without --attention-backend flux"
+                )
             if attention.sliding_window is not None:
                 continue  # stays as the model has it
             rotary = getattr(parent, "rotary_emb", None)

@@ -1,0 +1,109 @@
+"""The least of an engine's configuration and of a model that start-up reads."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.router.model import LayerRouter
+
+CPU = torch.device("cpu")
+L, H = 4, 32
+
+
+def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """Make the part of a VllmConfig that start-up reads; `changes` are `part__name=value`."""
+    parts = {
+        "model": SimpleNamespace(
+            model=str(folder),
+            served_model_name=["served", "alias"],
+            use_mla=False,
+            is_encoder_decoder=False,
+            runner_type="generate",
+            is_attention_free=False,
+            is_hybrid=False,
+            uses_mrope=False,
+            is_mm_prefix_lm=False,
+            rswa_window=None,
+            get_total_num_hidden_layers=lambda: L,
+            get_head_size=lambda: H,
+        ),
+        "parallel": SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            use_ubatching=False,
+        ),
+        "cache": SimpleNamespace(
+            kv_offloading_size=None,
+            prefix_match_unit=None,
+            kv_sharing_fast_prefill=False,
+            block_size=32,
+        ),
+    }
+    root = {"kv_transfer_config": None, "speculative_config": None}
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if part == "root":
+            root[field] = value
+        else:
+            setattr(parts[part], field, value)
+    return SimpleNamespace(
+        **{f"{name}_config": part for name, part in parts.items()},
+        **root,
+        additional_config={"flux": flux or {}},
+        attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+    )
+
+
+def write(folder: Path, num_layers: int = L, head_dim: int = H, **info: Any) -> Path:
+    entries = {
+        "base_model": "org/Other",
+        "num_layers": num_layers,
+        "head_dim": head_dim,
+        "pool_tokens": 48,
+        "sink_tokens": 64,
+        "window_tokens": 256,
+    }
+    return write_router(folder, LayerRouter(num_layers, head_dim), RouterInfo(**entries | info))
+
+
+def make_attention(
+    index: int,
+    window: int | None = None,
+    backend: str = "FLUX",
+    cls: str | None = None,
+    head_size: int = H,
+) -> Any:
+    """Make one of vLLM's Attention modules without what a GPU or an engine would add."""
+    from vllm.model_executor.layers import attention as layers
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    kind = layers.Attention if cls is None else getattr(chunked_local_attention, cls)
+    attention = kind.__new__(kind)
+    nn.Module.__init__(attention)
+    attention.layer_name = f"model.layers.{index}.self_attn.attn"
+    attention.attn_backend = SimpleNamespace(get_name=lambda: backend)
+    attention.sliding_window = window
+    attention.head_size = head_size
+    attention.impl = SimpleNamespace(binding=None)
+    return attention
+
+
+class Model(nn.Module):
+    """Decoder layers in reverse order, each with a rotary embedding beside its attention."""
+
+    def __init__(self, attentions: list[Any], rope: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for attention in reversed(attentions):
+            layer = nn.Module()
+            layer.self_attn = nn.Module()
+            if rope is not None:
+                layer.self_attn.rotary_emb = rope
+            layer.self_attn.attn = attention
+            self.layers.append(layer)

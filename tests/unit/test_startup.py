@@ -1,0 +1,198 @@
+"""Start-up: every refusal by its message, and the memory that is set aside for query sums.
+
+Oracle: the messages; and the sizes of real tensors. Configurations are the least that is read of
+them; `test_startup_llm.py` meets some of the same errors through a real `vllm.LLM(...)`, and
+`test_startup_attach.py` has what the model itself decides.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from flux_vllm import startup
+from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
+from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.state import QuerySums
+from tests.unit.startup_fakes import CPU, H, L, make_config, write
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLUX_METRICS_DIR", raising=False)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(startup, "prepare_front_end", lambda: None)
+
+
+REFUSED = {
+    "decode context parallel": {"parallel__decode_context_parallel_size": 2},
+    "prefill context parallel": {"parallel__prefill_context_parallel_size": 2},
+    "pipeline parallel": {"parallel__pipeline_parallel_size": 2},
+    "dual batch overlap": {"parallel__use_ubatching": True},
+    "a KV connector": {"root__kv_transfer_config": object()},
+    "KV cache offloading": {"cache__kv_offloading_size": 4.0},
+    "prefix_match_unit": {"cache__prefix_match_unit": 16},
+    "kv_sharing_fast_prefill": {"cache__kv_sharing_fast_prefill": True},
+    "a draft model (speculative decoding other than ngram)": {
+        "root__speculative_config": SimpleNamespace(method="eagle")
+    },
+    "multi-head latent attention (MLA)": {"model__use_mla": True},
+    "an encoder-decoder model": {"model__is_encoder_decoder": True},
+    "a pooling or encoder model": {"model__runner_type": "pooling"},
+    "a model without attention": {"model__is_attention_free": True},
+    "a model that mixes attention with state-space layers": {"model__is_hybrid": True},
+    "multi-dimensional RoPE": {"model__uses_mrope": True},
+    "bidirectional attention over multimodal prefixes": {"model__is_mm_prefix_lm": True},
+    "reference sliding window attention": {"model__rswa_window": 128},
+    "pipeline parallel, a KV connector": {
+        "parallel__pipeline_parallel_size": 2,
+        "root__kv_transfer_config": object(),
+    },
+}
+
+
+class TestFeatures:
+    @pytest.mark.parametrize(("what", "changes"), REFUSED.items(), ids=REFUSED)
+    @pytest.mark.parametrize("where", ["front-end", "worker"])
+    def test_refused(self, tmp_path: Path, what: str, changes: dict, where: str) -> None:
+        write(tmp_path)
+        config = make_config(tmp_path, **changes)
+        check = {
+            "front-end": startup.check_front_end,
+            "worker": lambda given: startup.attach(nn.Module(), given, CPU),
+        }[where]
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            check(config)
+        assert str(error.value) == (
+            f"--attention-backend flux: found {what}, which layer routes do not support; switch "
+            "it off, or serve without --attention-backend flux"
+        )
+
+    def test_ngram_speculation_is_carried(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        speculative = SimpleNamespace(method="ngram")
+        startup.check_front_end(make_config(tmp_path, root__speculative_config=speculative))
+
+    def test_other_backends_are_not_checked(self, tmp_path: Path) -> None:
+        config = make_config(tmp_path, {"no such key": 1}, model__use_mla=True)
+        config.attention_config.backend = None
+        startup.check_front_end(config)
+
+
+class TestRouter:
+    @pytest.mark.parametrize("policy", ["router", "full"])
+    @pytest.mark.parametrize(
+        ("sizes", "what"),
+        [
+            ({"num_layers": 3}, "layers 4 as in the model, found 3"),
+            ({"head_dim": 64}, "head_dim 32 as in the model, found 64"),
+        ],
+        ids=["layers", "head_dim"],
+    )
+    def test_does_not_fit(self, tmp_path: Path, sizes: dict, what: str, policy: str) -> None:
+        write(tmp_path, **sizes)
+        with pytest.raises(RouterCheckpointError) as error:
+            startup.check_front_end(make_config(tmp_path, {"policy": policy}))
+        assert str(error.value) == (
+            f"router: expected {what} (trained for 'org/Other'); give this model's own router with "
+            """--additional-config '{"flux": {"router": "PATH"}}'"""
+        )
+
+    def test_of_an_unnamed_model(self, tmp_path: Path) -> None:
+        write(tmp_path, num_layers=3, base_model="")
+        with pytest.raises(RouterCheckpointError, match=r"\(trained for an unnamed model\)|'an u"):
+            startup.check_front_end(make_config(tmp_path))
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(RouterCheckpointError) as error:
+            startup.check_front_end(make_config(tmp_path))
+        assert str(error.value).startswith(
+            f"expected a router at {tmp_path / 'flux_router.safetensors'}, found nothing there"
+        )
+
+    @pytest.mark.parametrize("policy", ["router", "full", "sparse"])
+    def test_missing_where_it_was_said_to_be(self, tmp_path: Path, policy: str) -> None:
+        config = make_config(tmp_path, {"router": str(tmp_path / "r"), "policy": policy})
+        with pytest.raises(RouterCheckpointError, match=r"^expected a router at .*/r, found"):
+            startup.check_front_end(config)
+
+    def test_truncated(self, tmp_path: Path) -> None:
+        path = write(tmp_path)
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(RouterCheckpointError, match="it may be truncated, copy or write"):
+            startup.check_front_end(make_config(tmp_path))
+
+    def test_nan(self, tmp_path: Path) -> None:
+        router = LayerRouter(L, H)
+        router.linear("head.2")[0].data[2, 0, 0] = float("nan")
+        info = RouterInfo(
+            base_model="", num_layers=L, head_dim=H, pool_tokens=1, sink_tokens=0, window_tokens=1
+        )
+        write_router(tmp_path, router, info)
+        with pytest.raises(RouterCheckpointError, match=r"in layers\.2\.head\.2\.weight, found Na"):
+            startup.check_front_end(make_config(tmp_path))
+
+    @pytest.mark.parametrize("policy", ["full", "sparse"])
+    def test_not_needed(self, tmp_path: Path, policy: str) -> None:
+        flux = {"policy": policy, "sink_tokens": 1, "window_tokens": 2}
+        startup.check_front_end(make_config(tmp_path, flux))
+
+    def test_sizes_from_a_router_that_is_there(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        startup.check_front_end(make_config(tmp_path, {"policy": "sparse"}))
+
+    def test_no_sizes(self, tmp_path: Path) -> None:
+        with pytest.raises(FluxConfigError, match='expected "sink_tokens" and "window_tokens"'):
+            startup.check_front_end(make_config(tmp_path, {"policy": "sparse"}))
+
+    def test_layer_beyond_the_model(self, tmp_path: Path) -> None:
+        flux = {"policy": "static", "sparse_layers": [L], "sink_tokens": 1, "window_tokens": 2}
+        with pytest.raises(FluxConfigError, match=r"sparse_layers from 0 to 3 .*, found \[4\]"):
+            startup.check_front_end(make_config(tmp_path, flux))
+
+
+class TestMeanOverRanks:
+    @pytest.mark.parametrize("ranks", [1, 4])
+    def test_mean(self, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm import distributed
+
+        monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: ranks)
+        monkeypatch.setattr(
+            distributed, "tensor_model_parallel_all_reduce", lambda t: t * ranks + ranks
+        )
+        tensor = torch.tensor([3.0, 5.0])
+        expected = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
+        assert startup._mean_over_ranks(tensor).tolist() == expected
+
+
+class TestMemory:
+    """The KV cache that fits into what is left, and its query sums, fit into what there was."""
+
+    @pytest.mark.parametrize("available", [10**7, 123_456_789, 2**33])
+    @pytest.mark.parametrize(
+        ("block", "kv_heads", "itemsize"), [(16, 8, 2), (128, 2, 4), (32, 1, 1)]
+    )
+    def test_sums_fit(self, available: int, block: int, kv_heads: int, itemsize: int) -> None:
+        page = block * 2 * kv_heads * H * itemsize
+        spec = SimpleNamespace(page_size_bytes=page, block_size=block)
+        worker = SimpleNamespace(
+            get_kv_cache_spec=lambda: {str(i): spec for i in range(L)}, device=CPU
+        )
+        runtime = SimpleNamespace(router=LayerRouter(L, H))
+        left = startup.reserve_side_tables(available, worker, runtime)
+        blocks = left // (L * page)
+        one = QuerySums(L, 1, block, H, CPU)
+        sums = blocks * (one.sums.nbytes + one.counts.nbytes)
+        assert blocks * L * page + sums <= available
+        assert (blocks + 1) * (L * page + sums / blocks) > 0.99 * available
+
+    def test_without_a_router_nothing_is_taken(self) -> None:
+        spec = SimpleNamespace(page_size_bytes=4096, block_size=16)
+        worker = SimpleNamespace(get_kv_cache_spec=lambda: {"0": spec}, device=CPU)
+        runtime = SimpleNamespace(router=None)
+        assert startup.reserve_side_tables(12345, worker, runtime) == 12345

@@ -1,0 +1,180 @@
+"""Attaching to a loaded model: which layers get a route, which models are refused, who counts.
+
+Oracle: the messages, and the layers written down by hand; vLLM's real Attention and rotary classes.
+Pinned: layers with a sliding window of their own stay unrouted, and attention of another kind
+(chunked local) does not pass for full attention.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flux_vllm import startup
+from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
+from flux_vllm.metrics import directory
+from tests.unit.startup_fakes import CPU, H, L, Model, make_attention, make_config, write
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLUX_METRICS_DIR", raising=False)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(startup, "prepare_front_end", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def rope() -> Any:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(VllmConfig()):
+        return get_rope(H, 512, rope_parameters={"rope_theta": 1e4}, dtype=torch.float32)
+
+
+@pytest.fixture
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import distributed
+
+    monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+@pytest.mark.usefixtures("_one_rank")
+class TestAttach:
+    WINDOWED = {1: 128}
+
+    def attentions(self, windows: dict[int, int] | None = None, **options: Any) -> list[Any]:
+        return [make_attention(i, (windows or {}).get(i), **options) for i in range(L)]
+
+    def test_all_layers(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        attentions = self.attentions()
+        runtime = startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (0, 1, 2, 3)
+        for index, attention in enumerate(attentions):
+            binding = attention.impl.binding
+            assert binding.layer == index
+            assert binding.runtime is runtime
+            assert binding.rotary is attentions[0].impl.binding.rotary  # one table for all
+        assert (runtime.sink_tokens, runtime.window_tokens) == (64, 256)
+        assert runtime.router.num_layers == L
+        assert len(runtime.table.settled_prompt_len) == 8
+
+    def test_sliding_window_layers_stay_unrouted(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        attentions = self.attentions(self.WINDOWED)
+        runtime = startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (0, 2, 3)
+        assert attentions[1].impl.binding is None
+        assert [a.impl.binding.layer for a in attentions if a.impl.binding] == [0, 2, 3]
+
+    def test_static_on_a_sliding_window_layer(self, tmp_path: Path, rope: Any) -> None:
+        flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            startup.attach(
+                Model(self.attentions(self.WINDOWED), rope), make_config(tmp_path, flux), CPU
+            )
+        assert str(error.value) == (
+            "flux config: expected sparse_layers with full attention in the model, found [1], "
+            "which keep a sliding window of the model's own; remove them"
+        )
+
+    def test_only_sliding_windows(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        attentions = self.attentions(dict.fromkeys(range(L), 128))
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        assert str(error.value) == (
+            "--attention-backend flux: expected layers with full attention in Model, found none; "
+            "serve it without --attention-backend flux"
+        )
+
+    def test_no_rope(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            startup.attach(Model(self.attentions(), None), make_config(tmp_path), CPU)
+        assert str(error.value) == (
+            "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer, "
+            "found none in model.layers.3.self_attn.attn (Module); serve this model without "
+            "--attention-backend flux"
+        )
+
+    def test_layer_on_another_backend(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        attentions = [*self.attentions()[:3], make_attention(3, backend="CPU_ATTN")]
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        assert str(error.value) == (
+            "--attention-backend flux: expected all attention layers to use it, found "
+            "model.layers.3.self_attn.attn on CPU_ATTN; serve this model without "
+            "--attention-backend flux"
+        )
+
+    def test_chunked_local_attention(self, tmp_path: Path, rope: Any) -> None:
+        """It has no sliding window, a rotary embedding and our backend's name."""
+        write(tmp_path)
+        attentions = [*self.attentions()[:3], make_attention(3, cls="ChunkedLocalAttention")]
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        assert str(error.value) == (
+            "--attention-backend flux: expected plain causal attention in every layer, found "
+            "ChunkedLocalAttention in model.layers.3.self_attn.attn; serve this model without "
+            "--attention-backend flux"
+        )
+
+    def test_rope_that_cannot_be_undone(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        with pytest.raises(UnsupportedConfigurationError, match=r"found Linear \(no single table"):
+            startup.attach(Model(self.attentions(), nn.Linear(2, 2)), make_config(tmp_path), CPU)
+
+    def test_head_dim_of_one_layer(self, tmp_path: Path, rope: Any) -> None:
+        """A model whose layers differ is told by the layers themselves."""
+        write(tmp_path)
+        attentions = [*self.attentions()[:3], make_attention(3, head_size=2 * H)]
+        with pytest.raises(RouterCheckpointError, match="expected head_dim 64 .* found 32"):
+            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+
+    def test_fixed_policies_hold_no_router(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        config = make_config(tmp_path, {"policy": "full"})
+        assert startup.attach(Model(self.attentions(), rope), config, CPU).router is None
+
+
+@pytest.mark.usefixtures("_one_rank")
+class TestNumbers:
+    @pytest.fixture
+    def model(self, rope: Any, tmp_path: Path) -> Iterator[Model]:
+        write(tmp_path)
+        return Model([make_attention(i) for i in range(L)], rope)
+
+    def test_no_front_end_no_numbers(self, tmp_path: Path, model: Model) -> None:
+        assert startup.attach(model, make_config(tmp_path), CPU).reporter is None
+
+    def test_first_rank_counts(self, tmp_path: Path, model: Model, monkeypatch) -> None:
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        config = make_config(tmp_path, {"threshold": 0.25})
+        assert startup.attach(model, config, CPU).reporter is not None
+        info = directory.FluxCollector(str(tmp_path)).collect()
+        (sample,) = next(m for m in info if m.name == "flux_router_info").samples
+        assert sample.value == 1
+        assert sample.labels == {
+            "model_name": "served",
+            "policy": "router",
+            "base_model": "org/Other",
+            "threshold": "0.25",
+            "sink_tokens": "64",
+            "window_tokens": "256",
+            "pool_tokens": "48",
+        }
+
+    def test_other_ranks_do_not(self, tmp_path: Path, model: Model, monkeypatch) -> None:
+        from vllm import distributed
+
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
+        assert startup.attach(model, make_config(tmp_path), CPU).reporter is None

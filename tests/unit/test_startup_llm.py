@@ -1,0 +1,124 @@
+"""Mistakes reach the caller of `vllm.LLM(...)` as their own exceptions, whole and at once.
+
+Oracle: the exception that leaves a real LLM(...) in this process, before any engine or worker has
+started: nothing else is patched or faked. The models are tiny random ones.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
+from tests.helpers.models import write_random_router, write_tiny_llama
+
+pytestmark = pytest.mark.vllm
+
+SECONDS = 15  # what a mistake may cost on a busy machine; loading a real model costs minutes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"), layers=2)
+
+
+def fails(model: Path, error: type[Exception], flux: dict | None, **arguments: Any) -> str:
+    from vllm import LLM
+
+    start = time.monotonic()
+    with pytest.raises(error) as raised:
+        LLM(
+            model=str(model),
+            attention_backend="flux",
+            additional_config={"flux": flux or {}},
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=256,
+            **arguments,
+        )
+    assert type(raised.value) is error
+    assert time.monotonic() - start < SECONDS
+    return str(raised.value)
+
+
+def test_router_missing(model: Path) -> None:
+    import vllm  # noqa: F401 - its import is not what is timed
+
+    assert fails(model, RouterCheckpointError, None) == (
+        f"expected a router at {model / 'flux_router.safetensors'}, found nothing there; train one "
+        "with `python -m training train`, or give its place as --additional-config "
+        """'{"flux": {"router": "PATH"}}', or choose a policy that needs none """
+        '("full", "sparse", "static")'
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [
+        ({"num_layers": 3, "head_dim": 32}, "layers 2 as in the model, found 3"),
+        ({"num_layers": 2, "head_dim": 64}, "head_dim 32 as in the model, found 64"),
+    ],
+    ids=["layers", "head_dim"],
+)
+def test_router_of_another_model(model: Path, tmp_path: Path, sizes: dict, what: str) -> None:
+    router = write_random_router(tmp_path, **sizes)
+    message = fails(model, RouterCheckpointError, {"router": str(router)})
+    assert message == (
+        f"router: expected {what} (trained for 'tiny-random'); give this model's own router with "
+        """--additional-config '{"flux": {"router": "PATH"}}'"""
+    )
+
+
+def test_router_truncated(model: Path, tmp_path: Path) -> None:
+    router = write_random_router(tmp_path, num_layers=2, head_dim=32)
+    router.write_bytes(router.read_bytes()[:5000])
+    message = fails(model, RouterCheckpointError, {"router": str(router)})
+    assert message.startswith(f"{router}: expected a safetensors file, found one that cannot be")
+
+
+def test_unknown_key(model: Path) -> None:
+    message = fails(model, FluxConfigError, {"polcy": "full"})
+    assert message.startswith("flux config: expected keys among ['router', 'policy', ")
+    assert message.endswith(" found ['polcy']; remove or correct them")
+
+
+def test_layer_out_of_range(model: Path) -> None:
+    flux = {"policy": "static", "sparse_layers": [2], "sink_tokens": 16, "window_tokens": 32}
+    message = fails(model, FluxConfigError, flux)
+    assert "expected sparse_layers from 0 to 1 (the model has 2 layers), found [2]" in message
+
+
+def test_pooling_model(model: Path) -> None:
+    message = fails(model, UnsupportedConfigurationError, {"policy": "full"}, runner="pooling")
+    assert "found a pooling or encoder model, which layer routes do not support" in message
+
+
+def test_kv_connector(model: Path) -> None:
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": "local_storage"},
+    )
+    message = fails(
+        model,
+        UnsupportedConfigurationError,
+        {"policy": "full"},
+        kv_transfer_config=connector,
+    )
+    assert "found a KV connector, which layer routes do not support" in message
+
+
+def test_multi_dimensional_rope(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [4, 6, 6],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = fails(tmp_path, UnsupportedConfigurationError, {"policy": "full"})
+    assert "found multi-dimensional RoPE, which layer routes do not support" in message
