@@ -149,7 +149,8 @@ class FluxRuntime:
     def fix_routes(self, sparse_layers: Iterable[int]) -> None:
         """Make these layers SPARSE and the other routed ones FULL, for requests to come.
 
-        Benchmarks switch patterns with it on a running engine whose policy is `static`.
+        Benchmarks switch patterns with it on a running engine whose policy is `static`, while no
+        request is in flight.
         """
         if self.config.needs_router:
             raise AssertionError("fix_routes: the policy is `router`")

@@ -112,7 +112,9 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.supports_draft_decode_metadata_update = False
         context = self.vllm_config.compilation_config.static_forward_context
         layers: list[Any] = [context[name] for name in self.layer_names]
-        self._layers = [x for x in layers if getattr(x.impl, "binding", None) is not None]
+        layers = [layer for layer in layers if getattr(layer.impl, "binding", None) is not None]
+        # In the order in which they run: the last one may decide for all.
+        self._layers = sorted(layers, key=lambda layer: layer.impl.binding.layer)
         for index, layer in enumerate(self._layers):
             layer.impl.group_index = index
         self._views: ViewBuffers | None = None
@@ -162,7 +164,8 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         if has_prefill:
             reach = runtime.sink_tokens + runtime.window_tokens
             beyond = context.is_prefill & (context.computed + context.scheduled > reach)
-            sparse = [bool(beyond.any())] * layers
+            # vLLM's warm-up has short prompts only: let it compile the sparse pass all the same.
+            sparse = [bool(beyond.any()) or context.is_warmup] * layers
             fixed = runtime.fixed_routes
             if fixed is not None:
                 by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
@@ -191,7 +194,11 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         bound = (kv_cache.data_ptr(), kv_cache.shape[0])
         if self._pooling is None or self._bound != bound:
             self._pooling = GroupPooling(
-                runtime, kv_cache, len(self._layers), self.block_size, self._capacity
+                runtime,
+                kv_cache,
+                [layer.impl.binding.layer for layer in self._layers],
+                self.block_size,
+                self._capacity,
             )
             self._bound = bound
         return self._pooling

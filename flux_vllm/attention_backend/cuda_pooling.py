@@ -4,11 +4,12 @@ Dimension legend: P prompt rows, G granules of the KV cache, H head dim.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
     PooledStep,
@@ -16,16 +17,13 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
     pool_slots,
     update_counts,
 )
-from flux_vllm.attention_backend.kernels.query_sums import (
-    InverseRotary,
-    pooling_workspace,
-    update_and_pool,
-)
+from flux_vllm.attention_backend.kernels.query_sums import InverseRotary, update_sums
 from flux_vllm.attention_backend.kernels.router_mlp import (
     SLICES,
     RouterWeights,
     RouteTables,
     RowSwitch,
+    decide_layers,
     decide_routes,
     router_weights,
     router_workspace,
@@ -48,6 +46,9 @@ class StepSizes:
 
     num_rows: int
     num_programs: int
+    at_once: bool = False
+    """Whether no route matters to the step itself, so that all layers are decided after the last:
+    two launches instead of two a layer."""
 
 
 class GroupPooling:
@@ -56,7 +57,7 @@ class GroupPooling:
     Args:
         runtime: of this worker; its policy is `router`.
         kv_cache: of any layer of the group, for its number of blocks.
-        num_layers: routed layers of the group.
+        layers: routed layers of the group, in the order in which they run.
         block_size: tokens a block.
         max_rows: most rows of a batch.
     """
@@ -65,7 +66,7 @@ class GroupPooling:
         self,
         runtime: FluxRuntime,
         kv_cache: torch.Tensor,
-        num_layers: int,
+        layers: list[int],
         block_size: int,
         max_rows: int,
     ) -> None:
@@ -77,7 +78,7 @@ class GroupPooling:
         self._block_size = block_size
         self._pool_tokens = runtime.info.pool_tokens
         self._sums = torch.zeros(
-            num_layers, granules, head_dim, dtype=torch.bfloat16, device=device
+            len(layers), granules, head_dim, dtype=torch.bfloat16, device=device
         )
         self._counts = torch.zeros(granules, dtype=torch.uint8, device=device)
         self._step = PooledStep(
@@ -85,9 +86,12 @@ class GroupPooling:
             torch.zeros(max_rows, dtype=torch.int32, device=device),
             torch.ones(max_rows, device=device),
         )
-        self._pooled = torch.zeros(max_rows, head_dim, device=device)
-        self._workspace = pooling_workspace(max_rows, self._pool_tokens, head_dim, device)
-        self._router_workspace = router_workspace(max_rows, head_dim, device)
+        # One entry a prompt row; with few rows, one a row and layer.
+        self._entries = max(max_rows, len(layers))
+        self._pooled = torch.zeros(self._entries, head_dim, device=device)
+        self._workspace = pooling_workspace(self._entries, self._pool_tokens, head_dim, device)
+        self._router_workspace = router_workspace(self._entries, head_dim, device)
+        self._layers = torch.tensor(layers, dtype=torch.int32, device=device)
         self._weights: RouterWeights = router_weights(runtime.router, device)
 
     @staticmethod
@@ -98,7 +102,8 @@ class GroupPooling:
         floats += SLICES * 4 * head_dim  # router_workspace
         weights = sum(parameter.numel() for parameter in router.parameters())
         joint = router.num_layers * 32 * head_dim**2
-        return 4 * (max_rows * (floats + COLUMNS + 2) + weights + joint)
+        entries = max(max_rows, router.num_layers)
+        return 4 * (entries * floats + max_rows * (COLUMNS + 2) + weights + joint)
 
     def begin_step(self, active: ActiveStep, metadata: "FlashAttentionMetadata") -> StepSizes:
         """Upload the step's prompt rows and update the token counts, before the first layer."""
@@ -118,7 +123,14 @@ class GroupPooling:
             block_size=self._block_size,
             pool_tokens=self._pool_tokens,
         )
-        return StepSizes(rows, packed.num_programs)
+        reach = self._runtime.sink_tokens + self._runtime.window_tokens
+        is_short = context.computed + context.scheduled <= reach
+        return StepSizes(
+            rows,
+            packed.num_programs,
+            at_once=bool((is_short | ~context.is_prefill).all())
+            and rows * len(self._layers) <= self._entries,
+        )
 
     def route(
         self,
@@ -141,40 +153,79 @@ class GroupPooling:
 
         Host sync: none.
         """
-        runtime, rows = self._runtime, sizes.num_rows
-        update_and_pool(
+        rows, last = sizes.num_rows, group_index == len(self._layers) - 1
+        update_sums(
             query,
             self._sums[group_index],
-            self._counts,
             metadata.slot_mapping,
-            metadata.block_table,
             self._step,
             self._workspace,
             inverse_rotary(binding.rotary),
-            self._pooled,
             rows,
             sizes.num_programs,
+            pool_tokens=self._pool_tokens,
+            entry=group_index * rows if sizes.at_once else 0,
+        )
+        if sizes.at_once and last:
+            pooled = self._pool(self._sums, metadata, rows)
+            decide_layers(
+                pooled,
+                self._step.rows,
+                rows,
+                self._weights,
+                self._layers,
+                switch=self._switch(metadata, views, slice(None)),
+                **self._shared(),
+            )
+        elif not sizes.at_once:
+            pooled = self._pool(self._sums[group_index : group_index + 1], metadata, rows)
+            decide_routes(
+                pooled,
+                self._step.rows,
+                rows,
+                self._weights,
+                binding.layer,
+                binding.layer,
+                switch=self._switch(metadata, views, group_index),
+                **self._shared(),
+            )
+
+    def _pool(
+        self, sums: torch.Tensor, metadata: "FlashAttentionMetadata", rows: int
+    ) -> torch.Tensor:
+        """Pool some layers' rows, over all tensor-parallel ranks: [layers * rows, H]."""
+        pool_rows(
+            sums,
+            self._counts,
+            metadata.block_table,
+            self._step,
+            self._workspace,
+            self._pooled,
+            rows,
             block_size=self._block_size,
             pool_tokens=self._pool_tokens,
         )
-        decide_routes(
-            runtime.reduce_mean(self._pooled[:rows]),
-            self._step.rows,
-            rows,
-            self._weights,
-            binding.layer,
-            binding.layer,
-            runtime.config.threshold,
-            RouteTables(runtime.table.routes, runtime.table.full_probability),
-            RowSwitch(
-                metadata.seq_lens,
-                metadata.query_start_loc,
-                views.full_seqused_q[group_index],
-                views.sparse_seqused_q[group_index],
-            ),
-            self._router_workspace,
-            sparse_beyond_tokens=runtime.sink_tokens + runtime.window_tokens,
+        return self._runtime.reduce_mean(self._pooled[: len(sums) * rows])
+
+    def _switch(
+        self, metadata: "FlashAttentionMetadata", views: ViewBuffers, index: int | slice
+    ) -> RowSwitch:
+        return RowSwitch(
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            views.full_seqused_q[index],
+            views.sparse_seqused_q[index],
         )
+
+    def _shared(self) -> dict[str, Any]:
+        """Return what both ways of deciding take."""
+        runtime = self._runtime
+        return {
+            "threshold": runtime.config.threshold,
+            "tables": RouteTables(runtime.table.routes, runtime.table.full_probability),
+            "workspace": self._router_workspace,
+            "sparse_beyond_tokens": runtime.sink_tokens + runtime.window_tokens,
+        }
 
 
 def inverse_rotary(rotary: RotaryInverse) -> InverseRotary:
