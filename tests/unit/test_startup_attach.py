@@ -148,7 +148,7 @@ class TestAttach:
 @pytest.mark.usefixtures("_one_rank")
 class TestNumbers:
     @pytest.fixture
-    def model(self, rope: Any, tmp_path: Path) -> Iterator[Model]:
+    def model(self, rope: Any, tmp_path: Path) -> Model:
         write(tmp_path)
         return Model([make_attention(i) for i in range(L)], rope)
 
