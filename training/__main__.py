@@ -1,7 +1,6 @@
 """`python -m training`: train and evaluate routers, build corpora, show prompts."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -74,10 +73,9 @@ def _run(arguments: argparse.Namespace) -> None:
         write_corpus(arguments.out, documents)
         print(f"{len(documents)} documents in {arguments.out}")
     else:
-        from training.evaluation.report import join_runs
+        from training.evaluation.report import join_runs, write_json
 
-        joined = join_runs(arguments.files)
-        arguments.out.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, join_runs(arguments.files))
 
 
 def _require(config: cli.Config, *names: str) -> cli.Config:

@@ -117,6 +117,14 @@ class LossSettings:
     """Step of the multipliers' gradient ascent, per training step."""
     penalty: float = 2.0
     """The constant c of the lagrangian form."""
+    target_ramp: float = 0.5
+    """Share of the run over which targets rise from 0, so that layers go SPARSE one after
+    another, those first that cost least."""
+    logit_bound: float = 4.0
+    """Lead of one logit over the other beyond which `logit_penalty` applies: a surer router
+    explores nothing and gets no gradient."""
+    logit_penalty: float = 0.01
+    """Weight of the squared excess over `logit_bound`, summed over layers."""
     targets: tuple[str, ...] = ()
     """Share of SPARSE layers to reach, as task=share or group=share; others keep their family's
     own. `early_chunks` names all chunks before a prompt's last."""

@@ -43,6 +43,12 @@ def mean_by_prompt(
     return sums / counts
 
 
+def excess_confidence(router_logits: torch.Tensor, bound: float) -> torch.Tensor:
+    """Give the squared excess of the logits' lead over a bound: [L, R, 2] to a mean over R."""
+    lead = router_logits[..., 1] - router_logits[..., 0]
+    return torch.relu(lead.abs() - bound).square().sum(dim=0).mean()
+
+
 def targets_by_task(tasks: Sequence[str], settings: LossSettings) -> dict[str, float]:
     """Resolve the target share of each task, and of early chunks.
 
@@ -96,9 +102,15 @@ class ShareConstraints:
     ) -> None:
         self.names = list(targets)
         self.settings = settings
-        self.target = torch.tensor(list(targets.values()), device=device)
+        self.final_target = torch.tensor(list(targets.values()), device=device)
+        self.target = self.final_target
         # Rows: the linear and the quadratic multiplier (the latter learned for `absolute` only).
         self.multipliers = torch.zeros(2, len(targets), device=device)
+
+    def advance(self, progress: float) -> None:
+        """Raise the targets as far as `progress`, the share of the run that is done, says."""
+        ramp = self.settings.target_ramp
+        self.target = self.final_target * (min(1.0, progress / ramp) if ramp > 0 else 1.0)
 
     def loss(self, shares: Shares) -> torch.Tensor:
         """Give each constraint's loss [K], zero where the step has none of its prompts."""

@@ -31,10 +31,14 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
         out=out,
         router=RouterSettings(pool_tokens=32, sink_tokens=64, window_tokens=512, full_bias=2.0),
         data=DataSettings(
-            tasks=SMOLLM2_TASKS, min_tokens=1024, max_tokens=4096, open_fraction=0.25
+            tasks=SMOLLM2_TASKS, min_tokens=1024, max_tokens=3072, open_fraction=0.25
         ),
-        loss=LossSettings(targets=("retrieval=0.6", "local=1.0", "few_shot=0.9")),
-        optimizer=OptimizerSettings(steps=600, batch_size=40, learning_rate=1e-3),
+        loss=LossSettings(
+            targets=("retrieval=0.55", "local=1.0", "few_shot=0.9"), multiplier_rate=0.02
+        ),
+        optimizer=OptimizerSettings(
+            steps=700, batch_size=20, learning_rate=1.5e-3, micro_batch_tokens=65536
+        ),
     )
 
 

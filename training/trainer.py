@@ -31,6 +31,7 @@ from training.losses import (
     Shares,
     cross_entropy,
     distillation,
+    excess_confidence,
     mean_by_prompt,
     targets_by_task,
 )
@@ -120,6 +121,7 @@ class Trainer:
         progress = self._progress()
         rate = self._set_rate(progress)
         heat = temperature(round(progress * 10000), 10000, self.config.relaxation)
+        self.constraints.advance(progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, shares, tokens = self._accumulate(prompts, heat)
         constraint_losses = self.constraints.loss(shares)
@@ -239,7 +241,9 @@ class Trainer:
         shares = Shares(mean, both[1])
         # d loss / d mean is the same everywhere; each process adds its own prompts' part.
         slope = torch.autograd.grad(self.constraints.loss(shares).sum(), mean)[0]
-        (slope * sums / both[1].clamp(min=1)).sum().backward()
+        settings = self.config.loss
+        excess = settings.logit_penalty * excess_confidence(logits, settings.logit_bound)
+        ((slope * sums / both[1].clamp(min=1)).sum() + excess / self.world.size).backward()
         return Shares(mean.detach(), both[1])
 
     def _collate(
@@ -385,5 +389,12 @@ def train(config: TrainConfig) -> Path:
         world,
     )
     limit = routed.model.config.max_position_embeddings
-    stream = PromptStream(config.data, tokenizer, "train", config.seed, max_model_tokens=limit)
+    stream = PromptStream(
+        config.data,
+        tokenizer,
+        "train",
+        config.seed,
+        max_model_tokens=limit,
+        same_length=config.optimizer.batch_size,
+    )
     return Trainer(config, routed, stream, world).run()

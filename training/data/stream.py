@@ -40,6 +40,7 @@ class PromptStream(Dataset[Encoded]):
         seed: of the stream.
         held_out_wording: paraphrases that training never shows.
         max_model_tokens: the model's own limit; prompts stay below it.
+        same_length: so many prompts in a row are of one length, which saves padding.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class PromptStream(Dataset[Encoded]):
         seed: int,
         held_out_wording: bool = False,
         max_model_tokens: int | None = None,
+        same_length: int = 1,
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self.split = split
         self.seed = seed
         self.held_out_wording = held_out_wording
+        self.same_length = same_length
         self.max_model_tokens = max_model_tokens or settings.max_tokens
         self.tasks: list[TaskFamily | FileTask] = [*get_families(settings.tasks)]
         self.text = _load_text(settings, tokenizer, split) if settings.tasks else None
@@ -75,7 +78,8 @@ class PromptStream(Dataset[Encoded]):
         rng = self._rng(index)
         task = self._task_at(index)
         low, high = math.log(self.settings.min_tokens), math.log(self.settings.max_tokens)
-        tokens = int(math.exp(rng.uniform(low, high)))
+        run = random.Random(f"{self.seed}/{self.split}/length/{index // self.same_length}")
+        tokens = int(math.exp(run.uniform(low, high)))
         wrapper: Wrapper = rng.choice(self.settings.wrappers)  # type: ignore[arg-type]
         return self.make(task, tokens, wrapper, rng)
 

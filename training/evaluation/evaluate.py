@@ -15,6 +15,7 @@ from training.config import EvalConfig
 from training.data.encoding import WRAPPERS, Wrapper
 from training.distributed import World, start_world
 from training.evaluation.prompts import PromptSet, PromptSetting, make_prompts
+from training.evaluation.report import plot_report, write_json
 from training.evaluation.scoring import Condition, Scorer, Scores, group_of
 from training.evaluation.static_patterns import best_pattern, layers_by_sensitivity, pattern
 from training.evaluation.statistics import Cells, interval
@@ -45,6 +46,7 @@ class Evaluation:
         self.scorer = Scorer(self.routed, self.info.pool_tokens, config.micro_batch_tokens, world)
         self.limit: int = self.routed.model.config.max_position_embeddings
         self.started = time.monotonic()
+        self.report: dict[str, Any] = {}
         self.test = self._prompts("test", config.prompts, config.lengths)
 
     def _prompts(self, split: str, count: int, lengths: tuple[int, ...], **more: Any) -> PromptSet:
@@ -66,21 +68,25 @@ class Evaluation:
         prompts, cells = self.test.prompts, self.test.cells
         full = self.scorer.score(prompts, StaticPolicy.all_full(layers))
         sparse = self.scorer.score(prompts, pattern(layers, range(layers)))
-        self.note("full and all-sparse scored")
         default = self.scorer.score(prompts, self.policy(_DEFAULT_THRESHOLD))
-        points, statics = self._points(full)
-        report = {
-            "full_score": cells.overall(full.score),
-            "all_sparse_score": cells.overall(sparse.score),
-            "share_local": cells.by_group(default.sparse.mean(axis=1)).get("local"),
-            "share_retrieval": cells.by_group(default.sparse.mean(axis=1)).get("retrieval"),
-            "points": points,
-            "default": {"threshold": _DEFAULT_THRESHOLD} | self.compare(cells, full, default),
-            "tasks": self._by_task(cells, {"full": full, "all_sparse": sparse, "router": default}),
-            "heat_map": heat_map(self.test, default),
-            "static_patterns": statics,
-            "variants": {name: self.variant(name) for name in self.config.variants},
-        }
+        share = cells.by_group(default.sparse.mean(axis=1))
+        self.store(
+            "default scored",
+            full_score=cells.overall(full.score),
+            all_sparse_score=cells.overall(sparse.score),
+            share_local=share.get("local"),
+            share_retrieval=share.get("retrieval"),
+            default={"threshold": _DEFAULT_THRESHOLD} | self.compare(cells, full, default),
+            tasks=self._by_task(cells, {"full": full, "all_sparse": sparse, "router": default}),
+            heat_map=heat_map(self.test, default),
+            points=[],
+        )
+        if self.config.shares:
+            self._points(full, default)
+        variants = {}
+        for name in self.config.variants:
+            variants[name] = self.variant(name)
+            self.store(f"variant {name}", variants=variants)
         if self.world.is_main:
             np.savez_compressed(
                 Path(self.config.out) / "scores.npz",
@@ -89,7 +95,14 @@ class Evaluation:
                 router=default.score,
                 routes=default.sparse.astype(np.uint8),
             )
-        return report | {"provenance": self._provenance()}
+        return self.report
+
+    def store(self, what: str, **parts: Any) -> None:
+        """Add parts to the report and write it, so that an interrupted run leaves what it has."""
+        self.report |= parts | {"provenance": self._provenance()}
+        if self.world.is_main:
+            write_json(Path(self.config.out) / "quality.json", self.report)
+        self.note(what)
 
     def policy(self, threshold: float) -> Policy:
         """Make the router's policy at a threshold."""
@@ -116,48 +129,43 @@ class Evaluation:
             "intervals": interval(cells, values, "overall"),
         }
 
-    def _points(self, full: Scores) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _points(self, full: Scores, default: Scores) -> None:
         """Score thresholds chosen on validation, each beside the best static pattern."""
-        validation = self._prompts(
-            "validation", self.config.validation_prompts, self.config.validation_lengths
-        )
+        count, lengths = self.config.validation_prompts, self.config.validation_lengths
+        validation = self._prompts("validation", count, lengths)
         cells = validation.cells
         tried = {}
         for threshold in self.config.thresholds:
             scores = self.scorer.score(validation.prompts, self.policy(threshold))
-            tried[threshold] = (
-                cells.overall(scores.sparse.mean(axis=1)),
-                cells.overall(scores.score),
-            )
-        self.note(f"validation: {tried}")
-        train = self._prompts(
-            "train", self.config.validation_prompts, self.config.validation_lengths
-        )
+            share = cells.overall(scores.sparse.mean(axis=1))
+            tried[threshold] = (share, cells.overall(scores.score))
+        train = self._prompts("train", count, lengths)
         order = layers_by_sensitivity(self.scorer, train.prompts, train.cells)
-        self.note(f"layers by sensitivity: {order}")
         statics: dict[str, Any] = {"order": order, "validation_thresholds": tried}
+        self.store("thresholds and layers tried", static_patterns=statics)
         scored: dict[int, Scores] = {}
-        points = []
+        points: list[dict[str, Any]] = []
         for threshold in choose_thresholds(tried, self.config.shares):
-            routed = self.scorer.score(self.test.prompts, self.policy(threshold))
+            routed = default
+            if threshold != _DEFAULT_THRESHOLD:
+                routed = self.scorer.score(self.test.prompts, self.policy(threshold))
             share = self.test.cells.overall(routed.sparse.mean(axis=1))
-            count = int(self.routed.num_layers * share + 1e-3)
-            if count not in scored:
+            layers = int(self.routed.num_layers * share + 1e-3)
+            if layers not in scored:
                 chosen, found = best_pattern(
                     self.scorer,
                     validation.prompts,
                     cells,
                     order,
-                    count,
+                    layers,
                     self.config.random_patterns,
                 )
-                statics[str(count)] = found | {"layers": chosen}
-                scored[count] = self.scorer.score(
+                statics[str(layers)] = found | {"layers": chosen}
+                scored[layers] = self.scorer.score(
                     self.test.prompts, pattern(self.routed.num_layers, chosen)
                 )
-            points.append(self._point(threshold, full, routed, scored[count]))
-            self.note(f"point: {points[-1]}")
-        return points, statics
+            points.append(self._point(threshold, full, routed, scored[layers]))
+            self.store(f"threshold {threshold}", points=points, static_patterns=statics)
 
     def _point(
         self, threshold: float, full: Scores, routed: Scores, static: Scores
@@ -223,7 +231,6 @@ class Evaluation:
             condition = Condition(cached=self.scorer.score(twins.prompts, policy))
         full = self.scorer.score(made.prompts, StaticPolicy.all_full(self.routed.num_layers))
         scores = self.scorer.score(made.prompts, self.policy(_DEFAULT_THRESHOLD), condition)
-        self.note(f"variant {name}")
         return {"prompts": count} | self.compare(made.cells, full, scores)
 
     def _provenance(self) -> dict[str, Any]:
@@ -274,12 +281,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Returns: the contents of `quality.json`.
     """
-    from training.evaluation.report import write_report
-
     world = start_world(config.system.device)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     report = Evaluation(config, world).run()
     if world.is_main:
-        write_report(Path(config.out), report)
+        plot_report(Path(config.out), report)
     world.wait()
     return report

@@ -16,10 +16,18 @@ _POINT_MEANS = (
 )
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write one run's figures and plots."""
-    text = json.dumps(report, indent=1, default=float)
-    (folder / "quality.json").write_text(text + "\n", encoding="utf-8")
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write figures in one atomic step."""
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(report, indent=1, default=float) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def plot_report(folder: Path, report: dict[str, Any]) -> None:
+    """Plot one run's curve and heat map.
+
+    Raises: ValueError: matplotlib is not installed.
+    """
     try:
         from training.evaluation.plots import plot_curve, plot_heat_map
     except ImportError as error:

@@ -44,13 +44,19 @@ class Cells:
         judged = [groups[name] for name in JUDGED_GROUPS if name in groups]
         return float(np.mean(judged or list(groups.values())))
 
-    def resample(self, rng: np.random.Generator) -> "Cells":
-        """Draw prompts anew within every cell."""
-        drawn = Cells([], [])
-        drawn.rows = {
-            key: rows[rng.integers(0, len(rows), len(rows))] for key, rows in self.rows.items()
-        }
-        return drawn
+    def resampled_means(
+        self, values: list[np.ndarray], draws: int, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Draw prompts anew within every cell, the same for all values.
+
+        Returns: group to [len(values), draws] means, all cells of a group weighing the same.
+        """
+        cells: dict[str, list[np.ndarray]] = {}
+        for (task, _), rows in self.rows.items():
+            drawn = rows[rng.integers(0, len(rows), (draws, len(rows)))]
+            means = np.stack([value[drawn].mean(axis=1) for value in values])
+            cells.setdefault(group_of(task), []).append(means)
+        return {group: np.mean(means, axis=0) for group, means in cells.items()}
 
 
 def interval(
@@ -72,14 +78,13 @@ def interval(
     Returns: `NAME` interval of the mean, `NAME/REFERENCE` of the ratio and `NAME-REFERENCE` of
         the difference to the reference.
     """
-    rng = np.random.default_rng(seed)
-    means: dict[str, list[float]] = {name: [] for name in values}
-    for _ in range(draws):
-        drawn = cells.resample(rng)
-        for name, value in values.items():
-            groups = drawn.overall(value) if statistic == "overall" else None
-            means[name].append(drawn.by_group(value)[statistic] if groups is None else groups)
-    table = {name: np.array(mean) for name, mean in means.items()}
+    groups = cells.resampled_means(list(values.values()), draws, np.random.default_rng(seed))
+    if statistic == "overall":
+        judged = [groups[name] for name in JUDGED_GROUPS if name in groups]
+        means = np.mean(judged or list(groups.values()), axis=0)
+    else:
+        means = groups[statistic]
+    table = dict(zip(values, means, strict=True))
     reference = next(iter(values))
     found = {name: _bounds(mean) for name, mean in table.items()}
     for name, mean in table.items():
