@@ -147,10 +147,10 @@ class FluxRuntime:
             self.fix_routes(sparse or ())
 
     def fix_routes(self, sparse_layers: Iterable[int]) -> None:
-        """Make these layers SPARSE and the other routed ones FULL, for requests to come.
+        """Make these layers SPARSE and the other routed ones FULL, for all requests.
 
-        Benchmarks switch patterns with it on a running engine whose policy is `static`, while no
-        request is in flight.
+        Benchmarks switch patterns with it on a running engine whose policy is `static`; requests
+        in flight go on under the new routes.
         """
         if self.config.needs_router:
             raise AssertionError("fix_routes: the policy is `router`")
@@ -161,6 +161,8 @@ class FluxRuntime:
             routes[layer] = int(Route.SPARSE)
         self.fixed_routes = routes
         self._fixed_routes = torch.tensor(routes, dtype=torch.int8, device=self.table.device)
+        self.table.routes[:] = self._fixed_routes
+        self._known_routes[:] = routes
 
     def begin_step(self, context: StepContext) -> None:
         """Take up the rows of the step that is about to run."""

@@ -255,12 +255,12 @@ class TestFixedRoutes:
         kept = [routes[layer] for layer in ROUTED]
         assert recorded(runtime) == [(("a", "b"), [kept, kept], [True, False])]
 
-    def test_new_pattern_is_for_requests_to_come(self) -> None:
+    def test_new_pattern_is_for_all_requests(self) -> None:
         runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
         run(runtime, step(("a", 0, 9, 9)), {})
         runtime.fix_routes((0, 3))
         run(runtime, step(("a", 9, 1, 9), ("b", 0, 9, 9)), {})
-        assert recorded(runtime)[-1][1] == [[FULL, SPARSE, FULL], [SPARSE, FULL, SPARSE]]
+        assert recorded(runtime)[-1][1] == [[SPARSE, FULL, SPARSE]] * 2
 
     def test_router_has_none(self) -> None:
         runtime = make()
