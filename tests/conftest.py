@@ -17,6 +17,10 @@ SEED = 20260404
 # Engine processes inherit these: nothing may ask a hub, and nothing is reported anywhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# The tests' models are tiny: a second thread only spins beside the first (eight times slower on a
+# busy machine of two cores).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
