@@ -43,6 +43,12 @@ class World:
         ):
             gradient.copy_(part.view_as(gradient))
 
+    def peak_gib(self) -> float:
+        """Most device memory taken so far, GiB; 0 on the CPU."""
+        if self.device.type != "cuda":
+            return 0.0
+        return round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

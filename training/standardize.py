@@ -71,18 +71,14 @@ class StandardizedRouter(nn.Module):
         """Return a plain router that computes the same from raw inputs.
 
         Args:
-            dtype: weights are rounded to it (biases are not), so that a file in that dtype
-                holds exactly this router.
+            dtype: the first layer's weights are rounded to it before its bias is found, so that
+                the mean is taken off by the weights it meets.
 
         Returns: LayerRouter, float32, on the CPU, without gradients.
         """
         folded = copy.deepcopy(self.router).cpu().float().requires_grad_(False)
         weight, bias = folded.linear(_FIRST)
-        scaled = weight * self.inverse_deviation.cpu()[:, None]
-        for name in folded.shapes:
-            linear = folded.linear(name)[0]
-            linear.copy_((scaled if name == _FIRST else linear).to(dtype))
-        # After the rounding, so that the mean is taken off by the weights it meets.
+        weight.copy_((weight * self.inverse_deviation.cpu()[:, None]).to(dtype))
         shift = torch.einsum("loh,lh->lo", weight.double(), self.mean.cpu().double())
         bias.sub_(shift.float())
         return folded

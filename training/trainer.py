@@ -40,6 +40,7 @@ from training.policies import RelaxedPolicy, StaticPolicy
 from training.provenance import provenance
 from training.relaxation import logistic_noise, temperature
 from training.standardize import StandardizedRouter
+from training.storage import STORED_DTYPES, round_for_storage
 
 _CALIBRATION_PROMPTS = 64
 
@@ -107,7 +108,10 @@ class Trainer:
                 began = time.monotonic()
                 row = self.train_step(next(batches))
                 self.elapsed = time.monotonic() - start
-                row |= {"seconds": round(time.monotonic() - began, 3), "peak_gib": _peak_gib()}
+                row |= {
+                    "seconds": round(time.monotonic() - began, 3),
+                    "peak_gib": self.world.peak_gib(),
+                }
                 log.step(row)
                 if self.step % system.save_every == 0:
                     self._save()
@@ -338,7 +342,7 @@ class Trainer:
         self.elapsed = state["elapsed"]
 
     def write(self) -> Path:
-        """Write the router file; weights as float16, biases as float32."""
+        """Write the router file."""
         router = self.config.router
         info = RouterInfo(
             base_model=self.config.model,
@@ -356,17 +360,10 @@ class Trainer:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.world.is_main:
-            folded = self.router.fold(torch.float16)
-            write_router(self.folder, folded, info, weight_dtype=torch.float16)
+            folded = round_for_storage(self.router.fold(STORED_DTYPES["features.0"]))
+            write_router(self.folder, folded, info, STORED_DTYPES)
         self.world.wait()
         return self.folder / "flux_router.safetensors"
-
-
-def _peak_gib() -> float:
-    """Most device memory taken so far; 0 on the CPU."""
-    if not torch.cuda.is_available():
-        return 0.0
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def _named(names: list[str], values: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def write_router(
     path: Path,
     router: LayerRouter,
     info: RouterInfo,
-    weight_dtype: torch.dtype = torch.float32,
+    weight_dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Path:
     """Write a router file in one atomic step.
 
@@ -182,7 +183,8 @@ def write_router(
         path: the file, or an existing folder to write `flux_router.safetensors` into.
         router: the routers of all layers.
         info: its metadata.
-        weight_dtype: of the stored weights; float16 halves the file. Biases stay float32.
+        weight_dtypes: of the stored weights by linear layer, as `linear_shapes` names them;
+            float32 where left out. Biases stay float32.
 
     Returns: the path of the file.
     Raises: RouterCheckpointError: router and info disagree.
@@ -198,7 +200,8 @@ def write_router(
         layer, linear, kind = _split(name)
         weight, bias = router.linear(linear)
         stacked = weight if kind == "weight" else bias
-        dtype = weight_dtype if kind == "weight" else torch.float32
+        dtype = (weight_dtypes or {}).get(linear, torch.float32)
+        dtype = dtype if kind == "weight" else torch.float32
         tensors[name] = stacked[layer].detach().to(dtype).cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
