@@ -3,6 +3,7 @@
 Dimension legend: P prompts, L layers.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ class Evaluation:
         """Tell how far the run is."""
         if self.world.is_main:
             spent = time.monotonic() - self.started
-            print(f"[{spent:6.1f} s, {self.scorer.tokens / 1e6:.1f} M tokens] {what}", flush=True)
+            tokens = self.scorer.tokens / 1e6
+            sys.stderr.write(f"[{spent:6.1f} s, {tokens:.1f} M tokens] {what}\n")
 
     def compare(self, cells: Cells, full: Scores, other: Scores) -> dict[str, Any]:
         """Compare one policy with full attention on the same prompts."""

@@ -1,0 +1,73 @@
+"""Oracle: dense float32 softmax over an explicit set of visible keys."""
+
+import pytest
+import torch
+
+from training.soft_attention import full_attention, make_sparse_attention, mix
+
+
+def naive(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sink: int, window: int
+) -> torch.Tensor:
+    """Sink+window attention key by key."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    for p in range(q.shape[2]):
+        for j in range(q.shape[2]):
+            if j > p or not (j < sink or p - j < window):
+                scores[:, :, p, j] = float("-inf")
+    return scores.softmax(dim=-1) @ v
+
+
+# Below S + W, equal to it and one above; block edges of 16; unaligned tails.
+@pytest.mark.parametrize("tokens", [5, 20, 21, 32, 33, 63, 111])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (8, 1)], ids=["g1", "g4", "g8"])
+def test_sparse_attention_matches_naive(tokens: int, heads: int, kv_heads: int) -> None:
+    q = torch.randn(2, heads, tokens, 8)
+    k, v = torch.randn(2, 2, kv_heads, tokens, 8)
+    expected = naive(q, k, v, 0.5, sink=4, window=16)
+    found = make_sparse_attention("sdpa", 4, 16)(q, k, v, 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sparse_equals_full_within_sink_and_window() -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8)
+    sparse = make_sparse_attention("sdpa", 4, 16)(q, k, v, 0.3)
+    torch.testing.assert_close(sparse, full_attention(q, k, v, 0.3))
+
+
+def test_sparse_attention_gives_gradients_of_naive() -> None:
+    q, k, v = (torch.randn(1, 2, 50, 8, requires_grad=True) for _ in range(3))
+    weight = torch.randn(1, 2, 50, 8)
+    found = torch.autograd.grad(
+        (make_sparse_attention("sdpa", 4, 16)(q, k, v, 0.5) * weight).sum(), (q, k, v)
+    )
+    expected = torch.autograd.grad((naive(q, k, v, 0.5, 4, 16) * weight).sum(), (q, k, v))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_mix_is_exact_at_the_extremes() -> None:
+    full, sparse = torch.randn(2, 1, 2, 6, 4).bfloat16()
+    z = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 1.0]])
+    mixed = mix(full, sparse, z)
+    assert torch.equal(mixed[:, :, [0, 2, 5]], full[:, :, [0, 2, 5]])
+    assert torch.equal(mixed[:, :, [1, 3, 4]], sparse[:, :, [1, 3, 4]])
+
+
+def test_make_sparse_attention_refuses_sinks_wider_than_the_window() -> None:
+    with pytest.raises(ValueError, match="sink_tokens"):
+        make_sparse_attention("sdpa", 32, 16)
+    with pytest.raises(ValueError, match="'flex' or 'sdpa'"):
+        make_sparse_attention("other", 4, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [128, 640, 1152])
+def test_flex_matches_sdpa_on_a_gpu(tokens: int) -> None:
+    q = torch.randn(2, 9, tokens, 64, device="cuda")
+    k, v = torch.randn(2, 2, 3, tokens, 64, device="cuda")
+    expected = make_sparse_attention("sdpa", 16, 256)(q, k, v, 0.125)
+    found = make_sparse_attention("flex", 16, 256)(q, k, v, 0.125)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
