@@ -10,6 +10,7 @@ from flux_vllm.router.checkpoint import RouterInfo
 ADDITIONAL_CONFIG_KEY = "flux"
 POLICIES = ("router", "full", "sparse", "static")
 KERNELS = ("fa3", "triton")
+_MOST_TOKENS = 2**30  # sums of two still fit the kernels' int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,8 @@ class FluxConfig:
         for name, least in (("sink_tokens", 0), ("window_tokens", 1)):
             value = getattr(self, name)
             _check_type(name, value, int, "a whole number of tokens")
-            if value is not None and value < least:
-                raise _error(name, f"a whole number of at least {least}", value)
+            if value is not None and not least <= value <= _MOST_TOKENS:
+                raise _error(name, f"a whole number from {least} to {_MOST_TOKENS}", value)
         if self.kernels is not None and self.kernels not in KERNELS:
             raise _error("kernels", f"one of {list(KERNELS)}", self.kernels)
         self._check_sparse_layers()
@@ -84,6 +85,13 @@ class FluxConfig:
         """
         if not isinstance(additional_config, Mapping):
             return cls()
+        known = [field.name for field in fields(cls)]
+        misplaced = [key for key in additional_config if key in known]
+        if misplaced:
+            raise FluxConfigError(
+                f'--additional-config: expected {misplaced} inside "flux", found them beside it; '
+                f'write {{"flux": {{"{misplaced[0]}": ...}}}}'
+            )
         given = additional_config.get(ADDITIONAL_CONFIG_KEY, {})
         if isinstance(given, cls):
             return given
@@ -92,7 +100,6 @@ class FluxConfig:
                 '--additional-config: expected an object under "flux", such as '
                 f'{{"flux": {{"policy": "full"}}}}, found {given!r}'
             )
-        known = [field.name for field in fields(cls)]
         unknown = [key for key in given if key not in known]
         if unknown:
             raise FluxConfigError(

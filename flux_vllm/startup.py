@@ -8,9 +8,13 @@ from torch import nn
 
 from flux_vllm import compat
 from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.rotary import RotaryInverse
+from flux_vllm.attention_backend.rotary import RotaryInverse, rotates_always
 from flux_vllm.config import FluxConfig
-from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
+from flux_vllm.errors import (
+    FluxConfigError,
+    RouterCheckpointError,
+    UnsupportedConfigurationError,
+)
 from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
@@ -20,6 +24,8 @@ from flux_vllm.router.model import LayerRouter
 from flux_vllm.runtime import FluxRuntime
 
 logger = logging.getLogger("vllm.flux")
+
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def check_front_end(vllm_config: Any) -> None:
@@ -31,6 +37,11 @@ def check_front_end(vllm_config: Any) -> None:
         return
     config = FluxConfig.from_additional_config(vllm_config.additional_config)
     _check_features(vllm_config)
+    if config.kernels is not None and vllm_config.device_config.device_type == "cpu":
+        raise FluxConfigError(
+            f'flux config: expected no "kernels" on the CPU, found {config.kernels!r}; remove it, '
+            "it chooses among CUDA kernels"
+        )
     model = vllm_config.model_config
     config.check_layers(model.get_total_num_hidden_layers())
     _, info = _read_router(config, model.model)
@@ -138,8 +149,11 @@ def _check_features(vllm_config: Any) -> None:
         "prefill context parallel": parallel.prefill_context_parallel_size > 1,
         "pipeline parallel": parallel.pipeline_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
-        "a KV connector": vllm_config.kv_transfer_config is not None,
+        # vLLM turns offloading into a connector.
+        "a KV connector": vllm_config.kv_transfer_config is not None
+        and cache.kv_offloading_size is None,
         "KV cache offloading": cache.kv_offloading_size is not None,
+        f"a KV cache of dtype {cache.cache_dtype}": cache.cache_dtype not in _KV_CACHE_DTYPES,
         "prefix_match_unit": cache.prefix_match_unit is not None,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
         "a draft model (speculative decoding other than ngram)": speculative is not None
@@ -156,8 +170,9 @@ def _check_features(vllm_config: Any) -> None:
     found = [what for what, present in refused.items() if present]
     if found:
         raise UnsupportedConfigurationError(
-            f"--attention-backend flux: found {', '.join(found)}, which layer routes do not "
-            "support; switch it off, or serve without --attention-backend flux"
+            "--attention-backend flux: expected none of the features that layer routes cannot be "
+            f"combined with, found {', '.join(found)}; switch it off, or serve without "
+            "--attention-backend flux"
         )
 
 
@@ -204,6 +219,13 @@ def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
                     "--attention-backend flux: expected rotary position embeddings (RoPE) in "
                     f"every layer, found none in {attention.layer_name} ({type(parent).__name__}); "
                     "serve this model without --attention-backend flux"
+                )
+            kind: Any = type(parent)
+            if not rotates_always(kind):
+                raise UnsupportedConfigurationError(
+                    "--attention-backend flux: expected rotary position embeddings (RoPE) on the "
+                    f"queries of every routed layer, found {kind.__name__}, which applies "
+                    "them under a condition; serve this model without --attention-backend flux"
                 )
             layers.append((extract_layer_index(attention.layer_name), attention, rotary))
     if not layers:

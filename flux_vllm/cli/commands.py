@@ -7,12 +7,7 @@ from collections.abc import Sequence
 
 from flux_vllm import __version__
 from flux_vllm.cli import inspect, routes, sample_model, serve
-from flux_vllm.cli.console import CommandError
-from flux_vllm.errors import (
-    FluxConfigError,
-    RouterCheckpointError,
-    UnsupportedConfigurationError,
-)
+from flux_vllm.cli.console import FLUX_ERRORS, CommandError
 
 DESCRIPTION = """\
 Layer routes for vLLM: every transformer layer chooses, for each request, between FULL and SPARSE
@@ -31,9 +26,11 @@ EPILOG = """\
 examples:
   flux-vllm sample-model models/SmolLM2-135M-Instruct
   flux-vllm serve models/SmolLM2-135M-Instruct --attention-backend flux \\
-      --additional-config '{"flux": {"policy": "static", "sparse_layers": [0, 1, 2]}}'
-  flux-vllm inspect models/SmolLM2-135M-Instruct --model models/SmolLM2-135M-Instruct
-  flux-vllm routes models/SmolLM2-135M-Instruct --prompt-file question.txt --chat
+      --additional-config '{"flux": {"policy": "static", "sparse_layers": [1, 2, 3],
+                            "sink_tokens": 64, "window_tokens": 512}}'
+  flux-vllm inspect flux_router.safetensors --model models/SmolLM2-135M-Instruct
+  flux-vllm routes models/SmolLM2-135M-Instruct --router flux_router.safetensors \\
+      --prompt-file question.txt --chat
 
 `flux-vllm COMMAND --help` explains a command.
 """
@@ -57,12 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _parser().print_help()
             return 2
         return int(args.run(args))
-    except (
-        CommandError,
-        FluxConfigError,
-        RouterCheckpointError,
-        UnsupportedConfigurationError,
-    ) as error:
+    except (CommandError, *FLUX_ERRORS) as error:
         print(f"flux-vllm {command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ The files are prometheus_client's own multi-process format, so its collector doe
 summing; a worker killed in mid-step leaves what it had counted.
 """
 
+import itertools
 import os
 import time
 from bisect import bisect_left
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.utils import floatToGoString
+
+_stores = itertools.count()
+"""Numbers the stores of a process: two engines in one must not share a file."""
 
 
 class MetricStore:
@@ -25,7 +29,7 @@ class MetricStore:
     def __init__(self, directory: Path, labels: Mapping[str, str]) -> None:
         self._labels = dict(labels)
         # vLLM's process may keep files of its own here under its bare process id.
-        tag = f"flux-{os.getpid()}.db"
+        tag = f"flux-{os.getpid()}-{next(_stores)}.db"
         self._counters = MmapedDict(str(directory / f"counter_{tag}"))
         self._histograms = MmapedDict(str(directory / f"histogram_{tag}"))
         self._gauges = MmapedDict(str(directory / f"gauge_max_{tag}"))

@@ -38,6 +38,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             use_ubatching=False,
         ),
         "cache": SimpleNamespace(
+            cache_dtype="auto",
             kv_offloading_size=None,
             prefix_match_unit=None,
             kv_sharing_fast_prefill=False,
@@ -57,6 +58,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         additional_config={"flux": flux or {}},
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
+        device_config=SimpleNamespace(device_type="cpu"),
     )
 
 
@@ -94,15 +96,33 @@ def make_attention(
     return attention
 
 
+class SelfAttention(nn.Module):
+    """A decoder layer's attention, as far as rotation goes."""
+
+    def forward(self, positions: Any, query: Any, key: Any) -> Any:
+        """Rotate."""
+        return self.rotary_emb(positions, query, key)
+
+
+class SometimesRotating(nn.Module):
+    """Like Exaone4's and Cohere2's: every layer has a rotary embedding, not every one uses it."""
+
+    def forward(self, positions: Any, query: Any, key: Any) -> Any:
+        """Rotate under a condition."""
+        if self.attn.sliding_window:
+            query, key = self.rotary_emb(positions, query, key)
+        return query, key
+
+
 class Model(nn.Module):
     """Decoder layers in reverse order, each with a rotary embedding beside its attention."""
 
-    def __init__(self, attentions: list[Any], rope: Any) -> None:
+    def __init__(self, attentions: list[Any], rope: Any, conditional: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         for attention in reversed(attentions):
             layer = nn.Module()
-            layer.self_attn = nn.Module()
+            layer.self_attn = SometimesRotating() if conditional else SelfAttention()
             if rope is not None:
                 layer.self_attn.rotary_emb = rope
             layer.self_attn.attn = attention

@@ -36,6 +36,7 @@ REFUSED = {
     "dual batch overlap": {"parallel__use_ubatching": True},
     "a KV connector": {"root__kv_transfer_config": object()},
     "KV cache offloading": {"cache__kv_offloading_size": 4.0},
+    "a KV cache of dtype fp8": {"cache__cache_dtype": "fp8"},
     "prefix_match_unit": {"cache__prefix_match_unit": 16},
     "kv_sharing_fast_prefill": {"cache__kv_sharing_fast_prefill": True},
     "a draft model (speculative decoding other than ngram)": {
@@ -69,9 +70,22 @@ class TestFeatures:
         with pytest.raises(UnsupportedConfigurationError) as error:
             check(config)
         assert str(error.value) == (
-            f"--attention-backend flux: found {what}, which layer routes do not support; switch "
-            "it off, or serve without --attention-backend flux"
+            "--attention-backend flux: expected none of the features that layer routes cannot be "
+            f"combined with, found {what}; switch it off, or serve without --attention-backend flux"
         )
+
+    def test_offloading_is_not_called_a_connector(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        changes = {"cache__kv_offloading_size": 4.0, "root__kv_transfer_config": object()}
+        with pytest.raises(UnsupportedConfigurationError, match="found KV cache offloading; "):
+            startup.check_front_end(make_config(tmp_path, **changes))
+
+    def test_kernels_are_for_cuda(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        with pytest.raises(
+            FluxConfigError, match=r"expected no \"kernels\" on the CPU, found 'tri"
+        ):
+            startup.check_front_end(make_config(tmp_path, {"kernels": "triton"}))
 
     def test_ngram_speculation_is_carried(self, tmp_path: Path) -> None:
         write(tmp_path)

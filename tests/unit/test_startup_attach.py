@@ -5,6 +5,7 @@ Pinned: layers with a sliding window of their own stay unrouted, and attention o
 (chunked local) does not pass for full attention.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from flux_vllm import startup
+from flux_vllm.attention_backend.rotary import rotates_always
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
 from tests.unit.startup_fakes import CPU, H, L, Model, make_attention, make_config, write
@@ -100,7 +102,7 @@ class TestAttach:
             startup.attach(Model(self.attentions(), None), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer, "
-            "found none in model.layers.3.self_attn.attn (Module); serve this model without "
+            "found none in model.layers.3.self_attn.attn (SelfAttention); serve this model without "
             "--attention-backend flux"
         )
 
@@ -178,3 +180,27 @@ class TestNumbers:
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
         monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
         assert startup.attach(model, make_config(tmp_path), CPU).reporter is None
+
+
+def test_conditional_rotation_is_refused(rope: Any) -> None:
+    """Queries that were never rotated would be rotated back: Exaone4, Cohere2, Llama4."""
+    model = Model([make_attention(0)], rope, conditional=True)
+    with pytest.raises(UnsupportedConfigurationError, match="SometimesRotating, which applies"):
+        startup._routed_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "always"),
+    [
+        ("llama", "LlamaAttention", True),
+        ("qwen2", "Qwen2Attention", True),
+        ("qwen3", "Qwen3Attention", True),
+        ("gemma3", "Gemma3Attention", True),
+        ("mixtral", "MixtralAttention", True),
+        ("exaone4", "Exaone4Attention", False),
+        ("commandr", "CohereAttention", False),
+    ],
+)
+def test_rotates_always_on_vllms_models(module: str, name: str, always: bool) -> None:
+    models = importlib.import_module(f"vllm.model_executor.models.{module}")
+    assert rotates_always(getattr(models, name)) == always
