@@ -4,7 +4,6 @@ Dimension legend: L layers, B prompts, C chunks, R prompts or chunks under a con
 dim, K constraints.
 """
 
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from training.model_loading import load_routed, load_tokenizer
 from training.policies import RelaxedPolicy, StaticPolicy
 from training.provenance import provenance
 from training.relaxation import logistic_noise, temperature
+from training.schedule import rate_scale
 from training.standardize import StandardizedRouter
 from training.storage import STORED_DTYPES, round_for_storage
 
@@ -159,15 +159,13 @@ class Trainer:
 
     def _accumulate(self, prompts: list[Encoded], heat: float) -> tuple[torch.Tensor, Shares, int]:
         """Run and differentiate all micro-batches, then the share constraint."""
-        rng = random.Random(f"{self.config.seed}/chunks/{self.step}/{self.world.rank}")
         data, settings = self.config.data, self.config.optimizer
+        chances = [self._chances(row) for row in range(len(prompts))]
         ends = [
             random_chunk_ends(prompt.prompt_len, rng, data.chunked_fraction, data.max_chunks)
-            for prompt in prompts
+            for prompt, (rng, _) in zip(prompts, chances, strict=True)
         ]
-        generator = torch.Generator().manual_seed(rng.randrange(2**62))
-        shape = (self.routed.num_layers, len(prompts), data.max_chunks)
-        noise = logistic_noise(shape, generator)
+        noise = torch.stack([drawn for _, drawn in chances], dim=1)
         features, groups = [], []
         loss_sum = torch.zeros((), device=self.world.device)
         tokens = 0
@@ -184,6 +182,14 @@ class Trainer:
             tokens += micro.token_ids.numel()
         shares = self._constrain(torch.cat(features, dim=1), torch.cat(groups))
         return self.world.sum(loss_sum), shares, tokens * self.world.size
+
+    def _chances(self, row: int) -> tuple[random.Random, torch.Tensor]:
+        """Give a prompt's own randomness, whoever computes it: for its chunks, and noise [L, C]."""
+        place = self.world.rank + row * self.world.size
+        rng = random.Random(f"{self.config.seed}/chances/{self.step}/{place}")
+        generator = torch.Generator().manual_seed(rng.randrange(2**62))
+        shape = (self.routed.num_layers, self.config.data.max_chunks)
+        return rng, logistic_noise(shape, generator)
 
     def _micro_step(
         self, micro: MicroBatch, policy: RelaxedPolicy
@@ -310,16 +316,9 @@ class Trainer:
         return done
 
     def _set_rate(self, progress: float) -> float:
-        """Set the learning rate: a linear rise, then a cosine."""
+        """Set the learning rate, and return it."""
         settings = self.config.optimizer
-        rise = settings.warmup_fraction
-        if progress < rise:
-            scale = (progress * settings.steps + 1) / (rise * settings.steps + 1)
-        else:
-            done = min(1.0, (progress - rise) / (1 - rise))
-            lead = 0.5 * (1 + math.cos(math.pi * done))
-            scale = settings.final_rate + (1 - settings.final_rate) * lead
-        rate = settings.learning_rate * scale
+        rate = settings.learning_rate * rate_scale(progress, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

@@ -175,7 +175,7 @@ def write_router(
     path: Path,
     router: LayerRouter,
     info: RouterInfo,
-    weight_dtypes: Mapping[str, torch.dtype] | None = None,
+    weight_dtypes: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
 ) -> Path:
     """Write a router file in one atomic step.
 
@@ -183,8 +183,8 @@ def write_router(
         path: the file, or an existing folder to write `flux_router.safetensors` into.
         router: the routers of all layers.
         info: its metadata.
-        weight_dtypes: of the stored weights by linear layer, as `linear_shapes` names them;
-            float32 where left out. Biases stay float32.
+        weight_dtypes: of the stored weights, one for all or by linear layer as `linear_shapes`
+            names them; float16 halves the file. Biases stay float32.
 
     Returns: the path of the file.
     Raises: RouterCheckpointError: router and info disagree.
@@ -195,13 +195,14 @@ def write_router(
             f"info says, found {router.num_layers} and {router.head_dim}"
         )
     path = path / ROUTER_FILE_NAME if path.is_dir() else path
+    if isinstance(weight_dtypes, torch.dtype):
+        weight_dtypes = dict.fromkeys(router.shapes, weight_dtypes)
     tensors = {}
     for name in _tensor_shapes(info):
         layer, linear, kind = _split(name)
         weight, bias = router.linear(linear)
         stacked = weight if kind == "weight" else bias
-        dtype = (weight_dtypes or {}).get(linear, torch.float32)
-        dtype = dtype if kind == "weight" else torch.float32
+        dtype = weight_dtypes[linear] if kind == "weight" else torch.float32
         tensors[name] = stacked[layer].detach().to(dtype).cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

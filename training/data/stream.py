@@ -87,6 +87,15 @@ class PromptStream(Dataset[Encoded]):
         self, task: TaskFamily | FileTask, tokens: int, wrapper: Wrapper, rng: random.Random
     ) -> Encoded:
         """Make one prompt of a task and length."""
+        return self.make_both(task, tokens, wrapper, rng)[1]
+
+    def make_both(
+        self, task: TaskFamily | FileTask, tokens: int, wrapper: Wrapper, rng: random.Random
+    ) -> tuple[Sample, Encoded]:
+        """Make one prompt of a task and length, as text and as tokens.
+
+        Raises: ValueError: the task makes none that fits the model.
+        """
         most = max(self.settings.max_answer_tokens, tokens if _is_short(task) else 0)
         is_open = rng.random() < self.settings.open_fraction
         for _ in range(8):
@@ -94,7 +103,7 @@ class PromptStream(Dataset[Encoded]):
             sample = sample.opened() if is_open else sample
             encoded = encode(sample, wrapper, self.tokenizer, most)
             if len(encoded) <= self.max_model_tokens:
-                return encoded
+                return sample, encoded
             tokens = int(tokens * 0.95 * self.max_model_tokens / len(encoded))
         raise ValueError(
             f"expected a prompt of {task.name} within {self.max_model_tokens} tokens, found "

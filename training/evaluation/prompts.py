@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig
 
 from training.config import DataSettings, EvalConfig
 from training.data.encoding import Encoded, Wrapper, encode, render
@@ -120,7 +121,8 @@ def write_prompts(config: EvalConfig) -> Path:
     Returns: path of the JSONL file.
     """
     tokenizer = load_tokenizer(config.model)
-    stream = PromptStream(config.data, tokenizer, "test", config.seed)
+    limit = AutoConfig.from_pretrained(config.model).max_position_embeddings
+    stream = PromptStream(config.data, tokenizer, "test", config.seed, max_model_tokens=limit)
     wrapper: Wrapper = config.data.wrappers[0]  # type: ignore[assignment]
     path = Path(config.out) / "prompts.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ def write_prompts(config: EvalConfig) -> Path:
             for length in config.lengths:
                 for index in range(config.prompts):
                     rng = random.Random(_key(config.seed, "test", task.name, length, index))
-                    sample = stream.sample(task, length, rng)
+                    sample, _ = stream.make_both(task, length, wrapper, rng)
                     row = {
                         "task": task.name,
                         "length": length,

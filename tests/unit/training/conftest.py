@@ -88,8 +88,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = []
     for number in range(120):
         sentences = [
-            " ".join(rng.choices(words, k=rng.randint(6, 14))).capitalize() + "."
-            for _ in range(90)
+            " ".join(rng.choices(words, k=rng.randint(6, 14))).capitalize() + "." for _ in range(90)
         ]
         prose = "\n\n".join(" ".join(sentences[at : at + 5]) for at in range(0, 90, 5))
         documents.append(Document(f"source {number % 3}", "prose", prose))

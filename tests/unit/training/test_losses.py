@@ -38,9 +38,7 @@ def test_multipliers_push_towards_the_target(constraint: str) -> None:
     for _ in range(10):
         constraints.ascend(shares(0.2, 0.9))
     mean = torch.tensor([0.2, 0.9], requires_grad=True)
-    slope = torch.autograd.grad(
-        constraints.loss(Shares(mean, torch.ones(2))).sum(), mean
-    )[0]
+    slope = torch.autograd.grad(constraints.loss(Shares(mean, torch.ones(2))).sum(), mean)[0]
     assert slope[0] < 0 < slope[1]  # descent raises the first share and lowers the second
 
 

@@ -22,9 +22,7 @@ def server_features(
         positions = torch.arange(start, end)
         slots = table[0].long()[positions // 16] * 16 + positions % 16
         span = PromptSpan(computed=start, scheduled=end - start, prompt_len=ends[-1])
-        step = sums.begin_step(
-            [span], np.array([True]), np.array([0]), slots, table, pool_tokens
-        )
+        step = sums.begin_step([span], np.array([True]), np.array([0]), slots, table, pool_tokens)
         found.append(sums.update_and_pool(0, step, mean_query[start:end])[0])
         start = end
     return found
@@ -41,9 +39,7 @@ def test_plan_chunks_pools_as_the_server_does(ends: list[int], pool_tokens: int)
     expected = server_features(mean_query, ends, pool_tokens)
     plan = plan_chunks([ends], ends[-1] + 9, pool_tokens)
     padded = torch.cat([mean_query, torch.full((9, 8), 1e6)])[None]
-    torch.testing.assert_close(
-        pool(padded, plan)[0], torch.stack(expected), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(pool(padded, plan)[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_plan_chunks_assigns_tokens_and_marks_padding() -> None:

@@ -1,0 +1,154 @@
+"""A whole evaluation on a tiny model, and its statistics against plain NumPy."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.router.model import LayerRouter
+from training.attach import RoutedModel
+from training.config import DataSettings, EvalConfig, SystemSettings
+from training.distributed import World
+from training.evaluation import evaluate as module
+from training.evaluation import prompts as prompts_module
+from training.evaluation.evaluate import choose_thresholds, evaluate
+from training.evaluation.prompts import write_prompts
+from training.evaluation.report import join_runs
+from training.evaluation.scoring import Condition, Scorer
+from training.evaluation.static_patterns import pattern
+from training.evaluation.statistics import Cells, interval
+from training.policies import StaticPolicy, ThresholdPolicy
+
+VARIANTS = ("plain", "wording", "wrapper:plain", "chunks:64", "cached")
+
+
+@pytest.fixture
+def config(
+    tiny_model: Callable[..., Any],
+    tokenizer: Any,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> EvalConfig:
+    info = RouterInfo(
+        base_model="tiny",
+        num_layers=4,
+        head_dim=8,
+        pool_tokens=16,
+        sink_tokens=8,
+        window_tokens=32,
+        provenance={"config": {"seed": 7}},
+    )
+    write_router(tmp_path, LayerRouter(4, 8), info)
+    routed = RoutedModel(tiny_model(), 8, 32)
+    monkeypatch.setattr(module, "load_routed", lambda *arguments: routed)
+    monkeypatch.setattr(module, "load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(prompts_module, "load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(
+        prompts_module.AutoConfig, "from_pretrained", lambda model: routed.model.config
+    )
+    return EvalConfig(
+        model="tiny",
+        router=str(tmp_path),
+        out=str(tmp_path / "out"),
+        data=DataSettings(tasks=("needle", "repeat_end"), corpus=str(corpus), workers=0),
+        lengths=(256, 320),
+        prompts=3,
+        validation_prompts=2,
+        validation_lengths=(256,),
+        thresholds=(0.3, 0.5, 0.7),
+        random_patterns=2,
+        variants=VARIANTS,
+        variant_prompts=2,
+        system=SystemSettings(device="cpu", dtype="float32"),
+    )
+
+
+def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
+    pytest.importorskip("matplotlib")
+    report = evaluate(config)
+    written = json.loads((Path(config.out) / "quality.json").read_text())
+    for name in ("full_score", "all_sparse_score", "share_local", "share_retrieval", "points"):
+        assert name in written
+    for point in written["points"]:
+        assert {"threshold", "share", "router_score", "static_score"} <= point.keys()
+        assert {"router_retrieval", "static_retrieval"} <= point.keys()
+        assert point["static_share"] <= point["share"] + 1e-6
+    assert set(written["variants"]) == set(VARIANTS)
+    assert len(written["heat_map"]["needle"]) == 4
+    assert written["provenance"]["router"]["training"]["config"]["seed"] == 7
+    assert {path.name for path in Path(config.out).glob("*.png")} == {"curve.png", "heat_map.png"}
+    assert sorted(report["static_patterns"]["order"]) == [0, 1, 2, 3]
+    joined = join_runs([Path(config.out) / "quality.json"] * 2)
+    assert joined["full_score"] == pytest.approx(written["full_score"])
+    assert len(joined["points"]) == len(written["points"])
+    assert list(joined["seeds"]) == ["7"]
+
+
+def test_an_unknown_variant_is_refused(config: EvalConfig) -> None:
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    with pytest.raises(ValueError, match="'sideways'"):
+        evaluation.variant("sideways")
+
+
+def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    prompts = evaluation.test.prompts
+    policy = ThresholdPolicy(evaluation.router, 0.5)
+    together = evaluation.scorer.score(prompts, policy)
+    alone = Scorer(evaluation.routed, 16, 1, evaluation.world).score(prompts, policy)
+    np.testing.assert_allclose(together.score, alone.score)
+    np.testing.assert_allclose(together.surprise, alone.surprise, rtol=1e-3)
+    np.testing.assert_array_equal(together.sparse, alone.sparse)
+
+
+def test_static_patterns_report_their_layers(config: EvalConfig) -> None:
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    prompts = evaluation.test.prompts
+    scores = evaluation.scorer.score(prompts, pattern(4, [1, 3]), Condition(chunk_tokens=50))
+    assert (scores.sparse == np.array([0, 1, 0, 1])).all()
+    full = evaluation.scorer.score(prompts, StaticPolicy.all_full(4))
+    assert (full.sparse == 0).all()
+    assert not np.allclose(full.surprise, scores.surprise)
+
+
+def test_write_prompts_gives_the_evaluated_prompts(config: EvalConfig, tokenizer: Any) -> None:
+    rows = [json.loads(line) for line in write_prompts(config).open()]
+    evaluated = module.Evaluation(config, World(0, 1, torch.device("cpu"))).test.prompts
+    assert len(rows) == len(evaluated) == 12
+    for row, prompt in zip(rows, evaluated, strict=True):
+        assert tokenizer([row["prompt"]])["input_ids"][0] == (
+            prompt.token_ids[: prompt.prompt_len].tolist()
+        )
+        assert row["task"] == prompt.task
+
+
+def test_choose_thresholds_takes_the_best_of_each_share() -> None:
+    tried = {0.1: (0.5, 0.9), 0.5: (0.7, 0.8), 0.9: (0.8, 0.85)}
+    assert choose_thresholds(tried, (0.6, 0.75)) == [0.5, 0.9]
+    assert choose_thresholds(tried, (0.95,)) == [0.5]
+
+
+def test_overall_weighs_groups_and_cells_equally() -> None:
+    tasks = ["needle"] * 3 + ["multi_key"] + ["repeat_end"] * 2
+    values = np.array([1.0, 1.0, 1.0, 0.0, 0.2, 0.4])
+    cells = Cells(tasks, [256] * 6)
+    assert cells.by_group(values) == pytest.approx({"retrieval": 0.5, "local": 0.3})
+    assert cells.overall(values) == pytest.approx(0.4)
+
+
+def test_interval_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    full = rng.random(400)
+    values = {"full": full, "router": full - 0.1, "noisy": rng.random(400)}
+    found = interval(Cells(["needle"] * 400, [256] * 400), values, "overall")
+    assert found["router-full"] == pytest.approx([-0.1, -0.1], abs=1e-3)
+    low, high = found["full"]
+    error = 1.96 * full.std() / 20
+    assert (low, high) == pytest.approx((full.mean() - error, full.mean() + error), abs=0.01)
+    assert found["noisy-full"][1] - found["noisy-full"][0] > 0.05

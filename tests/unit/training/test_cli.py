@@ -1,0 +1,89 @@
+"""The command line: one flag a field, frozen; errors that say what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from training import cli, recipes
+from training.__main__ import _parser, main
+from training.config import EvalConfig, TrainConfig
+
+
+def flags(command: str) -> set[str]:
+    parser = _parser()
+    choices = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    return {option for action in choices[command]._actions for option in action.option_strings}  # type: ignore[index, call-overload]
+
+
+def test_every_field_has_a_flag_and_a_docstring() -> None:
+    for command, config_type, default in (
+        ("train", TrainConfig, recipes.smollm2()),
+        ("eval", EvalConfig, recipes.evaluation()),
+    ):
+        expected = set()
+        for name in config_type.__dataclass_fields__:
+            value = getattr(default, name)
+            inner = getattr(type(value), "__dataclass_fields__", None)
+            assert name in cli.field_docs(config_type) or inner, name
+            if inner is None:
+                expected.add(f"--{name}")
+                continue
+            assert set(inner) == set(cli.field_docs(type(value))), name
+            expected |= {f"--{name}.{field}" for field in inner}
+        assert flags(command) - {"-h", "--help", "--recipe"} == expected
+
+
+def test_train_flags_are_frozen() -> None:
+    groups = {flag.split(".")[0] for flag in flags("train")}
+    assert groups == {
+        "-h", "--help", "--recipe", "--model", "--out", "--seed",
+        "--router", "--data", "--relaxation", "--loss", "--optimizer", "--system",
+    }  # fmt: skip
+    assert len(flags("train")) == 53
+
+
+def test_apply_flags_changes_only_what_was_given() -> None:
+    arguments = _parser().parse_args(
+        ["train", "--model", "m", "--data.tasks", "needle", "--system.resume", "false"]
+    )
+    config = cli.apply_flags(recipes.smollm2(), arguments)
+    assert config.model == "m"
+    assert config.data.tasks == ("needle",)
+    assert config.system.resume is False
+    assert config.router == recipes.smollm2().router
+    assert config.data.max_tokens == recipes.smollm2().data.max_tokens
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_recipes_are_valid(name: str) -> None:
+    config = recipes.RECIPES[name](model="m", out="o")
+    assert (config.model, config.out) == ("m", "o")
+    assert config.router.pool_tokens % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "--model and --out"),
+        (["train", "--model", "m", "--out", "o", "--data.tasks", "juggling"], "--data.tasks"),
+        (["train", "--model", "m", "--out", "o", "--router.pool_tokens", "0"], "pool_tokens"),
+        (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
+    ],
+)
+def test_main_says_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [str(tmp_path / "o") if word == "o" else word for word in arguments]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_corpus_command_collects_text(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "long.txt").write_text("Some words of prose that stand here. " * 100)
+    (folder / "short.txt").write_text("Too short.")
+    assert main(["corpus", "--out", str(tmp_path / "c.jsonl.xz"), str(folder)]) == 0
+    from training.data.text import read_corpus
+
+    assert len(read_corpus(tmp_path / "c.jsonl.xz")) == 1
