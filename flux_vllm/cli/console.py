@@ -4,6 +4,15 @@ import sys
 import time
 from importlib.util import find_spec
 
+from flux_vllm.errors import (
+    FluxConfigError,
+    RouterCheckpointError,
+    UnsupportedConfigurationError,
+)
+
+FLUX_ERRORS = (FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError)
+"""What the package raises for its user; the message is all there is to show."""
+
 INSTALL_VLLM = (
     "install it with `make install` in a checkout of Flux-vLLM (CPU), or with "
     "`pip install 'flux-vllm[cuda]'` on a machine with an NVIDIA GPU"

@@ -5,10 +5,11 @@ import json
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flux_vllm.cli.console import INSTALL_VLLM, CommandError, Progress, require
+from flux_vllm.cli.console import FLUX_ERRORS, INSTALL_VLLM, CommandError, Progress, require
 from flux_vllm.cli.route_map import (
     count_sparse,
     describe_share,
@@ -55,7 +56,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--chat", action="store_true", help="put the text into the model's chat template first"
     )
-    parser.add_argument("--max-model-len", type=int, help="passed on to vLLM")
+    parser.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        default=4.0,
+        help="memory for the KV cache, which bounds the prompt's length (default: 4)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the map")
     parser.add_argument("--verbose", action="store_true", help="show vLLM's own log, on stderr")
     return parser
@@ -68,8 +74,12 @@ def run(args: argparse.Namespace) -> int:
     require("vllm", INSTALL_VLLM)
     # stdout is for the result; vLLM would log there.
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+    # One prompt needs no engine process of its own.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if not args.verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        warnings.simplefilter("ignore")
     decision = route_prompt(args, prompt, config)
     if args.json:
         print(json.dumps(as_json(args.model, decision), indent=2))
@@ -127,16 +137,24 @@ def route_prompt(
 
     from flux_vllm.runtime import recent_decisions
 
-    options: dict[str, Any] = {"max_model_len": args.max_model_len} if args.max_model_len else {}
     progress(f"loading {args.model}")
-    llm = vllm.LLM(
-        model=args.model,
-        attention_backend="flux",
-        additional_config={"flux": config},
-        enforce_eager=True,
-        disable_log_stats=True,
-        **options,
-    )
+    try:
+        llm = vllm.LLM(
+            model=args.model,
+            attention_backend="flux",
+            additional_config={"flux": config},
+            enforce_eager=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=args.verbose,
+            max_model_len=-1,  # as much as fits that memory
+            kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),
+        )
+    except FLUX_ERRORS:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(
+            f"vLLM cannot load {args.model}: {error}; run again with --verbose for its whole log"
+        ) from error
     progress("routing the prompt")
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0)
     if args.chat:

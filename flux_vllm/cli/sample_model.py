@@ -130,6 +130,8 @@ def _check_free(out: Path) -> None:
 def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
     # A local file: nothing may ask a hub about it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     progress("loading transformers")
     import torch
     from transformers import (
@@ -138,10 +140,6 @@ def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
         GenerationConfig,
         GgufConfig,
     )
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
     progress(f"reading {gguf}")
     model = AutoModelForCausalLM.from_pretrained(
