@@ -42,7 +42,7 @@ def plot_report(folder: Path, report: dict[str, Any]) -> None:
 def join_runs(files: list[Path]) -> dict[str, Any]:
     """Join the reports of several seeds: their means in front, each run below `seeds`.
 
-    Points are averaged where all runs have one at the same threshold.
+    Points are averaged over the runs that have one at the same threshold, two at least.
 
     Raises: ValueError: no file.
     """
@@ -60,7 +60,7 @@ def join_runs(files: list[Path]) -> dict[str, Any]:
         {"threshold": threshold, "runs": len(points)}
         | {name: float(np.mean([point[name] for point in points])) for name in _POINT_MEANS}
         for threshold, points in sorted(by_threshold.items())
-        if len(points) == len(runs)
+        if len(points) >= min(2, len(runs))
     ]
     return joined | {"seeds": {_seed(run, at): run for at, run in enumerate(runs)}}
 
