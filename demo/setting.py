@@ -18,8 +18,8 @@ PACKAGED_ROUTERS = Path(flux_vllm.__file__).parent / "routers"
 SINK_TOKENS = 64
 WINDOW_TOKENS = 512
 
-# Searched one layer at a time: SPARSE in 18, 23, 7, 21, 8 or 20 alone loses the code word.
-# See docs/DESIGN.md.
+# Retrieval suffers most when 18, 23 or 7 is SPARSE, some when 8, 20 or 21 is (docs/DESIGN.md); the
+# others were added by guess, until the demo's prompt was answered.
 STATIC_FULL_LAYERS = (0, 6, 7, 8, 18, 19, 20, 21, 22, 23, 24, 25)
 
 
