@@ -234,6 +234,23 @@ class TestAdditionalConfig:
             f"flux config: expected keys among {keys}, found {unknown}; remove or correct them"
         )
 
+    @pytest.mark.parametrize(
+        ("given", "misplaced"),
+        [
+            ({"policy": "full"}, ["policy"]),
+            ({"flux": {}, "threshold": 0.2, "router": "r"}, ["threshold", "router"]),
+        ],
+        ids=value_id,
+    )
+    def test_keys_beside_flux(self, given: dict, misplaced: list[str]) -> None:
+        """They would be passed over in silence."""
+        with pytest.raises(FluxConfigError) as error:
+            FluxConfig.from_additional_config(given)
+        assert str(error.value) == (
+            f'--additional-config: expected {misplaced} inside "flux", found them beside it; '
+            f'write {{"flux": {{"{misplaced[0]}": ...}}}}'
+        )
+
 
 class TestRouterPath:
     def test_default_is_the_models_folder(self) -> None:

@@ -4,6 +4,7 @@ Oracle: sums kept by hand, read back from the text that `/metrics` would send by
 own parser. Pinned: counters only go up; a worker that starts again on an existing file continues.
 """
 
+import itertools
 import subprocess
 import sys
 import time
@@ -126,9 +127,22 @@ def test_models_are_apart(tmp_path: Path, as_process: Callable[[int], None]) -> 
     assert found[key("flux_things_total", model_name="b")] == 102
 
 
-def test_restarted_worker_continues(tmp_path: Path) -> None:
-    """The same process id (a second engine in one process): counters do not fall back to 0."""
+def test_two_engines_in_one_process(tmp_path: Path) -> None:
+    """Both count, and neither overwrites the other's file."""
+    stores = [MetricStore(tmp_path, {"model_name": "m"}) for _ in range(2)]
+    for expected in (1, 2, 3, 4):
+        stores[expected % 2].add("flux_things", 1, "Things.")
+        assert scrape(tmp_path)[key("flux_things_total", model_name="m")] == expected
+
+
+@pytest.mark.parametrize("place", ["same-file", "new-file"])
+def test_restarted_worker_continues(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later engine of this process, or a worker that got a dead one's process id."""
     for expected in (5, 10, 15):
+        if place == "same-file":
+            monkeypatch.setattr(store_module, "_stores", itertools.count())
         store = MetricStore(tmp_path, {"model_name": "m"})
         store.add("flux_things", 0, "Things.")
         assert scrape(tmp_path)[key("flux_things_total", model_name="m")] == expected - 5

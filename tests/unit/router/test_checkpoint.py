@@ -140,6 +140,20 @@ class TestRoundTrip:
             assert torch.equal(weight, own_weight.half().float())
             assert torch.equal(bias, own_bias)
 
+    def test_dtypes_by_linear_layer(self, tmp_path: Path) -> None:
+        router = LayerRouter(LAYERS, HEAD_DIM)
+        dtypes = dict.fromkeys(SHAPES, torch.float16)
+        dtypes |= {"head.4": torch.float32, "features.0": torch.float8_e4m3fn}
+        path = write_router(tmp_path / "r.safetensors", router, INFO, dtypes)
+        with safe_open(path, framework="pt") as file:
+            for name, dtype in dtypes.items():
+                assert file.get_tensor(f"layers.2.{name}.weight").dtype == dtype
+                assert file.get_tensor(f"layers.2.{name}.bias").dtype == torch.float32
+        found, _ = read_router(path)
+        for name, dtype in dtypes.items():
+            weight = router.linear(name)[0]
+            assert torch.equal(found.linear(name)[0], weight.to(dtype).float())
+
     def test_read_info_alone(self, tmp_path: Path) -> None:
         path = write_router(tmp_path / "r.safetensors", LayerRouter(LAYERS, HEAD_DIM), INFO)
         assert read_info(path) == INFO
