@@ -28,10 +28,16 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(OWN, raising=False)
     monkeypatch.delenv(VLLMS, raising=False)
     monkeypatch.setattr(directory, "_collecting", set())
+    # Engines of earlier tests in this process left theirs.
+    earlier = ours()
+    for collector in earlier:
+        REGISTRY.unregister(collector)
     before = set(REGISTRY._collector_to_names)
     yield
     for collector in set(REGISTRY._collector_to_names) - before:
         REGISTRY.unregister(collector)
+    for collector in earlier:
+        REGISTRY.register(collector)
 
 
 def ours() -> list[FluxCollector]:
