@@ -5,11 +5,11 @@ whose KV blocks the prefix cache shares. Queries of this step count exactly; ear
 as sums over granules of 16 positions of a KV block, so an edge among them rounds outward to a
 granule. `docs/ROUTE_STATE.md` derives the definition.
 
-Dimension legend: R requests to route, T prompt tokens of this step, G granules, H head dim,
-M block-table width.
+Dimension legend: R requests to route, A vectors added up, M block-table width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,27 +43,44 @@ def pooled_ranges(span: PromptSpan, pool_tokens: int) -> tuple[range, range]:
     return range(min(pool_tokens, end)), range(max(0, end - pool_tokens), end)
 
 
+class Picks(NamedTuple):
+    """Which vectors are added to which rows. A row adds up its own and touches no others: what one
+    request's queries hold, NaN included, stays with that request."""
+
+    rows: torch.Tensor
+    """[A] int64, ascending: a row for each vector it counts, twice for one that counts twice."""
+    items: torch.Tensor
+    """[A] int64: the vector's index in its source."""
+
+    @classmethod
+    def of(cls, pairs: list[tuple[int, range]]) -> "Picks":
+        """Make it of (row, items) pairs."""
+        rows = [torch.full((len(items),), row) for row, items in pairs]
+        parts = [torch.arange(items.start, items.stop) for _, items in pairs]
+        nothing = torch.empty(0, dtype=torch.int64)
+        return cls(torch.cat([nothing, *rows]), torch.cat([nothing, *parts]))
+
+    def add_to(self, sums: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Add what is picked of `source` [items, ...] to `sums` [R, ...], in place."""
+        return sums.index_add_(0, self.rows, source.to(sums.dtype))
+
+
 @dataclass(frozen=True, slots=True)
 class PoolingPlan:
     """How this step's and earlier queries make up each request's pooled vector; one a step."""
 
-    step_weights: torch.Tensor
-    """[R, T] float32: how often each prompt token of this step counts (0, 1 or 2)."""
-    granules: torch.Tensor
-    """[G] int64: logical granules, as row * granules_per_row + index, finished before this step."""
-    granule_weights: torch.Tensor
-    """[R, G] float32."""
-    straddled: torch.Tensor
-    """[R] int64: logical granule that the chunk begins within, or -1; its sum is read before
-    this step adds to it."""
-    straddle_weights: torch.Tensor
-    """[R, 1] float32."""
+    tokens: Picks
+    """Prompt tokens of this step."""
+    granules: Picks
+    """Logical granules, as row * granules_per_row + index, finished before this step."""
+    straddled: Picks
+    """Logical granules that a row's chunk begins within; their sums are read before this step adds
+    to them."""
 
 
 def plan_pooling(
     spans: list[PromptSpan],
     token_offsets: list[int],
-    num_tokens: int,
     pool_tokens: int,
     granules_per_row: int,
 ) -> PoolingPlan:
@@ -71,50 +88,32 @@ def plan_pooling(
 
     Args:
         spans: the R requests to route.
-        token_offsets: [R] index of each request's first token among the T prompt tokens.
-        num_tokens: T.
+        token_offsets: [R] index of each request's first token among the prompt tokens.
         pool_tokens: tokens pooled at each end of the prompt.
         granules_per_row: M * block_size / 16, the stride of logical granule numbers.
 
     Returns: PoolingPlan, on the CPU.
     """
-    rows = len(spans)
-    step_weights = torch.zeros(rows, num_tokens)
-    straddled = torch.full((rows,), -1, dtype=torch.int64)
-    straddle_weights = torch.zeros(rows, 1)
-    granules: list[int] = []
-    weights: list[tuple[int, int]] = []  # (row, column) of each granule counted once
+    tokens: list[tuple[int, range]] = []
+    granules: list[tuple[int, range]] = []
+    straddled: list[tuple[int, range]] = []
     for row, span in enumerate(spans):
         first = span.computed // GRANULE_TOKENS  # the first granule this step writes to
+        base = row * granules_per_row
         for positions in pooled_ranges(span, pool_tokens):
-            if len(positions) == 0:
-                continue
-            begin = max(positions.start, span.computed) - span.computed
-            end = positions.stop - span.computed
-            if end > begin:
-                offset = token_offsets[row]
-                step_weights[row, offset + begin : offset + end] += 1
+            # Where this row's tokens lie, less the position of the first of them.
+            shift = token_offsets[row] - span.computed
+            begin = max(positions.start, span.computed)
+            tokens.append((row, range(begin + shift, max(begin, positions.stop) + shift)))
             earlier_stop = min(positions.stop, span.computed)
             if earlier_stop <= positions.start:
                 continue
             low = positions.start // GRANULE_TOKENS
             high = -(-earlier_stop // GRANULE_TOKENS)
-            for granule in range(low, min(high, first)):
-                weights.append((row, len(granules)))
-                granules.append(row * granules_per_row + granule)
+            granules.append((row, range(base + low, base + max(low, min(high, first)))))
             if high > first:
-                straddled[row] = row * granules_per_row + first
-                straddle_weights[row] += 1
-    granule_weights = torch.zeros(rows, len(granules))
-    for row, column in weights:
-        granule_weights[row, column] = 1
-    return PoolingPlan(
-        step_weights=step_weights,
-        granules=torch.tensor(granules, dtype=torch.int64),
-        granule_weights=granule_weights,
-        straddled=straddled,
-        straddle_weights=straddle_weights,
-    )
+                straddled.append((row, range(base + first, base + first + 1)))
+    return PoolingPlan(Picks.of(tokens), Picks.of(granules), Picks.of(straddled))
 
 
 def physical_granules(
@@ -123,14 +122,12 @@ def physical_granules(
     """Map logical granules to granules of the KV cache.
 
     Args:
-        logical: [...] int64, row * (M * block_size / 16) + index; -1 stays out of range and maps
-            to granule 0 of the null block.
+        logical: [...] int64, row * (M * block_size / 16) + index.
         block_table: [R, M] int32, physical block ids.
         block_size: tokens a block, a multiple of 16.
 
     Returns: [...] int64, block * (block_size / 16) + index within the block.
     """
     per_block = block_size // GRANULE_TOKENS
-    table = block_table.flatten().long()
-    block = table[(logical // per_block).clamp(min=0)]
-    return torch.where(logical < 0, 0, block * per_block + logical % per_block)
+    block = block_table.flatten().long()[logical // per_block]
+    return block * per_block + logical % per_block

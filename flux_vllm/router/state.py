@@ -113,9 +113,9 @@ class QuerySumStep:
     """[R] int64: route-table slots of the requests to route."""
     pooling: PoolingPlan
     granules: torch.Tensor
-    """Physical granules of `pooling.granules`."""
+    """int64: physical granules of `pooling.granules`."""
     straddled: torch.Tensor
-    """Physical granules of `pooling.straddled`."""
+    """int64: physical granules of `pooling.straddled`."""
     pooled_tokens: torch.Tensor
     """[R, 1] float32: tokens that make up each pooled vector."""
 
@@ -188,20 +188,17 @@ class QuerySums:
         pooling = plan_pooling(
             [spans[row] for row in rows],
             [offsets[row] for row in rows],
-            total,
             pool_tokens,
             table.shape[1] * self.block_size // GRANULE_TOKENS,
         )
-        granules = physical_granules(pooling.granules, table, self.block_size)
-        straddled = physical_granules(pooling.straddled, table, self.block_size)
-        straddle_counts = self.counts[straddled].float()[:, None]
+        granules = physical_granules(pooling.granules.items, table, self.block_size)
+        straddled = physical_granules(pooling.straddled.items, table, self.block_size)
+        pooled_tokens = torch.zeros(len(rows))
+        pooling.straddled.add_to(pooled_tokens, self.counts[straddled])
         self.counts[reset] = 0
         self.counts.index_add_(0, written, torch.bincount(segment).to(torch.uint8))
-        pooled_tokens = (
-            pooling.step_weights.sum(dim=1, keepdim=True)
-            + pooling.granule_weights @ self.counts[granules].float()[:, None]
-            + pooling.straddle_weights * straddle_counts
-        )
+        pooling.tokens.add_to(pooled_tokens, torch.ones(len(pooling.tokens.rows)))
+        pooling.granules.add_to(pooled_tokens, self.counts[granules])
         return QuerySumStep(
             tokens=token_index,
             reset=reset,
@@ -211,7 +208,7 @@ class QuerySums:
             pooling=pooling,
             granules=granules,
             straddled=straddled,
-            pooled_tokens=pooled_tokens.clamp(min=1),
+            pooled_tokens=pooled_tokens.clamp(min=1)[:, None],
         )
 
     def update_and_pool(
@@ -228,12 +225,13 @@ class QuerySums:
         """
         sums = self.sums[index]
         plan = step.pooling
-        pooled = plan.straddle_weights * sums[step.straddled].float()
+        pooled = mean_query.new_zeros(len(step.pooled_tokens), mean_query.shape[1])
+        plan.straddled.add_to(pooled, sums[step.straddled])
         sums[step.reset] = 0
         if len(step.written):
             added = mean_query.new_zeros(len(step.written), mean_query.shape[1])
             added.index_add_(0, step.segment, mean_query)
             sums[step.written] = (sums[step.written].float() + added).to(sums.dtype)
-        pooled += plan.step_weights @ mean_query
-        pooled += plan.granule_weights @ sums[step.granules].float()
+        plan.tokens.add_to(pooled, mean_query[plan.tokens.items])
+        plan.granules.add_to(pooled, sums[step.granules])
         return pooled / step.pooled_tokens

@@ -11,6 +11,7 @@ import torch
 
 from flux_vllm.router.features import (
     GRANULE_TOKENS,
+    Picks,
     PoolingPlan,
     PromptSpan,
     physical_granules,
@@ -59,27 +60,23 @@ class TestPooledRanges:
         assert pooled_ranges(span, pool) == (first, last)
 
 
+def picked(picks: Picks, row: int) -> list[int]:
+    assert len(picks.rows) == len(picks.items)
+    pairs = zip(picks.rows.tolist(), picks.items.tolist(), strict=True)
+    return [item for owner, item in pairs if owner == row]
+
+
 def planned(span: PromptSpan, row: int, offset: int, plan: PoolingPlan) -> Counter:
     """Count how often each position of a row is pooled; its tokens begin at `offset`."""
-    counts: Counter = Counter()
-    for token, weight in enumerate(plan.step_weights[row].tolist()):
-        if weight:
-            counts[span.computed + token - offset] += int(weight)
-    for granule, weight in zip(
-        plan.granules.tolist(), plan.granule_weights[row].tolist(), strict=True
-    ):
-        if weight:
-            owner, index = divmod(granule, GRANULES_PER_ROW)
-            assert owner == row
-            for position in range(index * GRANULE_TOKENS, (index + 1) * GRANULE_TOKENS):
-                counts[position] += int(weight)
-    if plan.straddled[row] >= 0:
-        owner, index = divmod(int(plan.straddled[row]), GRANULES_PER_ROW)
+    counts = Counter(span.computed + token - offset for token in picked(plan.tokens, row))
+    for granule in picked(plan.granules, row):
+        owner, index = divmod(granule, GRANULES_PER_ROW)
         assert owner == row
-        for position in range(index * GRANULE_TOKENS, span.computed):
-            counts[position] += int(plan.straddle_weights[row])
-    else:
-        assert plan.straddle_weights[row] == 0
+        counts.update(range(index * GRANULE_TOKENS, (index + 1) * GRANULE_TOKENS))
+    for granule in picked(plan.straddled, row):
+        owner, index = divmod(granule, GRANULES_PER_ROW)
+        assert owner == row
+        counts.update(range(index * GRANULE_TOKENS, span.computed))
     return counts
 
 
@@ -98,8 +95,7 @@ class TestPlanPooling:
         """Each span is planned behind another row, whose 10 tokens come first in the batch."""
         before = PromptSpan(0, 10, 10)
         for span in SPANS:
-            tokens = span.known_end - span.computed
-            plan = plan_pooling([before, span], [0, 10], 10 + tokens, pool, GRANULES_PER_ROW)
+            plan = plan_pooling([before, span], [0, 10], pool, GRANULES_PER_ROW)
             everything = torch.ones(span.computed, dtype=torch.bool)
             expected = pooled_positions(
                 span.computed,
@@ -112,16 +108,20 @@ class TestPlanPooling:
 
     def test_rows_share_no_tokens_and_no_granules(self) -> None:
         spans = [PromptSpan(0, 20, 20), PromptSpan(40, 8, 48), PromptSpan(32, 30, 62)]
-        plan = plan_pooling(spans, [0, 20, 28], 58, 100, GRANULES_PER_ROW)
-        assert (plan.step_weights != 0).sum(dim=0).tolist() == [1] * 58
-        assert (plan.granule_weights != 0).sum(dim=0).tolist() == [1] * len(plan.granules)
-        assert plan.straddled.tolist() == [-1, GRANULES_PER_ROW + 2, -1]
+        plan = plan_pooling(spans, [0, 20, 28], 100, GRANULES_PER_ROW)
+        # Shorter than what is pooled at either end: every token counts twice, for its own row.
+        assert plan.tokens.items.sort().values.tolist() == [t for t in range(58) for _ in "12"]
+        for picks in (plan.tokens, plan.granules):
+            owned = [set(picked(picks, row)) for row in range(3)]
+            assert sum(map(len, owned)) == len(set().union(*owned))
+        assert picked(plan.straddled, 1) == [GRANULES_PER_ROW + 2] * 2
+        assert plan.straddled.rows.tolist() == [1, 1]
 
     def test_no_rows(self) -> None:
-        plan = plan_pooling([], [], 33, 16, GRANULES_PER_ROW)
-        assert plan.step_weights.shape == (0, 33)
-        assert plan.granule_weights.shape == (0, 0)
-        assert plan.granules.shape == plan.straddled.shape == (0,)
+        plan = plan_pooling([], [], 16, GRANULES_PER_ROW)
+        for picks in (plan.tokens, plan.granules, plan.straddled):
+            assert picks.rows.shape == picks.items.shape == (0,)
+            assert picks.items.dtype == torch.int64
 
 
 class TestPhysicalGranules:
@@ -138,7 +138,3 @@ class TestPhysicalGranules:
                 slot = block * block_size + position % block_size
                 assert slot % GRANULE_TOKENS == 0
                 assert found[row * per_row + index] == slot // GRANULE_TOKENS
-
-    def test_absent_is_the_null_blocks(self) -> None:
-        table = torch.tensor([[1_000_000]], dtype=torch.int32)
-        assert physical_granules(torch.tensor([-1]), table, 32).tolist() == [0]

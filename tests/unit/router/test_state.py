@@ -99,6 +99,32 @@ class TestQuerySums:
         torch.testing.assert_close(pooled, torch.stack([expected[i] for i in order]))
         assert plan.routed_slots.tolist() == [[4, 9][i] for i in order]
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+    @pytest.mark.parametrize("bad", [0, 1])
+    def test_a_broken_row_stays_alone(self, bad: int, value: float) -> None:
+        """NaN in one request's queries, now or in earlier chunks, reaches no other request."""
+        sums = QuerySums(1, 8, 16, 2, CPU)
+        features = torch.randint(-8, 9, (2, 40, 2)).float()
+        features[bad] = value
+        tables = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
+        for start, stop in ((0, 23), (23, 40)):  # the second chunk begins within a granule
+            positions = torch.arange(start, stop)
+            slots = tables[:, positions // 16] * 16 + positions % 16
+            plan = sums.begin_step(
+                [PromptSpan(start, stop - start, 40)] * 2,
+                np.array([True, True]),
+                np.array([0, 1]),
+                slots.flatten().long(),
+                tables,
+                pool_tokens=32,
+            )
+            pooled = sums.update_and_pool(0, plan, features[:, start:stop].flatten(0, 1))
+            assert not pooled[bad].isfinite().any()
+        # The edge at position 8 lies in a granule of an earlier chunk: it rounds outward to 0.
+        good = features[1 - bad]
+        expected = torch.cat([good[:32], good]).mean(dim=0)
+        torch.testing.assert_close(pooled[1 - bad], expected)
+
     def test_reused_block_forgets_its_owner(self) -> None:
         """A second request's short prompt in a block that was full before: 5 tokens, not 16."""
         sums = QuerySums(1, 3, 16, 1, CPU)
