@@ -18,7 +18,15 @@ ROUTER_FILE_NAME = "flux_router.safetensors"
 FORMAT_VERSION = "1"
 SPARSE_PATTERNS = ("streaming",)
 
-_INTEGERS = ("num_layers", "head_dim", "pool_tokens", "sink_tokens", "window_tokens")
+# Least and most. A file is checked against them before anything of its sizes is made; models of
+# today have up to 126 layers and a head_dim of 512.
+_BOUNDS = {
+    "num_layers": (1, 1024),
+    "head_dim": (1, 4096),
+    "pool_tokens": (1, 2**30),
+    "sink_tokens": (0, 2**30),
+    "window_tokens": (1, 2**30),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +49,7 @@ class RouterInfo:
 
     def to_metadata(self) -> dict[str, str]:
         """Return the safetensors metadata, strings only."""
-        metadata = {name: str(getattr(self, name)) for name in _INTEGERS}
+        metadata = {name: str(getattr(self, name)) for name in _BOUNDS}
         return metadata | {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model,
@@ -63,7 +71,7 @@ class RouterInfo:
                     else "use the Flux-vLLM version that wrote this file"
                 )
             )
-        numbers = {name: _integer(metadata, name, path) for name in _INTEGERS}
+        numbers = {name: _integer(metadata, name, path) for name in _BOUNDS}
         if metadata.get("sparse_pattern") not in SPARSE_PATTERNS:
             raise RouterCheckpointError(
                 f"{path}: expected sparse_pattern to be one of {list(SPARSE_PATTERNS)}, found "
@@ -76,6 +84,11 @@ class RouterInfo:
                 f"{path}: expected JSON in the metadata field 'provenance', found text that does "
                 f"not parse ({error}); write the file again"
             ) from error
+        if not isinstance(provenance, dict):
+            raise RouterCheckpointError(
+                f"{path}: expected a JSON object in the metadata field 'provenance', found "
+                f"{_shortened(provenance)}; write the file again"
+            )
         return cls(
             base_model=metadata.get("base_model", ""),
             sparse_pattern=metadata["sparse_pattern"],
@@ -86,11 +99,12 @@ class RouterInfo:
 
 def _integer(metadata: dict[str, str], name: str, path: Path) -> int:
     found = metadata.get(name)
-    least = 0 if name == "sink_tokens" else 1
-    if found is None or not found.isdecimal() or int(found) < least:
+    least, most = _BOUNDS[name]
+    # Ten digits are enough for every bound; Python refuses to read thousands.
+    if found is None or not found.isdecimal() or len(found) > 10 or not least <= int(found) <= most:
         raise RouterCheckpointError(
-            f"{path}: expected a whole number of at least {least} in the metadata field "
-            f"{name!r}, found {found!r}; write the file again"
+            f"{path}: expected a whole number from {least} to {most} in the metadata field "
+            f"{name!r}, found {_shortened(found)}; write the file again"
         )
     return int(found)
 
@@ -139,9 +153,30 @@ def read_router(path: Path) -> tuple[LayerRouter, RouterInfo]:
     info = read_info(path)
     try:
         with safe_open(path, framework="pt") as file:
+            # From the file's header: nothing is read or made of sizes that do not fit.
+            _check_shapes(
+                {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
+                info,
+                path,
+            )
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+    router = LayerRouter(info.num_layers, info.head_dim).requires_grad_(False)
+    for name, tensor in found.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise RouterCheckpointError(
+                f"{path}: expected finite numbers in {name}, found NaN or infinity; the training "
+                "diverged, use an earlier checkpoint"
+            )
+        layer, linear, kind = _split(name)
+        weight, bias = router.linear(linear)
+        (weight if kind == "weight" else bias)[layer] = tensor.float()
+    return router, info
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], info: RouterInfo, path: Path) -> None:
+    """Check that a file holds exactly the tensors that its metadata announces."""
     expected = _tensor_shapes(info)
     for what, names in (
         ("lacks", expected.keys() - found.keys()),
@@ -152,23 +187,12 @@ def read_router(path: Path) -> tuple[LayerRouter, RouterInfo]:
                 f"{path}: expected the {len(expected)} tensors of a router of {info.num_layers} "
                 f"layers, found a file that {what} {_some(names)}; write the file again"
             )
-    router = LayerRouter(info.num_layers, info.head_dim).requires_grad_(False)
     for name, shape in expected.items():
-        tensor = found[name]
-        if tuple(tensor.shape) != shape:
+        if found[name] != shape:
             raise RouterCheckpointError(
                 f"{path}: expected {name} of shape {list(shape)} (head_dim {info.head_dim}), found "
-                f"{list(tensor.shape)}; write the file again"
+                f"{list(found[name])}; write the file again"
             )
-        if not torch.isfinite(tensor.float()).all():
-            raise RouterCheckpointError(
-                f"{path}: expected finite numbers in {name}, found NaN or infinity; the training "
-                "diverged, use an earlier checkpoint"
-            )
-        layer, linear, kind = _split(name)
-        weight, bias = router.linear(linear)
-        (weight if kind == "weight" else bias)[layer] = tensor.float()
-    return router, info
 
 
 def write_router(
@@ -235,6 +259,11 @@ def _split(name: str) -> tuple[int, str, str]:
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _unreadable(path: Path, error: Exception) -> RouterCheckpointError:

@@ -292,12 +292,16 @@ class TestNotARouterFile:
 
 class TestBadMetadata:
     @pytest.mark.parametrize("name", ["num_layers", "head_dim", "pool_tokens", "window_tokens"])
-    @pytest.mark.parametrize("value", [None, "", "0", "-3", "1.5", "many", "٣x"])
-    def test_not_a_positive_number(self, tmp_path: Path, name: str, value: str | None) -> None:
+    @pytest.mark.parametrize(
+        "value", [None, "", "0", "-3", "1.5", "many", "٣x", "9999999999", "1" * 5000], ids=repr
+    )
+    def test_out_of_bounds(self, tmp_path: Path, name: str, value: str | None) -> None:
         path = write_raw(tmp_path / "r.safetensors", **{name: value})
+        most = {"num_layers": 1024, "head_dim": 4096}.get(name, 2**30)
+        shown = re.escape(repr(value)[:60]) + (r"\.\.\." if len(repr(value)) > 60 else "")
         message = (
-            rf".*: expected a whole number of at least 1 in the metadata field '{name}', found "
-            rf"{re.escape(repr(value))}; write the file again"
+            rf".*: expected a whole number from 1 to {most} in the metadata field '{name}', found "
+            rf"{shown}; write the file again"
         )
         refused(path, message, read_info)
         refused(path, message, read_router)
@@ -306,7 +310,7 @@ class TestBadMetadata:
     def test_sink_tokens(self, tmp_path: Path, value: str | None) -> None:
         refused(
             write_raw(tmp_path / "r.safetensors", sink_tokens=value),
-            rf".*: expected a whole number of at least 0 in the metadata field 'sink_tokens', "
+            rf".*: expected a whole number from 0 to {2**30} in the metadata field 'sink_tokens', "
             rf"found {value!r}; .*",
         )
 
@@ -318,12 +322,16 @@ class TestBadMetadata:
             "retrain.*",
         )
 
-    def test_provenance_that_does_not_parse(self, tmp_path: Path) -> None:
-        refused(
-            write_raw(tmp_path / "r.safetensors", provenance="{'a': 1}"),
-            r".*: expected JSON in the metadata field 'provenance', found text that does not "
-            r"parse \(.*\); write the file again",
-        )
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{'a': 1}", r"JSON in .* 'provenance', found text that does not parse \(.*\)"),
+            ("[1]", r"a JSON object in the metadata field 'provenance', found \[1\]"),
+        ],
+    )
+    def test_provenance(self, tmp_path: Path, text: str, message: str) -> None:
+        path = write_raw(tmp_path / "r.safetensors", provenance=text)
+        refused(path, rf".*: expected {message}; write the file again")
 
 
 class TestBadTensors:
@@ -369,7 +377,9 @@ class TestBadTensors:
         ],
         ids=lambda value: str(value),
     )
-    def test_wrong_shape(self, tmp_path: Path, name, wrong, right) -> None:
+    def test_wrong_shape(self, tmp_path: Path, monkeypatch, name, wrong, right) -> None:
+        """It is told from the file's header, before a network of the sizes it says is made."""
+        monkeypatch.setattr(checkpoint, "LayerRouter", None)
         tensors = tensors_by_name() | {name: torch.zeros(wrong)}
         refused(
             write_raw(tmp_path / "r.safetensors", tensors),
