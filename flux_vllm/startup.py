@@ -1,6 +1,7 @@
 """From a configuration to a running FluxRuntime: every check made before the first request."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from flux_vllm import compat
 from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.rotary import RotaryInverse, rotates_always
+from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
+from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import (
     FluxConfigError,
@@ -16,6 +18,7 @@ from flux_vllm.errors import (
     UnsupportedConfigurationError,
 )
 from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
+from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
@@ -44,7 +47,7 @@ def check_front_end(vllm_config: Any) -> None:
         )
     model = vllm_config.model_config
     config.check_layers(model.get_total_num_hidden_layers())
-    _, info = _read_router(config, model.model)
+    _, info = _read_router(config, vllm_config)
     if info is not None:
         _check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
     config.window(info)
@@ -66,7 +69,7 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
     _check_features(vllm_config)
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     config.check_layers(num_layers)
-    router, info = _read_router(config, vllm_config.model_config.model)
+    router, info = _read_router(config, vllm_config)
     layers = _routed_layers(model)
     for _, attention, _ in layers:
         if info is not None:
@@ -127,13 +130,50 @@ def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime)
 
 
 def _read_router(
-    config: FluxConfig, model: str
+    config: FluxConfig, vllm_config: Any
 ) -> tuple[LayerRouter, RouterInfo] | tuple[None, None]:
     """Read the router where one is needed or given; others take sizes from one they find."""
-    path = config.router_path(model)
-    if config.needs_router or config.router is not None or (path / ROUTER_FILE_NAME).is_file():
+    required = config.needs_router or config.router is not None
+    name = vllm_config.model_config.model
+    if config.router is None and not Path(name).exists():
+        cached = _router_in_hub_cache(vllm_config)
+        if cached is not None:
+            return read_router(cached)
+        if required:
+            raise RouterCheckpointError(
+                f"expected a router in the cached snapshot of {name} (revision "
+                f"{vllm_config.model_config.revision or 'main'}), found no {ROUTER_FILE_NAME} "
+                f"under {_hub_cache(vllm_config)}; nothing is downloaded for it: fetch the file "
+                f"with `hf download {name} {ROUTER_FILE_NAME}`, give its place as "
+                """--additional-config '{"flux": {"router": "PATH"}}', or choose a policy that """
+                'needs none ("full", "sparse", "static")'
+            )
+        return None, None
+    path = config.router_path(name)
+    if required or (path / ROUTER_FILE_NAME).is_file():
         return read_router(path)
     return None, None
+
+
+def _router_in_hub_cache(vllm_config: Any) -> Path | None:
+    """Find the router in the snapshot of a model that is named by its hub id, offline."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    model = vllm_config.model_config
+    try:
+        found = try_to_load_from_cache(
+            model.model, ROUTER_FILE_NAME, _hub_cache(vllm_config), model.revision
+        )
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _hub_cache(vllm_config: Any) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return vllm_config.load_config.download_dir or HF_HUB_CACHE
 
 
 def _check_features(vllm_config: Any) -> None:
@@ -213,27 +253,41 @@ def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
                 )
             if attention.sliding_window is not None:
                 continue  # stays as the model has it
-            rotary = getattr(parent, "rotary_emb", None)
-            if rotary is None:
-                raise UnsupportedConfigurationError(
-                    "--attention-backend flux: expected rotary position embeddings (RoPE) in "
-                    f"every layer, found none in {attention.layer_name} ({type(parent).__name__}); "
-                    "serve this model without --attention-backend flux"
+            layers.append(
+                (
+                    extract_layer_index(attention.layer_name),
+                    attention,
+                    _rotary_of(parent, attention),
                 )
-            kind: Any = type(parent)
-            if not rotates_always(kind):
-                raise UnsupportedConfigurationError(
-                    "--attention-backend flux: expected rotary position embeddings (RoPE) on the "
-                    f"queries of every routed layer, found {kind.__name__}, which applies "
-                    "them under a condition; serve this model without --attention-backend flux"
-                )
-            layers.append((extract_layer_index(attention.layer_name), attention, rotary))
+            )
     if not layers:
         raise UnsupportedConfigurationError(
             f"--attention-backend flux: expected layers with full attention in "
             f"{type(model).__name__}, found none; serve it without --attention-backend flux"
         )
     return sorted(layers, key=lambda entry: entry[0])
+
+
+def _rotary_of(parent: Any, attention: Any) -> Any:
+    """Give a layer's rotary embedding, if what it does to queries can be undone."""
+    rotary, kind = getattr(parent, "rotary_emb", None), type(parent).__name__
+    change = change_after_rope(parent)
+    expected, found = "", ""
+    if rotary is None:
+        expected = "rotary position embeddings (RoPE) in every layer"
+        found = f"none in {attention.layer_name} ({kind})"
+    elif not rotates_always(type(parent)):
+        expected = "rotary position embeddings (RoPE) on the queries of every routed layer"
+        found = f"{kind}, which applies them under a condition"
+    elif change is not None:
+        expected = "queries that reach attention as RoPE made them"
+        found = f"`{change}` after it in {kind}, which a router cannot see through"
+    if found:
+        raise UnsupportedConfigurationError(
+            f"--attention-backend flux: expected {expected}, found {found}; serve this model "
+            "without --attention-backend flux"
+        )
+    return rotary
 
 
 def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,18 +317,23 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
     if directory is None or get_tensor_model_parallel_rank() != 0:
         return
     name = vllm_config.model_config.served_model_name
+    model = {"model_name": name if isinstance(name, str) else name[0]}
+    router = {
+        "policy": config.policy,
+        "base_model": info.base_model if info else "",
+        "threshold": f"{config.threshold:g}",
+        "sink_tokens": str(runtime.sink_tokens),
+        "window_tokens": str(runtime.window_tokens),
+        "pool_tokens": str(info.pool_tokens) if info else "",
+    }
     runtime.reporter = RouteReporter(
-        MetricStore(directory, {"model_name": name if isinstance(name, str) else name[0]}),
+        MetricStore(directory, model),
         runtime.routed_layers,
         vllm_config.cache_config.block_size,
         runtime.sink_tokens,
         runtime.window_tokens,
     )
-    runtime.reporter.announce(
-        policy=config.policy,
-        base_model=info.base_model if info else "",
-        threshold=f"{config.threshold:g}",
-        sink_tokens=str(runtime.sink_tokens),
-        window_tokens=str(runtime.window_tokens),
-        pool_tokens=str(info.pool_tokens) if info else "",
-    )
+    runtime.reporter.announce(**router)
+    num_layers = runtime.table.num_layers
+    layers = {"num_layers": num_layers, "routed_layers": runtime.routed_layers}
+    runtime.journal = RouteJournal(directory, model | router | layers, num_layers)

@@ -5,8 +5,6 @@ compacted block table; SPARSE prefill rows are computed exactly by `cpu_prefill`
 embedded default: correct everywhere, no claim of speed.
 """
 
-from typing import Any
-
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -19,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from flux_vllm import compat
-from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.binding import LayerBinding, bound_layers
 from flux_vllm.attention_backend.cpu_pages import learn_page_layout
 from flux_vllm.attention_backend.cpu_step import CpuStep
 from flux_vllm.errors import UnsupportedConfigurationError
@@ -66,12 +64,7 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         context = self.vllm_config.compilation_config.static_forward_context
-        self._layers: list[Any] = [
-            layer
-            for name in self.layer_names
-            if isinstance(layer := context[name], torch.nn.Module)
-            and getattr(layer.impl, "binding", None) is not None
-        ]
+        self._layers = bound_layers(context, self.layer_names)
         for index, layer in enumerate(self._layers):
             layer.impl.group_index = index
             layer.impl.page_layout = learn_page_layout(

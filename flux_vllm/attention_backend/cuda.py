@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from flux_vllm import compat
-from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.binding import LayerBinding, bound_layers
 from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels, split_cache
 from flux_vllm.attention_backend.cuda_pooling import GroupPooling, StepSizes
 from flux_vllm.attention_backend.cuda_views import RowFacts, ViewBuffers
@@ -111,10 +111,8 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         self.supports_draft_decode_metadata_update = False
         context = self.vllm_config.compilation_config.static_forward_context
-        layers: list[Any] = [context[name] for name in self.layer_names]
-        layers = [layer for layer in layers if getattr(layer.impl, "binding", None) is not None]
         # In the order in which they run: the last one may decide for all.
-        self._layers = sorted(layers, key=lambda layer: layer.impl.binding.layer)
+        self._layers = bound_layers(context, self.layer_names)
         for index, layer in enumerate(self._layers):
             layer.impl.group_index = index
         self._views: ViewBuffers | None = None

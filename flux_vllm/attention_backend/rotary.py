@@ -1,10 +1,5 @@
 """Rotate queries back: the router sees them as they were before RoPE, vLLM's backend after it."""
 
-import ast
-import functools
-import inspect
-import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,43 +89,6 @@ class RotaryInverse:
         error_size = (self(rotated.float().cpu(), positions) - query).abs().max().item()
         if not error_size < 0.1:
             raise _unsupported(rotary, f"rotating back misses by {error_size:.2g}")
-
-
-@functools.cache
-def rotates_always(attention_class: Any) -> bool:
-    """Say whether an attention module rotates its queries whatever its layer.
-
-    Some models give every layer a rotary embedding and leave it out in some of them; queries that
-    were never rotated must not be rotated back. vLLM keeps no record of it, so the source is read:
-    `self.rotary_emb(...)` has to be called, and outside of any condition.
-    """
-    for owner in attention_class.__mro__:
-        for function in vars(owner).values():
-            if not inspect.isfunction(function) or function.__name__ == "__init__":
-                continue
-            calls = _rotary_calls(function)
-            if calls:
-                return not any(conditional for conditional in calls)
-    return False
-
-
-def _rotary_calls(function: Callable) -> list[bool]:
-    """List the calls of `self.rotary_emb` in a function: whether each is under a condition."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):
-        return []
-    calls = []
-
-    def visit(node: ast.AST, conditional: bool) -> None:
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.rotary_emb":
-            calls.append(conditional)
-        conditional = conditional or isinstance(node, ast.If | ast.IfExp)
-        for child in ast.iter_child_nodes(node):
-            visit(child, conditional)
-
-    visit(tree, False)
-    return calls
 
 
 def _unsupported(rotary: Any, found: str) -> UnsupportedConfigurationError:

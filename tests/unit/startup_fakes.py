@@ -19,6 +19,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
     parts = {
         "model": SimpleNamespace(
             model=str(folder),
+            revision=None,
             served_model_name=["served", "alias"],
             use_mla=False,
             is_encoder_decoder=False,
@@ -59,6 +60,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         device_config=SimpleNamespace(device_type="cpu"),
+        load_config=SimpleNamespace(download_dir=None),
     )
 
 
@@ -114,15 +116,29 @@ class SometimesRotating(nn.Module):
         return query, key
 
 
+class SometimesScaling(nn.Module):
+    """Like Mistral's: queries get a temperature after RoPE where the model's config has one."""
+
+    do_scaling = True
+
+    def forward(self, positions: Any, query: Any, key: Any) -> Any:
+        """Rotate, then scale under a condition."""
+        query, key = self.rotary_emb(positions, query, key)
+        query = query.view(-1, 4, 8).flatten(1)
+        if self.do_scaling:
+            query = query * positions.log()
+        return query, key
+
+
 class Model(nn.Module):
     """Decoder layers in reverse order, each with a rotary embedding beside its attention."""
 
-    def __init__(self, attentions: list[Any], rope: Any, conditional: bool = False) -> None:
+    def __init__(self, attentions: list[Any], rope: Any, kind: type = SelfAttention) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         for attention in reversed(attentions):
             layer = nn.Module()
-            layer.self_attn = SometimesRotating() if conditional else SelfAttention()
+            layer.self_attn = kind()
             if rope is not None:
                 layer.self_attn.rotary_emb = rope
             layer.self_attn.attn = attention

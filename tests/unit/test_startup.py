@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flux_vllm import startup
+from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
@@ -134,6 +135,37 @@ class TestRouter:
         config = make_config(tmp_path, {"router": str(tmp_path / "r"), "policy": policy})
         with pytest.raises(RouterCheckpointError, match=r"^expected a router at .*/r, found"):
             startup.check_front_end(config)
+
+    @pytest.mark.parametrize("revision", [None, "main", "v2"])
+    def test_in_the_snapshot_of_a_hub_id(self, tmp_path: Path, revision: str | None) -> None:
+        """The router is the one of the snapshot that the model's own files come from."""
+        repository = tmp_path / "models--org--Served"
+        for commit, ref, window in (("a1", "main", 256), ("b2", "v2", 512)):
+            folder = repository / "snapshots" / commit
+            folder.mkdir(parents=True)
+            write(folder, window_tokens=window)
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / ref).write_text(commit)
+        config = make_config(Path("org/Served"), model__revision=revision)
+        config.load_config.download_dir = str(tmp_path)
+        startup.check_front_end(config)
+        _, info = startup._read_router(FluxConfig(), config)
+        assert info is not None
+        assert info.window_tokens == (512 if revision == "v2" else 256)
+
+    @pytest.mark.parametrize("revision", [None, "v2"])
+    def test_missing_in_the_snapshot(self, tmp_path: Path, revision: str | None) -> None:
+        config = make_config(Path("org/Served"), model__revision=revision)
+        config.load_config.download_dir = str(tmp_path)
+        with pytest.raises(RouterCheckpointError) as error:
+            startup.check_front_end(config)
+        assert str(error.value).startswith(
+            f"expected a router in the cached snapshot of org/Served (revision "
+            f"{revision or 'main'}), found no flux_router.safetensors under {tmp_path}; nothing is "
+            "downloaded for it: fetch the file with `hf download org/Served flux_router.safet"
+        )
+        config.additional_config = {"flux": {"policy": "full"}}
+        startup.check_front_end(config)  # which needs none
 
     def test_truncated(self, tmp_path: Path) -> None:
         path = write(tmp_path)

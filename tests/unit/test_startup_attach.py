@@ -14,10 +14,20 @@ import torch
 from torch import nn
 
 from flux_vllm import startup
-from flux_vllm.attention_backend.rotary import rotates_always
+from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
-from tests.unit.startup_fakes import CPU, H, L, Model, make_attention, make_config, write
+from tests.unit.startup_fakes import (
+    CPU,
+    H,
+    L,
+    Model,
+    SometimesRotating,
+    SometimesScaling,
+    make_attention,
+    make_config,
+    write,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -184,7 +194,7 @@ class TestNumbers:
 
 def test_conditional_rotation_is_refused(rope: Any) -> None:
     """Queries that were never rotated would be rotated back: Exaone4, Cohere2, Llama4."""
-    model = Model([make_attention(0)], rope, conditional=True)
+    model = Model([make_attention(0)], rope, SometimesRotating)
     with pytest.raises(UnsupportedConfigurationError, match="SometimesRotating, which applies"):
         startup._routed_layers(model)
 
@@ -204,3 +214,49 @@ def test_conditional_rotation_is_refused(rope: Any) -> None:
 def test_rotates_always_on_vllms_models(module: str, name: str, always: bool) -> None:
     models = importlib.import_module(f"vllm.model_executor.models.{module}")
     assert rotates_always(getattr(models, name)) == always
+
+
+def test_queries_scaled_after_rope_are_refused(rope: Any, monkeypatch) -> None:
+    """Rotating back would leave a temperature in: Ministral's, Llama4's."""
+    model = Model([make_attention(0)], rope, SometimesScaling)
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        startup._routed_layers(model)
+    assert str(error.value) == (
+        "--attention-backend flux: expected queries that reach attention as RoPE made them, found "
+        "`query = query * positions.log()` after it in SometimesScaling, which a router cannot see "
+        "through; serve this model without --attention-backend flux"
+    )
+    monkeypatch.setattr(SometimesScaling, "do_scaling", False)
+    assert len(startup._routed_layers(model)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "attributes", "change"),
+    [
+        ("llama", "LlamaAttention", {}, None),
+        ("qwen3", "Qwen3Attention", {}, None),
+        ("mixtral", "MixtralAttention", {}, None),
+        ("lfm2", "Lfm2Attention", {}, None),  # reshapes queries after RoPE
+        ("mistral", "MistralAttention", {"do_llama_4_scaling": False}, None),
+        (
+            "mistral",
+            "MistralAttention",
+            {"do_llama_4_scaling": True},
+            "q = (q * attn_scale).to(q.dtype)",
+        ),
+        (
+            "llama4",
+            "Llama4Attention",
+            {},
+            "q = self.qk_norm(q.float()).reshape(-1, self.q_size).to(q.dtype)",
+        ),
+    ],
+)
+def test_change_after_rope_on_vllms_models(
+    module: str, name: str, attributes: dict, change: str | None
+) -> None:
+    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    attention = kind.__new__(kind)
+    nn.Module.__init__(attention)
+    vars(attention).update(attributes)
+    assert change_after_rope(attention) == change
