@@ -14,7 +14,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 _VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _OWN_VARIABLE = "FLUX_METRICS_DIR"
-_collecting: set[str] = set()
+_folder: tuple[int, str] | None = None
+"""What this process made, under its process id: a forked child is no owner."""
 
 
 def metrics_directory() -> Path | None:
@@ -26,23 +27,23 @@ def metrics_directory() -> Path | None:
 def prepare_front_end() -> None:
     """Make this process show the workers' counters, before the engine starts.
 
-    With several API servers vLLM shares a folder among its processes already; the workers' files
-    then go there and vLLM's own collector reads them.
+    The folder is always of this process's own making: a name in the environment is that of the
+    process that started this one, and another server's counts are none of ours. With several API
+    servers vLLM shares a folder among its processes already; the workers' files then go there and
+    vLLM's own collector reads them.
     """
+    global _folder
     if os.environ.get(_VLLM_VARIABLE):
         return
-    name = os.environ.get(_OWN_VARIABLE)
-    if not name or not Path(name).is_dir():
-        name = tempfile.mkdtemp(prefix="flux-metrics-")
-        os.environ[_OWN_VARIABLE] = name
-        atexit.register(_remove, name, os.getpid())
-    if name not in _collecting:
-        _collecting.add(name)
-        REGISTRY.register(FluxCollector(name))
+    if _folder is None or _folder[0] != os.getpid() or not Path(_folder[1]).is_dir():
+        _folder = (os.getpid(), tempfile.mkdtemp(prefix="flux-metrics-"))
+        atexit.register(_remove, _folder[1], os.getpid())
+        REGISTRY.register(FluxCollector(_folder[1]))
+    os.environ[_OWN_VARIABLE] = _folder[1]
 
 
 class FluxCollector(MultiProcessCollector):
-    """Sums the workers' files at each scrape.
+    """Sums the workers' files at each scrape, in the process that made it.
 
     Args:
         path: the folder of `metrics_directory`.
@@ -50,14 +51,16 @@ class FluxCollector(MultiProcessCollector):
 
     def __init__(self, path: str) -> None:
         super().__init__(registry=None, path=path)
+        self._owner = os.getpid()
 
     def describe(self) -> list:
         """Announce nothing, so that registering reads no file and clashes with no name."""
         return []
 
     def collect(self) -> list:
-        """Read the files; none once the folder is gone, at exit."""
-        return list(super().collect()) if Path(self._path).is_dir() else []
+        """Read the files; none once the folder is gone, at exit, and none in a forked child."""
+        is_ours = self._owner == os.getpid() and Path(self._path).is_dir()
+        return list(super().collect()) if is_ours else []
 
 
 def _remove(name: str, owner: int) -> None:

@@ -16,6 +16,7 @@ _RATIO = "Share of a request's routed layers that are SPARSE."
 _ATTENDED = "Keys attended to, summed over queries and routed layers."
 _CONTEXT = "Keys full attention would have attended to, summed likewise."
 _UNROUTED = "Decode rows that had no route and attended FULL; anything but 0 is a defect."
+_NONFINITE = "Prompt rows whose logits were not finite, FULL there; anything but 0 is a defect."
 _INFO = "The router in use and its configuration; always 1."
 
 
@@ -49,6 +50,7 @@ class RouteReporter:
         for phase in ("prefill", "decode"):
             self._count_tokens(phase, 0, 0)
         store.add("flux_unrouted_rows", 0, _UNROUTED)
+        store.add("flux_nonfinite_router_rows", 0, _NONFINITE)
 
     def announce(self, **labels: str) -> None:
         """Publish `flux_router_info`."""
@@ -89,6 +91,20 @@ class RouteReporter:
         context = full * len(self._layers)
         for phase, rows in (("prefill", step.is_prefill), ("decode", ~step.is_prefill)):
             self._count_tokens(phase, int(attended[rows].sum()), int(context[rows].sum()))
+
+    def record_probabilities(self, step: StepContext, full_probability: np.ndarray) -> None:
+        """Count the rows that a router could not decide, in at least one layer.
+
+        Args:
+            step: the step that ran.
+            full_probability: [P, L] float32, of the rows that routers decided in the step; NaN
+                where the logits were not finite.
+        """
+        if step.is_warmup:
+            return
+        rows = int(np.isnan(full_probability).any(axis=1).sum())
+        if rows:
+            self._store.add("flux_nonfinite_router_rows", rows, _NONFINITE)
 
     def _count_decisions(self, layer: int, route: Route, amount: int) -> None:
         self._store.add(

@@ -29,13 +29,13 @@ def full_probability(router_logits: torch.Tensor) -> torch.Tensor:
 
 
 def choose_route(probability: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Choose FULL wherever P(FULL) reaches the threshold.
+    """Choose FULL wherever P(FULL) reaches the threshold, and where it is NaN.
 
     Args:
-        probability: [...] float32, P(FULL).
+        probability: [...] float32, P(FULL); NaN where the router's logits were not finite.
         threshold: in [0, 1]; 0.5 is the paper's argmax, lower means more FULL layers.
 
     Returns: [...] int8 of `Route` values.
     Host sync: none. CUDA graph: safe.
     """
-    return (probability >= threshold).to(torch.int8)
+    return torch.where(probability < threshold, int(Route.SPARSE), int(Route.FULL)).to(torch.int8)

@@ -357,8 +357,11 @@ def _decide_kernel(
     last = tl.where(in_head, _silu(last), 0.0)
     sparse = tl.sum(last * to_sparse, axis=0) + tl.load(bias_h4 + layer * 2 + _SPARSE)
     full = tl.sum(last * to_full, axis=0) + tl.load(bias_h4 + layer * 2 + _FULL)
-    probability = 1.0 / (1.0 + tl.exp(sparse - full))
-    route = tl.where(probability >= threshold, _FULL, _SPARSE)
+    difference = sparse - full
+    probability = 1.0 / (1.0 + tl.exp(difference))
+    # Logits that are not finite give NaN, as softmax does, and NaN is FULL.
+    probability = tl.where(tl.abs(difference) < float("inf"), probability, float("nan"))
+    route = tl.where(probability < threshold, _SPARSE, _FULL)
 
     slot = tl.load(rows + row * 8 + 5).to(tl.int64)
     tl.store(full_probability + slot * stride_probability + column, probability)

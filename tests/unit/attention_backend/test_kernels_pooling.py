@@ -324,6 +324,32 @@ def test_decide_routes_matches_the_layer_router(device: str, head_dim: int) -> N
     assert (switch.full_seqused_q[[2, 3]] == -7).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [(0.0, "nan"), ("inf", 0.0), (0.0, "inf"), ("-inf", "inf")])
+def test_decide_routes_makes_logits_that_are_not_finite_full(device: str, bias: tuple) -> None:
+    router = LayerRouter(1, 64).requires_grad_(False)
+    router.linear("head.4")[1][0] = torch.tensor([float(value) for value in bias])
+    pooled = torch.randn(1, 64)
+    assert full_probability(router(0, pooled)).isnan().all()
+    packed = pack_prompt_rows([PromptSpan(0, 9, 9)], np.array([True]), np.array([0]))
+    tables = RouteTables(
+        torch.full((1, 1), -1, dtype=torch.int8, device=device),
+        torch.zeros((1, 1), device=device),
+    )
+    switch = RowSwitch(
+        *(torch.tensor(values, dtype=torch.int32, device=device) for values in ([9], [0, 9])),
+        *(torch.full((1,), -7, dtype=torch.int32, device=device) for _ in range(2)),
+    )
+    decide_routes(
+        pooled.to(device), torch.from_numpy(packed.rows).to(device), 1,
+        router_weights(router, torch.device(device)), 0, 0, 0.5, tables, switch,
+        router_workspace(1, 64, torch.device(device)), sparse_beyond_tokens=4,
+    )  # fmt: skip
+    assert tables.full_probability.isnan().all()
+    assert tables.routes.item() == Route.FULL
+    assert (switch.full_seqused_q.item(), switch.sparse_seqused_q.item()) == (9, 0)
+
+
 @triton.jit
 def _cos_sin_kernel(angle, cos, sin, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)

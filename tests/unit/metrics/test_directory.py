@@ -27,7 +27,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start without folders; leave the global registry as it was."""
     monkeypatch.delenv(OWN, raising=False)
     monkeypatch.delenv(VLLMS, raising=False)
-    monkeypatch.setattr(directory, "_collecting", set())
+    monkeypatch.setattr(directory, "_folder", None)
     # Engines of earlier tests in this process left theirs.
     earlier = ours()
     for collector in earlier:
@@ -70,20 +70,71 @@ class TestFolder:
         assert metrics_directory() == folder
         assert len(ours()) == count + 1
 
-    def test_given_folder_is_used(self, tmp_path: Path, monkeypatch) -> None:
-        """A process started by the front end inherits the name."""
+    def test_folder_of_another_process_is_not_used(self, tmp_path: Path, monkeypatch) -> None:
+        """A server that a process with an engine starts inherits the name."""
         monkeypatch.setenv(OWN, str(tmp_path))
-        prepare_front_end()
-        assert metrics_directory() == tmp_path
-        MetricStore(tmp_path, {"model_name": "m"}).add("flux_a", 1, "A.")
-        assert 'flux_a_total{model_name="m"} 1.0' in shown()
-
-    def test_vanished_folder_is_made_anew(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setenv(OWN, str(tmp_path / "gone"))
+        MetricStore(tmp_path, {"model_name": "other"}).add("flux_things", 1, "Things.")
         prepare_front_end()
         folder = metrics_directory()
-        assert folder != tmp_path / "gone"
-        assert folder.is_dir()
+        assert folder not in (None, tmp_path)
+        assert os.environ[OWN] == str(folder)
+        assert "flux_things" not in shown()
+        MetricStore(folder, {"model_name": "m"}).add("flux_things", 1, "Things.")
+        assert 'flux_things_total{model_name="m"} 1.0' in shown()
+
+    def test_vanished_folder_is_made_anew(self) -> None:
+        prepare_front_end()
+        first = metrics_directory()
+        first.rmdir()
+        prepare_front_end()
+        second = metrics_directory()
+        assert second != first
+        assert second.is_dir()
+
+
+class TestSeveralEngines:
+    """Metrics are those of this front end's engines, correct or absent."""
+
+    def test_two_engines_of_a_process_add_up(self) -> None:
+        """Under the same model name; the first engine's counts stay when it is gone."""
+        for count in (3, 4):
+            prepare_front_end()
+            MetricStore(metrics_directory(), {"model_name": "m"}).add("flux_things", count, "T.")
+        assert 'flux_things_total{model_name="m"} 7.0' in shown()
+        MetricStore(metrics_directory(), {"model_name": "n"}).add("flux_things", 5, "T.")
+        assert 'flux_things_total{model_name="m"} 7.0' in shown()
+        assert 'flux_things_total{model_name="n"} 5.0' in shown()
+
+    def test_forked_front_end_shows_its_own(self) -> None:
+        """What the parent counted, before or after the fork, is not in the child's scrape."""
+        lines = run(
+            "from prometheus_client import generate_latest\n"
+            "from flux_vllm.metrics.store import MetricStore\n"
+            "def count(things):\n"
+            "    prepare_front_end()\n"
+            "    MetricStore(metrics_directory(), {}).add('flux_things', things, 'T.')\n"
+            "def show(who):\n"
+            "    text = generate_latest().decode()\n"
+            "    print(who, *(l for l in text.splitlines() if l.startswith('flux_')), flush=True)\n"
+            "count(3)\n"
+            "if os.fork() == 0:\n"
+            "    show('child')\n"
+            "    count(4)\n"
+            "    show('child')\n"
+            "    sys.exit(0)\n"
+            "os.wait()\n"
+            "show('parent')\n"
+        ).stdout.splitlines()
+        assert lines == ["child", "child flux_things_total 4.0", "parent flux_things_total 3.0"]
+
+    def test_two_servers_of_one_parent_share_nothing(self) -> None:
+        prepare_front_end()
+        MetricStore(metrics_directory(), {}).add("flux_things", 1, "T.")
+        folders = [
+            run("prepare_front_end(); print(metrics_directory())").stdout.strip() for _ in range(2)
+        ]
+        assert len({*folders, str(metrics_directory())}) == 3
+        assert metrics_directory().is_dir()
 
 
 class TestCollector:
@@ -188,7 +239,9 @@ class TestExit:
         assert shown[0] == "True"
         assert not Path(shown[1]).exists()
 
-    def test_process_that_was_given_a_folder_leaves_it(self, tmp_path: Path, monkeypatch) -> None:
+    def test_process_that_inherited_a_name_leaves_that_folder(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
         monkeypatch.setenv(OWN, str(tmp_path))
         run("prepare_front_end()")
         assert tmp_path.is_dir()

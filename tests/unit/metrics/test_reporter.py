@@ -202,6 +202,7 @@ class TestStart:
             "flux_attended_tokens_total": 2,
             "flux_context_tokens_total": 2,
             "flux_unrouted_rows_total": 1,
+            "flux_nonfinite_router_rows_total": 1,
         }
 
     def test_info(self, one: Setup) -> None:
@@ -242,3 +243,26 @@ class TestWhatCounts:
         assert one.tokens("attended", "decode") == 2 * (32 + window) + 1001
         assert one.tokens("context", "decode") == 3 * 1001
         assert one.tokens("context", "prefill") == 0
+
+
+class TestNonfiniteRouter:
+    NAN = float("nan")
+
+    def count(self, one: Setup, probability: list[list[float]], is_warmup: bool = False) -> float:
+        values = np.array(probability, dtype=np.float32).reshape(-1, len(LAYERS))
+        one.reporter.record_probabilities(make_step([(0, 9, 9)], is_warmup), values)
+        return one.scrape()[("flux_nonfinite_router_rows_total",)]
+
+    def test_finite_rows_do_not_count(self, one: Setup) -> None:
+        assert self.count(one, [[0.0, 0.5, 1.0], [1e-30, 0.2, 0.9]]) == 0
+
+    def test_rows_not_layers(self, one: Setup) -> None:
+        rows = [[0.1, self.NAN, 0.3], [self.NAN] * 3, [0.1, 0.2, 0.3]]
+        assert self.count(one, rows) == 2
+        assert self.count(one, rows[:1]) == 3
+
+    def test_warmup_does_not_count(self, one: Setup) -> None:
+        assert self.count(one, [[self.NAN] * 3], is_warmup=True) == 0
+
+    def test_step_that_decided_nothing(self, one: Setup) -> None:
+        assert self.count(one, []) == 0

@@ -144,3 +144,15 @@ class TestRoute:
         probability = full_probability(torch.tensor([[0.0, -200.0], [0.0, 3.0], [0.0, 200.0]]))
         assert choose_route(probability, 0.0).tolist() == [1, 1, 1]
         assert choose_route(probability, 1.0).tolist() == [0, 0, 1]
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0], ids=lambda t: f"t{t}")
+    @pytest.mark.parametrize(
+        "logits", [(float("nan"), 0.0), (float("inf"), 0.0), (0.0, float("inf"))], ids=str
+    )
+    def test_logits_that_are_not_finite_are_full(
+        self, logits: tuple[float, float], threshold: float
+    ) -> None:
+        """The safe route, whichever logit it is."""
+        probability = full_probability(torch.tensor([logits, (2.0, 1.0)]))
+        assert probability.isnan().tolist() == [True, False]
+        assert choose_route(probability, threshold)[0] == Route.FULL
