@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Serves MODEL with layer routes: start.sh MODEL [arguments of vllm serve]
+#
+# VLLM_PLUGINS names the plugins that vLLM loads; one that adds pages (/flux) only if it is named.
+set -euo pipefail
+
+if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+    echo "flux-vllm: expected a model first, found '${1:-nothing}';" \
+        "run: docker run --gpus all IMAGE MODEL [arguments of vllm serve]" >&2
+    exit 2
+fi
+model=$1
+shift
+export VLLM_PLUGINS=${VLLM_PLUGINS:-flux,flux_live}
+exec flux-vllm serve "$model" --attention-backend flux "$@"
