@@ -1,0 +1,1 @@
+"""The routes of recent requests over HTTP: a live page, its numbers, a view for one request."""
