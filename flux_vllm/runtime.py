@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flux_vllm.config import FluxConfig
+from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
@@ -135,6 +136,7 @@ class FluxRuntime:
         self.table = RouteTable(num_layers, max_requests, device)
         self.step: ActiveStep | None = None
         self.reporter: RouteReporter | None = None
+        self.journal: RouteJournal | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
         self._finished: deque[FinishedStep] = deque()
         self._known_routes = np.empty((0, num_layers), dtype=np.int8)
@@ -196,6 +198,8 @@ class FluxRuntime:
         """
         step, self.step = self.step, None
         if step is None:
+            # vLLM's empty step after the last request: nothing else may come for long.
+            self._count_finished(wait=False)
             return
         settled = step.to_route & step.context.completes_prompt
         self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
@@ -227,6 +231,13 @@ class FluxRuntime:
                             full_probability=step.full_probability[index].tolist(),
                         )
                     )
+                    if self.journal is not None:
+                        self.journal.append(
+                            context.request_ids[row],
+                            int(context.prompt_lens[row]),
+                            routes[row],
+                            step.full_probability[index].numpy(),
+                        )
 
     def abandon_step(self) -> None:
         """Drop the current step after an error in it."""
