@@ -26,7 +26,8 @@ class Answer:
         prompt_logprobs: of each prompt token given those before it, None for the first; empty
             where they were not asked for.
         cached_tokens: prompt tokens found in the prefix cache.
-        steps: (first position, tokens, phase) of each step the scheduler gave the request.
+        steps: (first position, tokens, phase) of each step the scheduler gave the request; of a
+            decode step, the tokens that stood once its drafts were verified.
         preemptions: times it lost its KV blocks.
         step_routes: per step, the routes [layers] its layers attended under; empty without flux.
         routes: per layer, as settled; None without flux.
@@ -74,6 +75,7 @@ class Engine:
         self.llm = LLM(model=str(model), **(defaults | arguments))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self._steps: dict[str, list[tuple[int, int, str]]] = {}
+        self._step_of: dict[tuple[int, str], int] = {}
         self._preemptions: dict[str, int] = {}
         self._step_routes: dict[str, list[list[int]]] = {}
         self._log_scheduler()
@@ -82,7 +84,7 @@ class Engine:
 
     def _log_scheduler(self) -> None:
         scheduler = self.core.scheduler
-        schedule = scheduler.schedule
+        schedule, update = scheduler.schedule, scheduler.update_from_output
 
         def logged(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
@@ -96,12 +98,29 @@ class Engine:
                 past = start < max(request.num_prompt_tokens, request.num_tokens - 1)
                 phase = "prefill" if past else "decode"
                 step = (start, output.num_scheduled_tokens[request_id], phase)
-                self._steps.setdefault(request_id, []).append(step)
+                steps = self._steps.setdefault(request_id, [])
+                self._step_of[id(output), request_id] = len(steps)
+                steps.append(step)
             for request_id in output.preempted_req_ids or ():
                 self._preemptions[request_id] = self._preemptions.get(request_id, 0) + 1
             return output
 
-        scheduler.schedule = logged
+        def updated(output: Any, results: Any) -> Any:
+            names = [name for name in output.num_scheduled_tokens if name in scheduler.requests]
+            requests = {name: scheduler.requests[name] for name in names}
+            known = {name: request.num_tokens for name, request in requests.items()}
+            returned = update(output, results)
+            for name, request in requests.items():
+                self._note_accepted(name, output, known[name], request.num_tokens)
+            return returned
+
+        scheduler.schedule, scheduler.update_from_output = logged, updated
+
+    def _note_accepted(self, name: str, output: Any, known: int, now_known: int) -> None:
+        """Correct a decode step: when it was scheduled, all drafts counted as accepted."""
+        index = self._step_of.pop((id(output), name))
+        if self._steps[name][index][2] == "decode" and now_known > known:
+            self._steps[name][index] = (known - 1, now_known - known, "decode")
 
     def _log_routes(self) -> None:
         runtime = self.runtime
@@ -147,6 +166,7 @@ class Engine:
             **sampling,
         )
         self._steps.clear()
+        self._step_of.clear()
         self._preemptions.clear()
         self._step_routes.clear()
         outputs = self.llm.generate(

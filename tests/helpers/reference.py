@@ -154,22 +154,28 @@ class Request:
         return [int(row.argmax()) for row in self.output_logprobs]
 
     def step(
-        self, length: int, phase: Phase | None = None, routes: Sequence[int] | None = None
+        self,
+        length: int,
+        phase: Phase | None = None,
+        routes: Sequence[int] | None = None,
+        drafts: Sequence[int] = (),
     ) -> StepRecord:
-        """Compute the next `length` known tokens; sample one if none is left.
+        """Compute the next `length` tokens; sample one if none is left, and one a draft.
 
         Args:
-            length: tokens.
+            length: tokens, the drafts included.
             phase: default "prefill" for a step that starts inside the prompt, else "decode". A
                 server that calls recomputed output tokens prefill needs it said.
             routes: per layer, in place of what the request's own rule gives.
+            drafts: what the server took for the tokens after the last known one, and accepted.
         Returns: StepRecord: what was done.
         """
         start = len(self.history)
-        known, prompt_len = self.tokens, len(self.prompt)
+        known, prompt_len = [*self.tokens, *drafts], len(self.prompt)
         end = start + length
-        if not start < end <= len(known):
-            raise ValueError(f"length: expected 1 to {len(known) - start}, got {length}")
+        if not start + len(drafts) < end <= len(known):
+            expected = f"{1 + len(drafts)} to {len(known) - start}"
+            raise ValueError(f"length: expected {expected}, got {length}")
         deciding = not self.prompt_done and self.router is not None
         if routes is None and not (deciding and self._router_decides):
             routes = self.routes
@@ -191,7 +197,8 @@ class Request:
             self._score_prompt(hidden, start)
         self.prompt_done |= end >= prompt_len
         if end == len(known):
-            self._sample(hidden[-1:])
+            for row in hidden[-1 - len(drafts) :]:
+                self._sample(row[None])
         return record
 
     def preempt(self, keep: int = 0, source: History | None = None) -> None:

@@ -26,7 +26,10 @@ class SparsePattern:
 def visible_keys(
     start: int, end: int, route: int, phase: Phase, pattern: SparsePattern
 ) -> torch.Tensor:
-    """Say which keys [0, end) the queries [start, end) see. Returns: [end - start, end] bool."""
+    """Say which keys [0, end) the queries [start, end) see. Returns: [end - start, end] bool.
+
+    The queries of a decode row (a token and its drafts) share the window of the first one.
+    """
     key = torch.arange(end)[None, :]
     query = torch.arange(start, end)[:, None]
     causal = key <= query
@@ -36,7 +39,8 @@ def visible_keys(
     window_start = query - pattern.window_tokens + 1
     if phase == "decode":
         sink_end = -(-sink_end // pattern.block_size) * pattern.block_size
-        window_start = window_start.clamp(min=0) // pattern.block_size * pattern.block_size
+        first = max(0, start - pattern.window_tokens + 1)
+        window_start = first // pattern.block_size * pattern.block_size
     return causal & ((key < sink_end) | (key >= window_start))
 
 
@@ -65,8 +69,10 @@ def masked_attention(
     kv_heads, seq_len, _ = key.shape
     grouped = query.view(kv_heads, heads // kv_heads, length, head_dim)
     output = torch.empty(length, heads, head_dim)
-    for low in range(0, length, _QUERY_SLICE):
-        high = min(low + _QUERY_SLICE, length)
+    # The window of a decode row is its first query's, so the row is not cut.
+    slice_length = _QUERY_SLICE if phase == "prefill" else length
+    for low in range(0, length, slice_length):
+        high = min(low + slice_length, length)
         start, end = seq_len - length + low, seq_len - length + high
         # Query heads of one key-value head are stacked as rows: keys are never expanded.
         rows = grouped[:, :, low:high].reshape(kv_heads, -1, head_dim)
