@@ -218,7 +218,11 @@ class FluxRuntime:
             self._known_routes[step.slots[step.routed]] = step.routes.numpy()
             routes = self._known_routes[step.slots]
             if self.reporter is not None:
-                self.reporter.record(context, routes[:, list(self.routed_layers)], step.settled)
+                layers = list(self.routed_layers)
+                self.reporter.record(context, routes[:, layers], step.settled)
+                if self.router is not None:
+                    probability = step.full_probability[:, layers].numpy()
+                    self.reporter.record_probabilities(context, probability)
             if context.is_warmup:
                 continue
             for index, row in enumerate(np.flatnonzero(step.routed)):

@@ -32,9 +32,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.steps: list[tuple[tuple[str, ...], list[list[int]], list[bool]]] = []
+        self.probabilities: list[list[list[float]]] = []
 
     def record(self, step: StepContext, routes: np.ndarray, decided: np.ndarray) -> None:
         self.steps.append((step.request_ids, routes.tolist(), decided.tolist()))
+
+    def record_probabilities(self, step: StepContext, full_probability: np.ndarray) -> None:
+        self.probabilities.append(full_probability.tolist())
 
 
 def make(policy: str = "router", max_requests: int = 2, **config: Any) -> FluxRuntime:
@@ -117,6 +121,21 @@ class TestDecide:
 
 
 class TestLifeOfARequest:
+    def test_probabilities_of_rows_decided_in_the_step_are_counted(self) -> None:
+        """Of routed layers alone: layer 2 keeps its window and has NaN."""
+        runtime = make()
+        run(runtime, step(("a", 0, 9, 9)), {"a": [SPARSE, FULL, FULL]})
+        run(runtime, step(("a", 9, 1, 9), ("b", 0, 4, 4)), {"b": [FULL, FULL, SPARSE]})
+        run(runtime, step(("a", 10, 1, 9), ("b", 4, 1, 4)), {})
+        found = runtime.reporter.probabilities  # type: ignore[union-attr]
+        expected = [[[0.1, 0.9, 0.9]], [[0.9, 0.9, 0.1]], []]
+        assert [np.round(rows, 1).tolist() for rows in found] == expected
+
+    def test_policies_without_a_router_have_no_probabilities(self) -> None:
+        runtime = make("full")
+        run(runtime, step(("a", 0, 9, 9)), {})
+        assert runtime.reporter.probabilities == []  # type: ignore[union-attr]
+
     def test_chunks_then_decode(self) -> None:
         runtime = make()
         routes = [{"a": [FULL, FULL, FULL]}, {"a": [SPARSE, FULL, SPARSE]}]
