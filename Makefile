@@ -2,7 +2,7 @@
 VENV ?= .venv
 DEVICE ?= cpu
 BIN := $(VENV)/bin
-CODE := flux_vllm training demo benchmarks tools tests
+CODE := flux_vllm training demo deploy benchmarks tools tests
 PYTEST_ARGS ?=
 
 export VENV DEVICE
