@@ -37,7 +37,7 @@ function put(id, text) {
 }
 
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(0)} %`);
-const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString();
+const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString([], { hourCycle: "h23" });
 const count = (text, letter) => text.split(letter).length - 1;
 
 function sparseShare(routes) {
@@ -51,7 +51,7 @@ function showHead(layers) {
   if (head.rows.length && head.rows[0].cells.length === layers + 1) return;
   const numbers = element("tr", "");
   const shares = element("tr", "");
-  numbers.append(element("th", "Layer", { scope: "col" }));
+  numbers.append(element("th", "SPARSE · time", { scope: "col" }));
   shares.append(element("th", "share FULL", { scope: "row" }));
   for (let layer = 0; layer < layers; layer++) {
     numbers.append(element("th", String(layer), { scope: "col", "aria-label": `layer ${layer}` }));
@@ -77,12 +77,16 @@ function showShares(requests) {
 function rowOf(request, engineNames, layers) {
   const row = element("tr", "", { "data-key": keyOf(request), class: "new" });
   const share = sparseShare(request.routes);
-  const who = `${clock(request.time)} · ${request.prompt_tokens.toLocaleString()} tokens`;
-  const engine = engineNames.size > 1 ? ` · engine ${engineNames.get(request.engine)}` : "";
-  row.append(element("th", `${who}${engine} · ${percent(share)}`, {
+  const engine = engineNames.size > 1 ? `, engine ${engineNames.get(request.engine)}` : "";
+  const size = `${request.prompt_tokens.toLocaleString()} prompt tokens${engine}`;
+  const who = `${clock(request.time)}, ${size}`;
+  const label = `${percent(share)} SPARSE, ${who}`;
+  const header = element("th", `${percent(share)} · ${clock(request.time)}`, {
     scope: "row",
-    "aria-label": `${who}${engine}, ${percent(share)} SPARSE`,
-  }));
+    "aria-label": label,
+  });
+  header.append(element("span", ` · ${size}`, { class: "wide" }));
+  row.append(header);
   for (let layer = 0; layer < layers; layer++) {
     const letter = request.routes[layer] ?? "-";
     const p = request.full_probability[layer] ?? null;
