@@ -60,11 +60,14 @@ def replay(
     for index, (start, length, phase) in enumerate(answer.steps):
         if start != len(request.history):
             request.preempt(start)
+        sampled = len(request.output_tokens)
+        accepted = max(0, start + length - len(request.tokens))
+        drafts = answer.tokens[sampled : sampled + accepted]
         if router is None:
-            request.step(length, phase)
+            request.step(length, phase, drafts=drafts)
             continue
         taken = answer.step_routes[index]
-        record = request.step(length, phase, taken)
+        record = request.step(length, phase, taken, drafts)
         if record.p_full is not None:
             _check_routes(taken, record.p_full.tolist(), threshold, margin)
     return request
@@ -77,6 +80,23 @@ def _check_routes(
         if abs(probability - threshold) > margin:
             expected = FULL if probability >= threshold else SPARSE
             assert route == expected, f"layer {layer}: P(FULL) {probability:.4f}, route {route}"
+
+
+def assert_routed(
+    answer: Answer,
+    model: ReferenceModel,
+    router: ReferenceRouter,
+    pattern: SparsePattern,
+    history: History | None = None,
+    threshold: float = 0.5,
+) -> Request:
+    """Check an answer under policy `router`: its routes, P(FULL), tokens and log-probabilities."""
+    request = replay(model, answer, pattern, router=router, history=history, threshold=threshold)
+    assert_same(answer, request)
+    assert answer.routes == request.routes
+    for got, expected in zip(answer.p_full, request.p_full.tolist(), strict=True):
+        assert abs(got - expected) < P_FULL_MARGIN
+    return request
 
 
 def logprob_errors(answer: Answer, request: Request) -> tuple[float, float]:
@@ -103,3 +123,18 @@ def assert_same(answer: Answer, request: Request) -> None:
     prompt_error, output_error = logprob_errors(answer, request)
     assert prompt_error < LOGPROB_TOLERANCE
     assert output_error < LOGPROB_TOLERANCE
+
+
+def assert_likeliest(
+    answer: Answer, request: Request, allowed: Sequence[int], tolerance: float = LOGPROB_TOLERANCE
+) -> None:
+    """Check that each output token is the likeliest of the allowed ones, within a tolerance."""
+    for token, row in zip(answer.tokens, request.output_logprobs, strict=True):
+        assert row[token] >= max(row[other] for other in allowed) - tolerance
+
+
+def assert_verified_drafts(answers: Sequence[Answer]) -> None:
+    """Check that among the decode steps some had drafts accepted, and some had none."""
+    stood = [n for answer in answers for _, n, phase in answer.steps if phase == "decode"]
+    assert min(stood) == 1
+    assert max(stood) > 1
