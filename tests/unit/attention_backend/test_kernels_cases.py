@@ -73,12 +73,19 @@ class Batch:
     rows: list[Row]
     shape: Shape
     query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
+    kv_cache: torch.Tensor
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     slot_mapping: torch.Tensor
+
+    @property
+    def key_cache(self) -> torch.Tensor:
+        return self.kv_cache.transpose(1, 2)[..., : self.shape.head_dim]
+
+    @property
+    def value_cache(self) -> torch.Tensor:
+        return self.kv_cache.transpose(1, 2)[..., self.shape.head_dim :]
 
     @property
     def scale(self) -> float:
@@ -147,8 +154,7 @@ def make_batch(
         rows=rows,
         shape=shape,
         query=query.to(shape.dtype).to(device),
-        key_cache=packed[..., : shape.head_dim],
-        value_cache=packed[..., shape.head_dim :],
+        kv_cache=packed.transpose(1, 2),
         block_table=table.int().to(device),
         query_start_loc=query_lens.cumsum(0).int().to(device),
         seq_lens=torch.tensor([row.seq_len for row in rows], dtype=torch.int32, device=device),

@@ -1,0 +1,189 @@
+"""The CUDA backend's builder and layers, made by their own constructors around a hand-made batch.
+
+A batch's rows get routes without a router's work: they pass as requests whose prompts were routed
+before (as after a preemption). Odd layers have the rows' opposite routes.
+"""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.cuda import FluxCUDABackend
+from flux_vllm.config import FluxConfig
+from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.runtime import FluxRuntime
+from flux_vllm.step import StepContext
+from tests.unit.attention_backend.test_kernels_cases import (
+    Batch,
+    Row,
+    Shape,
+    assert_as_exact_as_torch,
+)
+
+LAYERS, MAX_ROWS, MAX_LEN = 2, 64, 8192
+
+
+@cache
+def engine_config(folder: Path, shape: Shape) -> Any:
+    """Make vLLM's configuration of a Llama of this shape; no weights are needed."""
+    from transformers import LlamaConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.heads * shape.head_dim,
+        intermediate_size=64,
+        vocab_size=64,
+        max_position_embeddings=MAX_LEN,
+    ).save_pretrained(folder / str(shape))
+    return EngineArgs(
+        model=str(folder / str(shape)),
+        dtype=shape.dtype,
+        skip_tokenizer_init=True,
+        max_model_len=MAX_LEN,
+        max_num_seqs=MAX_ROWS,
+        block_size=shape.block_size,
+    ).create_engine_config()
+
+
+def _runtime(shape: Shape, kernels: str, device: torch.device) -> FluxRuntime:
+    info = RouterInfo(
+        base_model="",
+        num_layers=LAYERS,
+        head_dim=shape.head_dim,
+        pool_tokens=32,
+        sink_tokens=shape.sink_tokens,
+        window_tokens=shape.window_tokens,
+    )
+    router = LayerRouter(LAYERS, shape.head_dim).requires_grad_(False).to(device)
+    return FluxRuntime(
+        FluxConfig(policy="router", kernels=kernels),
+        router,
+        info,
+        LAYERS,
+        tuple(range(LAYERS)),
+        MAX_ROWS,
+        device,
+        lambda pooled: pooled,
+    )
+
+
+class BackendWorker:
+    """A builder and its layers over one KV cache.
+
+    Args:
+        folder: for the model's configuration.
+        batch: whose cache the layers share.
+        kernels: "fa3" or "triton".
+    """
+
+    def __init__(self, folder: Path, batch: Batch, kernels: str) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        shape, device = batch.shape, batch.query.device
+        self.runtime = _runtime(shape, kernels, device)
+        config = engine_config(folder, shape)
+        self.layers = []
+        with set_current_vllm_config(config):
+            for index in range(LAYERS):
+                impl = FluxCUDABackend.get_impl_cls()(
+                    shape.heads, shape.head_dim, batch.scale, shape.kv_heads, None, None, "auto"
+                )
+                no_rotation = SimpleNamespace(
+                    rotary_dim=shape.head_dim,
+                    interleaved=False,
+                    attention_scaling=1.0,
+                    inv_freq=torch.zeros(shape.head_dim // 2, device=device),
+                )
+                impl.binding = LayerBinding(self.runtime, index, no_rotation)
+                self.layers.append(
+                    SimpleNamespace(impl=impl, kv_cache=batch.kv_cache, sliding_window=None)
+                )
+            names = [f"layers.{index}" for index in range(LAYERS)]
+            config.compilation_config.static_forward_context = dict(
+                zip(names, self.layers, strict=True)
+            )
+            spec = FullAttentionSpec(
+                block_size=shape.block_size,
+                num_kv_heads=shape.kv_heads,
+                head_size=shape.head_dim,
+                dtype=shape.dtype,
+            )
+            self.builder = FluxCUDABackend.get_builder_cls()(spec, names, config, device)
+
+    def begin_step(self, rows: list[Row]) -> None:
+        """Announce the rows that have tokens, with routes that stand."""
+        rows = [row for row in rows if row.query_len]
+        names = tuple(f"request-{index}" for index in range(len(rows)))
+        seq_lens = np.array([row.seq_len for row in rows])
+        scheduled = np.array([row.query_len for row in rows])
+        is_prefill = np.array([row.prefill for row in rows])
+        # A prefill row ends inside its prompt or with it; a decode row lies past it.
+        prompt_lens = np.where(is_prefill, seq_lens, seq_lens - scheduled)
+        table = self.runtime.table
+        slots = table.acquire(names)
+        table.settled_prompt_len[slots] = prompt_lens
+        for slot, row in zip(slots.tolist(), rows, strict=True):
+            for layer in range(LAYERS):
+                table.routes[slot, layer] = row.route ^ (layer % 2)
+        self.runtime.begin_step(
+            StepContext(names, prompt_lens, seq_lens - scheduled, scheduled, is_prefill)
+        )
+        assert not self.runtime.step.to_route.any()
+
+    def metadata(self, batch: Batch) -> Any:
+        """Build the metadata of a batch from its own tensors."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        common = CommonAttentionMetadata(
+            query_start_loc=batch.query_start_loc,
+            query_start_loc_cpu=batch.query_start_loc.cpu(),
+            seq_lens=batch.seq_lens,
+            num_reqs=len(batch.rows),
+            num_actual_tokens=sum(row.query_len for row in batch.rows),
+            max_query_len=max(row.query_len for row in batch.rows),
+            max_seq_len=max(row.seq_len for row in batch.rows),
+            block_table_tensor=batch.block_table,
+            slot_mapping=batch.slot_mapping,
+        )
+        return self.builder.build(0, common)
+
+    def forward(self, batch: Batch, metadata: Any, outputs: list[torch.Tensor]) -> None:
+        """Run all layers over the same queries."""
+        for layer, out in zip(self.layers, outputs, strict=True):
+            layer.impl.forward(
+                layer, batch.query, None, None, layer.kv_cache, metadata, out.flatten(1)
+            )
+
+    def step(self, batch: Batch) -> list[torch.Tensor]:
+        """Run one step. Returns: of each layer [T, N, H]."""
+        self.begin_step(batch.rows)
+        outputs = [batch.poisoned_output() for _ in self.layers]
+        self.forward(batch, self.metadata(batch), outputs)
+        self.runtime.end_step()
+        return outputs
+
+    def check(self, batch: Batch, outputs: list[torch.Tensor]) -> None:
+        """Hold each layer's rows to twice plain torch's error in their dtype."""
+        for layer, out in enumerate(outputs):
+            rows = [replace(row, route=row.route ^ (layer % 2)) for row in batch.rows]
+            routed = replace(batch, rows=rows)
+            exact, low = routed.oracle(), routed.oracle(batch.shape.dtype)
+            for index, row in enumerate(rows):
+                if row.query_len:
+                    part = routed.tokens_of(index)
+                    what = f"layer {layer} row {index} {row}"
+                    assert_as_exact_as_torch(out[part], exact[part], low[part], what)
+        assert int(self.builder._views.unrouted) == 0

@@ -1,0 +1,57 @@
+"""The CUDA backend's real builder and layers over whole batches, in Triton's interpreter.
+
+Oracle: `flux_vllm.attention_backend.naive`, by the rule of test_kernels_cases. On a GPU the same
+worker runs larger batches (tests/gpu/test_backend_batches.py).
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
+    ),
+]
+
+BATCHES = {
+    "decode": [Row(1, 32, SPARSE, False), Row(1, 70, SPARSE, False), Row(1, 97, FULL, False)],
+    "drafts": [Row(4, 66, SPARSE, False), Row(2, 90, FULL, False), Row(0, 0)],
+    "prefill": [Row(8, 32, SPARSE), Row(8, 90, SPARSE), Row(1, 81, FULL)],
+    "mixed": [Row(1, 92, SPARSE, False), Row(1, 40, FULL, False), Row(5, 88, SPARSE), Row(5, 56)],
+}
+
+
+@pytest.fixture(autouse=True)
+def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
+        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batch(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tests.helpers.cuda_backend import BackendWorker
+
+    batch = make_batch(BATCHES[name], Shape(), "cpu")
+    worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
+    for _ in range(2):  # the second step finds the buffers of the first
+        worker.check(batch, worker.step(batch))
+
+
+def test_head_dim_without_kernels_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from flux_vllm.errors import UnsupportedConfigurationError
+    from tests.helpers.cuda_backend import BackendWorker
+
+    batch = make_batch([Row(1, 40, SPARSE, False)], Shape(head_dim=192), "cpu")
+    worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
+    with pytest.raises(UnsupportedConfigurationError, match=r"head_dim among .* found 192"):
+        worker.step(batch)
