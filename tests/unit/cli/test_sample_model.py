@@ -3,32 +3,58 @@
 The real conversion is the session fixture `sample_model`; the refusals need no model.
 """
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flux_vllm.cli import main, sample_model
 from flux_vllm.cli.console import CommandError
-from flux_vllm.cli.sample_model import MODEL_NAME, find_gguf, is_sample_model, make_sample_model
+from flux_vllm.cli.sample_model import (
+    MODEL_NAME,
+    SHIPPED_ROUTER,
+    find_gguf,
+    is_sample_model,
+    make_sample_model,
+    place_router,
+)
+
+STOCK = """\
+import sys
+from vllm import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=64 << 20)
+question = [{"role": "user", "content": "What is the capital of France?"}]
+(answer,) = llm.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+print(repr(answer.outputs[0].text))
+"""
+ROUTER = "flux_router.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
-def _fake_model(folder: Path, weights_bytes: int = 3) -> Path:
-    """Lay out the files of a sample model, empty but for three bytes of weights."""
+def _fake_model(folder: Path, missing_bytes: int = 0, **provenance: str) -> Path:
+    """Lay out the files of a sample model, empty but for two small tensors of weights."""
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).touch()
-    (folder / "model.safetensors").write_bytes(b"abc")
-    (folder / "sample_model.json").write_text(
-        json.dumps({"model": MODEL_NAME, "weights_bytes": weights_bytes})
-    )
+    weights = folder / "model.safetensors"
+    save_file({"a.weight": torch.ones(2), "b.weight": torch.ones(3)}, str(weights))
+    size = weights.stat().st_size + missing_bytes
+    provenance |= {"model": MODEL_NAME, "weights_bytes": size}  # type: ignore[dict-item]
+    (folder / "sample_model.json").write_text(json.dumps(provenance))
     return folder
 
 
 def _fake_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(gguf: Path, folder: Path, progress: object) -> None:
         folder.rmdir()
-        _fake_model(folder)
+        sample_model.place_router(_fake_model(folder))
 
     monkeypatch.setattr(sample_model, "find_gguf", lambda: Path("model.gguf"))
     monkeypatch.setattr(sample_model, "require", lambda module, remedy: None)
@@ -37,7 +63,7 @@ def _fake_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_is_sample_model(tmp_path: Path) -> None:
     assert is_sample_model(_fake_model(tmp_path / "whole"))
-    assert not is_sample_model(_fake_model(tmp_path / "truncated", weights_bytes=4))
+    assert not is_sample_model(_fake_model(tmp_path / "truncated", missing_bytes=1))
     assert not is_sample_model(tmp_path)
     (tmp_path / "sample_model.json").write_text("[")
     assert not is_sample_model(tmp_path)
@@ -49,6 +75,30 @@ def test_sample_model_that_is_there_already(
     folder = _fake_model(tmp_path / "model")
     assert main(["sample-model", str(folder)]) == 0
     assert "already" in capsys.readouterr().out
+    assert (folder / ROUTER).read_bytes() == SHIPPED_ROUTER.read_bytes()
+
+
+def test_place_router_beside_weights_with_an_index(tmp_path: Path) -> None:
+    folder = _fake_model(tmp_path / "model")
+    place_router(folder)
+    assert (folder / ROUTER).read_bytes() == SHIPPED_ROUTER.read_bytes()
+    index = json.loads((folder / INDEX).read_text())
+    assert index["weight_map"] == dict.fromkeys(["a.weight", "b.weight"], "model.safetensors")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    place_router(folder)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("shipped_once", [True, False])
+def test_place_router_replaces_only_what_was_shipped(tmp_path: Path, shipped_once: bool) -> None:
+    other = b"another router"
+    known = {"router_sha256": hashlib.sha256(other).hexdigest()} if shipped_once else {}
+    folder = _fake_model(tmp_path / "model", **known)
+    (folder / ROUTER).write_bytes(other)
+    place_router(folder)
+    assert (folder / ROUTER).read_bytes() == (
+        SHIPPED_ROUTER.read_bytes() if shipped_once else other
+    )
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "empty"])
@@ -57,8 +107,9 @@ def test_make_sample_model(existing: bool, tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "models" / "small"
     if existing:
         out.mkdir(parents=True)
-    make_sample_model(out)
+    assert make_sample_model(out)
     assert is_sample_model(out)
+    assert not make_sample_model(out)
     assert [path.name for path in out.parent.iterdir()] == ["small"]
     assert out.stat().st_mode & 0o777 == 0o755
 
@@ -154,3 +205,19 @@ def test_sample_model_answers(sample_model: Path) -> None:
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_stock_vllm_loads_the_folder_with_the_router(sample_model: Path) -> None:
+    """CPU_ATTN, in a process in which flux is not in use: the router is no shard of the model."""
+    shown = subprocess.run(
+        [sys.executable, "-c", STOCK, str(sample_model)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        timeout=300,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert "Paris" in shown.stdout.splitlines()[-1]
