@@ -9,9 +9,10 @@ from types import FrameType
 
 from demo.conversation import Conversation
 from demo.server import DemoError, Server
-from demo.setting import MODEL_NAME, Setting
+from demo.setting import serve_arguments, shell_line
 from flux_vllm.cli.console import CommandError
-from flux_vllm.cli.sample_model import is_sample_model, make_sample_model
+from flux_vllm.cli.sample_model import MODEL_NAME, is_sample_model, make_sample_model
+from flux_vllm.router.checkpoint import read_info
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -49,15 +50,18 @@ def _demonstrate(model: Path, log: Path) -> None:
         say(f"the sample model is in {model}")
     else:
         say(f"making the sample model, {MODEL_NAME}, in {model}")
-        make_sample_model(model, lambda text: say(f"  {text}"))
-    setting = Setting.choose(model)
-    say(setting.explanation)
-    arguments = setting.serve_arguments(model)
+    make_sample_model(model, lambda text: say(f"  {text}"))
+    router = read_info(model)
+    say(
+        f"its trained router lies beside it: SPARSE is the first {router.sink_tokens} and the "
+        f"latest {router.window_tokens} tokens"
+    )
+    arguments = serve_arguments(model)
     say("starting the server (about half a minute):")
-    print(f"\n  flux-vllm serve {setting.shell_line(arguments)}\n", flush=True)
+    print(f"\n  flux-vllm serve {shell_line(arguments)}\n", flush=True)
     with Server(arguments, log) as server:
         say(f"the server answers at {server.url}/v1")
-        conversation = Conversation(server, model, setting.num_layers)
+        conversation = Conversation(server, model, router.num_layers)
         conversation.ask_chat()
         conversation.ask_code_word()
         conversation.show_routes()

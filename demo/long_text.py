@@ -10,8 +10,11 @@ from tokenizers import Tokenizer
 CODE_WORD = "TANGERINE"
 CODE_WORD_SENTENCE = f"The secret code word of the vault is {CODE_WORD}."
 CODE_WORD_QUESTION = "What is the secret code word of the vault?"
+ANSWER_BEGINNING = "The secret code word of the vault is"
+"""Given to the model, as in the prompts that the shipped router was trained on: without it the
+router leaves too few layers FULL to find the code word."""
 
-TOKENS = 3300
+TOKENS = 3100
 PLANTED_AFTER = 0.45
 """Share of the text before the code word: out of reach of the first and of the latest tokens."""
 

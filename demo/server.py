@@ -33,6 +33,8 @@ class Server:
     """
 
     program = (sys.executable, "-m", "flux_vllm.cli")
+    plain_progress_seconds = 30.0
+    """Between lines of progress where the output is no terminal."""
 
     def __init__(self, arguments: Sequence[str], log: Path, start_seconds: float = 300) -> None:
         port = _free_port()
@@ -105,13 +107,13 @@ class Server:
                 return
 
     def _show_progress(self, waited: float, shown: float) -> float:
-        """Show the log's latest line: in place on a terminal, else every ten seconds."""
-        lines = self.log_tail().splitlines()
-        latest = _LOG_PREFIX.sub("", lines[-1]) if lines else "loading vLLM"
+        """Show the log's latest line in place on a terminal; elsewhere only that it starts."""
         if sys.stdout.isatty():
+            lines = self.log_tail().splitlines()
+            latest = _LOG_PREFIX.sub("", lines[-1]) if lines else "loading vLLM"
             print(f"\r\033[K  {waited:3.0f} s  {latest[:68]}", end="", flush=True)
-        elif waited - shown >= 10:
-            print(f"  {waited:3.0f} s  {latest[:90]}", flush=True)
+        elif waited - shown >= self.plain_progress_seconds:
+            print(f"  starting for {waited:.0f} s; its log: {self._log}", flush=True)
             return waited
         return shown
 

@@ -1,6 +1,6 @@
 """The demo's parts that need no engine: its counters, its text, its server's life and death."""
 
-import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -9,7 +9,8 @@ import pytest
 
 from demo.counters import Counters
 from demo.server import DemoError, Server
-from demo.setting import MODEL_NAME, Setting
+from demo.setting import serve_arguments, shell_line
+from flux_vllm.cli.sample_model import MODEL_NAME
 
 BEFORE = """\
 # HELP flux_route_decisions_total Routes chosen.
@@ -56,6 +57,14 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever(
 """
 
 
+SLOW_SERVER = """\
+import time
+while True:
+    print("(APIServer pid=1) INFO raw text of the log", flush=True)
+    time.sleep(0.2)
+"""
+
+
 def test_counters_of_one_request() -> None:
     counters = Counters.parse(AFTER).since(Counters.parse(BEFORE))
     assert counters.routes(4) == [1, -1, 0, -1]
@@ -64,35 +73,14 @@ def test_counters_of_one_request() -> None:
     assert counters.unrouted_rows == 0
 
 
-def test_setting_without_router_is_static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("demo.setting.PACKAGED_ROUTERS", tmp_path / "none")
-    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 30}))
-    setting = Setting.choose(tmp_path)
-    assert setting.flux["policy"] == "static"
-    sparse = setting.flux["sparse_layers"]
-    assert isinstance(sparse, list)
-    assert len(sparse) == 18
-    assert not {7, 8, 18, 20, 21, 23} & set(sparse)
-    assert "policy static" in setting.explanation
-    arguments = setting.serve_arguments(tmp_path)
-    assert arguments[:3] == [str(tmp_path), "--served-model-name", MODEL_NAME]
-    assert json.loads(arguments[arguments.index("--additional-config") + 1]) == {
-        "flux": setting.flux
-    }
-
-
-def test_setting_prefers_a_router(tmp_path: Path) -> None:
-    from flux_vllm.router.checkpoint import RouterInfo, write_router
-    from flux_vllm.router.model import LayerRouter
-
-    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
-    info = RouterInfo(
-        base_model="m", num_layers=2, head_dim=8, pool_tokens=16, sink_tokens=3, window_tokens=77
-    )
-    write_router(tmp_path, LayerRouter(2, 8), info)
-    setting = Setting.choose(tmp_path)
-    assert setting.flux == {"router": str(tmp_path)}
-    assert "latest 77 tokens" in setting.explanation
+def test_serve_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = serve_arguments(tmp_path / "models" / "small one")
+    assert arguments[:3] == ["models/small one", "--served-model-name", MODEL_NAME]
+    assert serve_arguments(Path("/elsewhere"))[0] == "/elsewhere"
+    line = shell_line(arguments)
+    assert line.startswith("'models/small one' \\\n")
+    assert shlex.split(line.replace("\\\n", "")) == arguments
 
 
 @pytest.mark.slow
@@ -137,6 +125,18 @@ def test_server_that_dies_shows_its_log(tmp_path: Path, monkeypatch: pytest.Monk
         Server([], tmp_path / "log"),
     ):
         pass
+
+
+def test_progress_without_a_terminal_is_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Server, "program", (sys.executable, "-c", SLOW_SERVER))
+    monkeypatch.setattr(Server, "plain_progress_seconds", 1.0)
+    with pytest.raises(DemoError), Server([], tmp_path / "log", start_seconds=2.5):
+        pass
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 2
+    assert all(line.endswith(f" s; its log: {tmp_path / 'log'}") for line in lines)
 
 
 def test_server_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
