@@ -4,6 +4,7 @@ The clean environment is a new venv with the wheel in it. vLLM and torch are len
 environment that runs the tests; the checkout and its editable install are out of its sight.
 """
 
+import configparser
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+
+LOAD = """\
+from importlib.metadata import distribution
+entries = distribution("flux-vllm").entry_points
+for group, name in (("console_scripts", "flux-vllm"), ("vllm.general_plugins", "flux")):
+    (entry,) = entries.select(group=group, name=name)
+    print(name, callable(entry.load()))
+"""
 
 FIND = """\
 import flux_vllm
@@ -78,8 +87,9 @@ def test_wheel_asks_for_neither_torch_nor_vllm(wheel: Path) -> None:
     ]
 
 
-@pytest.mark.vllm
-def test_vllm_finds_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def clean(wheel: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Give the Python and the packages' folder of a new venv that holds the wheel alone."""
     venv.create(tmp_path / "clean", with_pip=False)
     (packages,) = (tmp_path / "clean" / "lib").glob("python3.*/site-packages")
     subprocess.run(
@@ -89,9 +99,30 @@ def test_vllm_finds_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
         ],
         check=True,
     )
+    return tmp_path / "clean" / "bin" / "python", packages
+
+
+def test_entry_points(wheel: Path, clean: tuple[Path, Path], tmp_path: Path) -> None:
+    """What vLLM and the shell look for, by name; both load without torch and vLLM."""
+    entries = configparser.ConfigParser()
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        entries.read_string(archive.read(name).decode())
+    assert dict(entries["console_scripts"]) == {"flux-vllm": "flux_vllm.cli:main"}
+    assert dict(entries["vllm.general_plugins"]) == {"flux": "flux_vllm.plugin:register"}
+    shown = subprocess.run(
+        [str(clean[0]), "-c", LOAD], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert shown.stdout.splitlines() == ["flux-vllm True", "flux True"]
+
+
+@pytest.mark.vllm
+def test_vllm_finds_the_installed_wheel(clean: tuple[Path, Path], tmp_path: Path) -> None:
+    python, packages = clean
     (packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     shown = subprocess.run(
-        [str(tmp_path / "clean" / "bin" / "python"), "-c", FIND],
+        [str(python), "-c", FIND],
         cwd=tmp_path,
         capture_output=True,
         text=True,
