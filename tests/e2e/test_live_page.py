@@ -2,8 +2,8 @@
 
 Oracle: what `flux_route_decisions_total` on `/metrics` gained by each request, sent one by one.
 Pinned: the page follows without reload and keeps the focus; nothing is asked of another host; no
-response of `/flux` holds a word of a prompt or a request's id. The tests share one server and run in
-order: later ones find the requests of earlier ones.
+response of `/flux` holds a word of a prompt or a request's id. The tests share one server and run
+in order: later ones find the requests of earlier ones.
 """
 
 import re

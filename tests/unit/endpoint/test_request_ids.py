@@ -1,6 +1,7 @@
 """From a client's id to the engine's: nothing of one's own is missed, nothing of others found.
 
-Oracle: the ids that the installed vLLM makes with its own functions.
+Oracle: the ids that the installed vLLM makes with its own functions; for the parts that only its
+servers add, the source of the installed vLLM and of 0.33.
 """
 
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flux_vllm.endpoint.request_ids import Part, RequestName
+from tests.unit.test_compat_sources import VERSIONS, package
 
 pytestmark = pytest.mark.vllm
 
@@ -82,3 +84,40 @@ def test_without_random_suffixes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_id_that_was_too_long_is_nobodys() -> None:
     assert RequestName("").part(b"") is None
     assert RequestName("cmpl-a").part(b"") is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("file", "lines"),
+    [
+        (
+            "entrypoints/openai/completion/serving.py",
+            [
+                'request_id = f"cmpl-{self._base_request_id(raw_request, request.request_id)}"',
+                'request_id_item = f"{request_id}-{i}"',
+            ],
+        ),
+        (
+            "entrypoints/openai/chat_completion/serving.py",
+            [
+                'f"chatcmpl-{self._base_request_id(raw_request, request.request_id)}"',
+                'request_id if len(engine_inputs) == 1 else f"{request_id}_{i}"',
+            ],
+        ),
+        (
+            "entrypoints/openai/responses/serving.py",
+            ['sub_request_id = f"{request_id}_{sub_request}"'],
+        ),
+        (
+            "v1/engine/input_processor.py",
+            ['request.request_id = f"{request.external_req_id}-{random_uuid():.8}"'],
+        ),
+        ("v1/engine/parallel_sampling.py", ['child_req_id = f"{index}_{self.request_id}"']),
+        ("entrypoints/serve/middleware/authenticate.py", ['GUARDED_PREFIX = ("/v1", ']),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_vllm_makes_ids_as_we_read_them(version: str, file: str, lines: list[str]) -> None:
+    source = (package(version) / file).read_text()
+    for line in lines:
+        assert line in source
