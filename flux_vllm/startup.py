@@ -273,7 +273,10 @@ def _rotary_of(parent: Any, attention: Any) -> Any:
     rotary, kind = getattr(parent, "rotary_emb", None), type(parent).__name__
     change = change_after_rope(parent)
     expected, found = "", ""
-    if rotary is None:
+    if type(parent).__module__.startswith("transformers."):
+        expected = "attention layers of a model that vLLM implements itself"
+        found = f"transformers' {kind}, whose queries before RoPE are out of reach"
+    elif rotary is None:
         expected = "rotary position embeddings (RoPE) in every layer"
         found = f"none in {attention.layer_name} ({kind})"
     elif not rotates_always(type(parent)):

@@ -10,7 +10,7 @@ from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.models import random_prompt
 from tests.helpers.reference import SparsePattern
-from tests.helpers.replay import P_FULL_MARGIN, assert_same, replay
+from tests.helpers.replay import assert_routed
 
 pytestmark = pytest.mark.vllm
 
@@ -21,14 +21,7 @@ LENGTHS = [1, 15, 16, 17, 40, 95, 96, 97, 160, 161, 320, 333, 640, 1000, 2100]
 
 
 def _check(answer, reference, router, history=None, threshold=0.5):
-    request = replay(
-        reference, answer, PATTERN, router=router, history=history, threshold=threshold
-    )
-    assert_same(answer, request)
-    assert answer.routes == request.routes
-    for got, expected in zip(answer.p_full, request.p_full.tolist(), strict=True):
-        assert abs(got - expected) < P_FULL_MARGIN
-    return request
+    return assert_routed(answer, reference, router, PATTERN, history, threshold)
 
 
 @pytest.mark.parametrize("chunk", [4096, 128, 61], ids=["one-chunk", "chunks-128", "chunks-61"])

@@ -29,7 +29,7 @@ _CALIBRATION_LENGTHS = (40, 130, 260, 520, 900)
 def _config_arguments(
     layers: int, heads: int, kv_heads: int, head_dim: int, vocab_size: int, max_positions: int
 ) -> dict[str, Any]:
-    """Collect what both families' configurations call by the same names."""
+    """Collect what all families' configurations call by the same names."""
     return {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -52,6 +52,9 @@ def _write(folder: str | Path, config: PreTrainedConfig, seed: int) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, weight in model.named_parameters():
         with torch.no_grad():
+            if name.endswith("bias"):
+                weight.normal_(0.0, 0.5, generator=generator)
+                continue
             if weight.dim() == 1:
                 # q_norm and k_norm set the score's scale where a model has them.
                 qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
@@ -67,8 +70,9 @@ def _write(folder: str | Path, config: PreTrainedConfig, seed: int) -> Path:
     return Path(folder)
 
 
-def write_tiny_llama(
+def write_tiny_model(
     folder: str | Path,
+    config_class: type[PreTrainedConfig],
     *,
     layers: int = 4,
     heads: int = 8,
@@ -79,30 +83,21 @@ def write_tiny_llama(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """Write a random float32 Llama without a tokenizer; `config` goes to `LlamaConfig`."""
+    """Write a random float32 model without a tokenizer; `config` goes to its `config_class`."""
     common = _config_arguments(
         layers, heads, kv_heads, head_dim, vocab_size, max_position_embeddings
     )
-    return _write(folder, LlamaConfig(**(common | config)), seed)
+    return _write(folder, config_class(**(common | config)), seed)
 
 
-def write_tiny_qwen3(
-    folder: str | Path,
-    *,
-    layers: int = 4,
-    heads: int = 8,
-    kv_heads: int = 2,
-    head_dim: int = 32,
-    vocab_size: int = 512,
-    max_position_embeddings: int = 8192,
-    seed: int = 0,
-    **config: Any,
-) -> Path:
-    """Write a random float32 Qwen3 (q/k norm), otherwise like `write_tiny_llama`."""
-    common = _config_arguments(
-        layers, heads, kv_heads, head_dim, vocab_size, max_position_embeddings
-    )
-    return _write(folder, Qwen3Config(**(common | config)), seed)
+def write_tiny_llama(folder: str | Path, **sizes_and_config: Any) -> Path:
+    """Write a random Llama; see `write_tiny_model`."""
+    return write_tiny_model(folder, LlamaConfig, **sizes_and_config)
+
+
+def write_tiny_qwen3(folder: str | Path, **sizes_and_config: Any) -> Path:
+    """Write a random Qwen3 (q/k norm); see `write_tiny_model`."""
+    return write_tiny_model(folder, Qwen3Config, **sizes_and_config)
 
 
 def random_prompt(length: int, seed: int, vocab_size: int = 512) -> list[int]:

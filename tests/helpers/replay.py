@@ -58,6 +58,8 @@ def replay(
         forced_tokens=answer.tokens if follow_tokens else None,
     )
     for index, (start, length, phase) in enumerate(answer.steps):
+        if len(request.output_tokens) == len(answer.tokens):
+            break  # asynchronous scheduling began a step for a request that then ended
         if start != len(request.history):
             request.preempt(start)
         sampled = len(request.output_tokens)
