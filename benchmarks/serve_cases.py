@@ -6,7 +6,6 @@ time in the same run and a the time of one layer's attention over the prompt, in
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,6 +42,51 @@ class Shape:
         return sorted({int((i + 0.5) * self.layers / count) for i in range(count)})
 
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Time to the first token of one prompt."""
+
+    context: int
+    """Tokens."""
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Of SPARSE layers."""
+    repeats: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Time of a decode step, every row at this context."""
+
+    context: int
+    batch: int
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    repeats: int = 5
+
+
+K = 1024
+PLANS: dict[str, list[Prefill | Decode]] = {
+    # One H200 of 139 GiB, both engines with 44 GiB of KV cache: 360,000 tokens of Llama-3.1-8B.
+    # Repeats are turns: what a time limit cuts off is the last turns of the longest prompt.
+    "8b": [
+        Prefill(32 * K),
+        Prefill(64 * K),
+        Prefill(128 * K),
+        Decode(32 * K, 1),
+        Decode(32 * K, 4),
+        Decode(16 * K, 16),
+        Decode(64 * K, 1),
+        Decode(64 * K, 4),
+        Decode(128 * K, 1),
+        Decode(256 * K, 1),
+        Prefill(256 * K, (0.25, 0.5, 0.75, 0.8, 1.0)),
+    ],
+    # Two rows and more of 256K, which only one engine at a time has memory for.
+    "8b_one_by_one": [Decode(256 * K, 3, (0.75,))],
+    # Does it run at all; for any small model, also on a CPU.
+    "smoke": [Prefill(512, (0.5, 1.0), 2), Decode(512, 2, (0.5,), 2)],
+}
+
+
 @dataclass(slots=True)
 class Row:
     """One comparison; times are medians in the metric's unit."""
@@ -52,89 +96,39 @@ class Row:
     context: int
     batch: int
     sparse_share: float
-    flux: float
-    flash_attn: float
     ideal: float | None
     flux_values: list[float]
     flash_attn_values: list[float]
 
     @property
-    def speedup(self) -> float:
-        """How many times faster than FLASH_ATTN."""
-        return self.flash_attn / self.flux
+    def flux(self) -> float:
+        """Median with flux."""
+        return statistics.median(self.flux_values)
 
     @property
-    def share_of_ideal(self) -> float | None:
-        """Ideal time over measured time; 1 is ideal."""
-        return None if self.ideal is None else self.ideal / self.flux
+    def flash_attn(self) -> float:
+        """Median with the baseline."""
+        return statistics.median(self.flash_attn_values)
+
+    def __str__(self) -> str:
+        ideal = f"{self.ideal / self.flux:.3f} of ideal" if self.ideal is not None else ""
+        return (
+            f"{self.metric} {self.context:7d} x {self.batch:2d} f={self.sparse_share:.2f}: flux "
+            f"{self.flux:.4f}, FLASH_ATTN {self.flash_attn:.4f}, "
+            f"{self.flash_attn / self.flux:.3f}x {ideal} ({len(self.flux_values)} turns)"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for a JSON file."""
-        derived = {"speedup": self.speedup, "share_of_ideal": self.share_of_ideal}
+        derived = {
+            "flux": self.flux,
+            "flash_attn": self.flash_attn,
+            "speedup": self.flash_attn / self.flux,
+        }
+        if self.ideal is not None:
+            derived["share_of_ideal"] = self.ideal / self.flux
+            derived["bound"] = self.flash_attn / self.ideal
         return asdict(self) | derived
-
-
-class Engine:
-    """A `vllm.LLM` in a process of its own, driven step by step.
-
-    Args:
-        vocab_size: of the model; prompts are random tokens.
-        arguments: of `vllm.LLM`.
-    """
-
-    def __init__(self, vocab_size: int, **arguments: Any) -> None:
-        from vllm import LLM
-
-        self._vocab_size = vocab_size
-        self.llm = LLM(skip_tokenizer_init=True, enable_prefix_caching=False, **arguments)
-        self._next = 0
-
-    def fix_routes(self, layers: list[int]) -> None:
-        """Make these layers SPARSE (flux engines with policy `static`)."""
-        self.llm.collective_rpc("flux_fix_routes", args=(layers,))
-
-    def prefill_seconds(self, tokens: int) -> float:
-        """Time one request of random tokens to its first output token."""
-        prompt = self._random_prompt(tokens)
-        begin = time.perf_counter()
-        self.llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
-        return time.perf_counter() - begin
-
-    def _random_prompt(self, tokens: int) -> list[int]:
-        self._next += 1
-        generator = torch.Generator().manual_seed(self._next)
-        return torch.randint(1, self._vocab_size, (tokens,), generator=generator).tolist()
-
-    def start(self, context: int, batch: int) -> list[str]:
-        """Bring `batch` requests of `context` tokens into decode and return their ids."""
-        core = self.llm.llm_engine
-        names = []
-        for _ in range(batch):
-            prompt = {"prompt_token_ids": self._random_prompt(context)}
-            names.append(core.add_request(f"decode-{self._next}", prompt, _sampling(4096)))
-        decoding: set[str] = set()
-        while len(decoding) < batch:
-            decoding |= {output.request_id for output in core.step()}
-        for _ in range(16):
-            core.step()
-        return names
-
-    def step_seconds(self, steps: int, batch: int) -> float:
-        """Time decode steps; all requests must decode in each."""
-        core = self.llm.llm_engine
-        begin = time.perf_counter()
-        for _ in range(steps):
-            outputs = core.step()
-            if len(outputs) != batch:
-                raise RuntimeError(f"expected {batch} rows to decode, found {len(outputs)}")
-        return (time.perf_counter() - begin) / steps
-
-    def stop(self, names: list[str]) -> None:
-        """End requests."""
-        core = self.llm.llm_engine
-        core.abort_request(names)
-        while core.has_unfinished_requests():
-            core.step()
 
 
 def attention_seconds(
@@ -200,9 +194,3 @@ class _CudaTimer:
     def seconds(self) -> float:
         torch.cuda.synchronize()
         return sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-
-
-def _sampling(tokens: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)

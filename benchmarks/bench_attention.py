@@ -1,6 +1,6 @@
 """Time the GPU kernels at the Llama-3.1-8B shape against vLLM's FlashAttention-3, on one GPU.
 
-    python benchmarks/bench_kernels.py --out FILE.json [--only decode,prefill] [--sweep]
+    python -m benchmarks.bench_attention --out FILE.json [--only decode,prefill] [--sweep]
 
 GPU times come from CUDA graphs whose calls go around several KV caches, so that none is found in
 the L2 cache; host times are what the caller's thread spends on a call. Baseline: vLLM's own

@@ -1,8 +1,8 @@
 """Time pooling and routing at the Llama-3.1-8B shape, on one GPU: what a prefill step adds.
 
-    python benchmarks/bench_kernels_router.py --out FILE.json
+    python -m benchmarks.bench_router --out FILE.json
 
-`bench_kernels.py` says how times are taken.
+`bench_attention.py` says how times are taken.
 """
 
 import argparse
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_kernels import (
+
+from benchmarks.bench_attention import (
     BLOCK_SIZE,
     DTYPE,
     HEAD_DIM,
@@ -21,7 +22,6 @@ from bench_kernels import (
     record,
     write_rows,
 )
-
 from flux_vllm.attention_backend.kernels import query_sums
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (

@@ -1,0 +1,170 @@
+"""What flux costs where it cannot help: vLLM's own backend, policy `full`, and a router in turns.
+
+    python -m benchmarks.bench_overhead --model FOLDER --out OUT.json [--load-format dummy]
+
+All engines are alive at once, each in processes of its own, and take turns. Policy `router` runs at
+threshold 0: all layers attend FULL, and pooling, routing and bookkeeping remain. A row says how
+much longer flux took than vLLM's backend in the same turn: the median over turns, with a bootstrap
+95 % interval.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine_process import Engine
+from benchmarks.provenance import provenance
+from benchmarks.serve_cases import Shape
+from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.router.model import LayerRouter
+
+
+def main() -> None:
+    """Measure, print the rows and write them with the raw figures."""
+    args = _parse()
+    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    with tempfile.TemporaryDirectory() as folder:
+        router = write_random_router(shape, Path(folder), args.sink_tokens, args.window_tokens)
+        engines = {
+            args.baseline: _engine(args, shape, None),
+            "full": _engine(args, shape, {"policy": "full"}),
+            "router": _engine(args, shape, {"router": str(router), "threshold": 0.0}),
+        }
+        with ExitStack() as stack:
+            for engine in engines.values():
+                stack.enter_context(engine)
+            for engine in engines.values():
+                engine.wait()
+            sys.stdout.write("all engines are loaded\n")
+            sys.stdout.flush()
+            while args.go is not None and not args.go.exists():
+                time.sleep(0.2)
+            rows: list[dict[str, Any]] = []
+            source = provenance()
+            for context in args.contexts:
+                for row in _measure(engines, args, context):
+                    rows.append(row | {"provenance": source})
+                    sys.stdout.write(
+                        f"{row['metric']} {context:6d} tokens, {row['policy']:10s} "
+                        f"{row['overhead_percent']:+6.2f} % "
+                        f"[{row['interval_percent'][0]:+.2f}, {row['interval_percent'][1]:+.2f}]  "
+                        f"median {row['median']:.5f}\n"
+                    )
+                sys.stdout.flush()
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def write_random_router(
+    shape: Shape, folder: Path, sink_tokens: int, window_tokens: int, pool_tokens: int = 96
+) -> Path:
+    """Write a router of random weights that fits a model, and return its path."""
+    info = RouterInfo(
+        base_model="",
+        num_layers=shape.layers,
+        head_dim=shape.head_dim,
+        pool_tokens=pool_tokens,
+        sink_tokens=sink_tokens,
+        window_tokens=window_tokens,
+    )
+    torch.manual_seed(0)
+    return write_router(folder, LayerRouter(shape.layers, shape.head_dim), info)
+
+
+def _engine(args: argparse.Namespace, shape: Shape, flux: dict[str, Any] | None) -> Engine:
+    arguments: dict[str, Any] = {"attention_backend": args.baseline}
+    if flux is not None:
+        arguments = {"attention_backend": "flux", "additional_config": {"flux": flux}}
+    return Engine(
+        shape.vocab_size,
+        model=str(args.model),
+        load_format=args.load_format,
+        dtype=args.dtype,
+        max_model_len=max(args.contexts) + 4352,
+        max_num_batched_tokens=args.chunk,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=int(args.kv_gib * 2**30),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.eager,
+        disable_log_stats=True,
+        **arguments,
+    )
+
+
+def _measure(
+    engines: dict[str, Engine], args: argparse.Namespace, context: int
+) -> list[dict[str, Any]]:
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    names = list(engines)
+    for turn in range(args.repeats + 2):
+        for name in names if turn % 2 else names[::-1]:
+            engine = engines[name]
+            prefill = engine.prefill_seconds(context)
+            running = engine.start(context, 1)
+            decode = engine.step_seconds(args.steps, 1)
+            engine.stop(running)
+            if turn >= 2:  # the first ones warm up, in both orders
+                turns[name].append((prefill, 1000 * decode))
+    rows = []
+    for column, metric in enumerate(("ttft_s", "tpot_ms")):
+        base = [turn[column] for turn in turns[args.baseline]]
+        for name in names:
+            values = [turn[column] for turn in turns[name]]
+            percent = [100 * (v / b - 1) for v, b in zip(values, base, strict=True)]
+            rows.append(
+                {
+                    "metric": metric,
+                    "context": context,
+                    "policy": name,
+                    "overhead_percent": statistics.median(percent),
+                    "interval_percent": _interval(percent),
+                    "median": statistics.median(values),
+                    "values": values,
+                }
+            )
+    return rows
+
+
+def _interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """Bootstrap a 95 % interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(
+        statistics.median(generator.choices(values, k=len(values))) for _ in range(draws)
+    )
+    return medians[round(0.025 * draws)], medians[round(0.975 * draws)]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder with config.json (and weights)")
+    add("--out", type=Path, required=True, help="JSON file for the rows")
+    add("--load-format", default="auto", help="`dummy` for random weights (default auto)")
+    add("--baseline", default="FLASH_ATTN", help="vLLM's own backend (CPU_ATTN on a CPU)")
+    add("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt tokens")
+    add("--repeats", type=int, default=24, help="turns that count (default 24)")
+    add("--steps", type=int, default=24, help="decode steps a turn (default 24)")
+    add("--sink-tokens", type=int, default=128)
+    add("--window-tokens", type=int, default=2048)
+    add("--chunk", type=int, default=8192, help="max_num_batched_tokens (default 8192)")
+    add("--kv-gib", type=float, default=4, help="KV cache of each engine, GiB (default 4)")
+    add("--gpu-memory-utilization", type=float, default=0.25)
+    add("--dtype", default="bfloat16")
+    add("--eager", action="store_true", help="without CUDA graphs")
+    add("--go", type=Path, help="wait for this file once the engines are loaded")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""A `vllm.LLM` driven step by step, in a process of its own: several load and live side by side."""
+
+import os
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class Engine:
+    """The caller's end of an engine process; engines made one after another load together.
+
+    Args:
+        vocab_size: of the model; prompts are random tokens.
+        arguments: of `vllm.LLM`.
+    """
+
+    def __init__(self, vocab_size: int, **arguments: Any) -> None:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # Not a daemon: vLLM may start processes of its own.
+        self._process = context.Process(target=_serve, args=(theirs, vocab_size, arguments))
+        self._process.start()
+        theirs.close()
+        self._is_ready = False
+
+    def wait(self) -> None:
+        """Wait until the engine is loaded.
+
+        Raises: RuntimeError: it failed, with its error.
+        """
+        if not self._is_ready:
+            self._receive()
+            self._is_ready = True
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """Time one request of random tokens to its first output token."""
+        return self._call("prefill_seconds", tokens)
+
+    def start(self, context: int, batch: int, attend: bool = True) -> list[str]:
+        """Bring requests into decode.
+
+        Args:
+            context: tokens of each prompt.
+            batch: requests.
+            attend: False skips attention in prefill (`BenchmarkWorker.skip_attention`).
+
+        Returns: their ids.
+        """
+        return self._call("start", context, batch, attend)
+
+    def step_seconds(self, steps: int, batch: int) -> float:
+        """Time a decode step, the mean of so many; all requests must decode in each."""
+        return self._call("step_seconds", steps, batch)
+
+    def stop(self, names: Sequence[str]) -> None:
+        """End requests."""
+        self._call("stop", names)
+
+    def fix_routes(self, layers: Sequence[int] | None) -> None:
+        """Make these layers SPARSE and the others FULL (flux engines)."""
+        self._call("fix_routes", layers)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End the process, and vLLM's with it."""
+        self._pipe.close()
+        self._process.join(timeout=60)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        self.wait()
+        self._pipe.send((name, args))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            good, value = self._pipe.recv()
+        except EOFError as error:
+            raise RuntimeError("the engine's process ended; its log says why") from error
+        if not good:
+            raise RuntimeError(f"the engine failed: {value}")
+        return value
+
+
+def _serve(pipe: Connection, vocab_size: int, arguments: dict[str, Any]) -> None:
+    """Load the engine, say so, and do what the pipe asks for until it is closed."""
+    # vLLM's EngineCore in this process: in one of its own it would go on decoding between steps
+    # that are asked for, beside the engine that is measured.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        driver = _Driver(vocab_size, arguments)
+    except Exception as error:
+        pipe.send((False, repr(error)))
+        raise
+    pipe.send((True, None))
+    while True:
+        try:
+            name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, getattr(driver, name)(*args)))
+        except Exception as error:
+            pipe.send((False, repr(error)))
+            raise
+
+
+class _Driver:
+    """The engine's end: one `vllm.LLM`."""
+
+    def __init__(self, vocab_size: int, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self._vocab_size = vocab_size
+        self._next = 0
+        self._llm = LLM(
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            worker_extension_cls="benchmarks.worker_extension.BenchmarkWorker",
+            **arguments,
+        )
+        self._core = self._llm.llm_engine
+
+    def fix_routes(self, layers: Sequence[int] | None) -> None:
+        self._llm.collective_rpc("flux_fix_routes", args=(layers,))
+
+    def prefill_seconds(self, tokens: int) -> float:
+        prompt = self._random_prompt(tokens)
+        begin = time.perf_counter()
+        self._llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
+        return time.perf_counter() - begin
+
+    def _random_prompt(self, tokens: int) -> list[int]:
+        self._next += 1
+        generator = torch.Generator().manual_seed(self._next)
+        return torch.randint(1, self._vocab_size, (tokens,), generator=generator).tolist()
+
+    def start(self, context: int, batch: int, attend: bool) -> list[str]:
+        if not attend:
+            self._llm.collective_rpc("skip_attention", args=(True,))
+        names = []
+        for _ in range(batch):
+            prompt = {"prompt_token_ids": self._random_prompt(context)}
+            # Aborted by this name, not by the longer one that the engine gives it.
+            names.append(f"decode-{self._next}")
+            self._core.add_request(names[-1], prompt, _sampling(4096))
+        decoding: set[str] = set()
+        while len(decoding) < batch:
+            decoding |= {output.request_id for output in self._core.step()}
+        if not attend:
+            self._llm.collective_rpc("skip_attention", args=(False,))
+        for _ in range(16):
+            self._core.step()
+        return names
+
+    def step_seconds(self, steps: int, batch: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            outputs = self._core.step()
+            if len(outputs) != batch:
+                raise RuntimeError(f"expected {batch} rows to decode, found {len(outputs)}")
+        return (time.perf_counter() - begin) / steps
+
+    def stop(self, names: Sequence[str]) -> None:
+        self._core.abort_request(list(names))
+        while self._core.has_unfinished_requests():
+            self._core.step()
+
+
+def _sampling(tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)

@@ -1,0 +1,26 @@
+"""What benchmarks add to vLLM's workers (`worker_extension_cls`): filling a KV cache quickly."""
+
+from typing import Any
+
+
+class BenchmarkWorker:
+    """Mixed into vLLM's worker; its methods are called through `collective_rpc`."""
+
+    def skip_attention(self: Any, skip: bool) -> None:
+        """Make eager attention calls do nothing, or attend again.
+
+        Keys and values are written all the same. With random weights a decode step takes the same
+        time whatever they are, so a benchmark of decode need not wait for attention in prefill.
+        Replays of decode graphs are not affected.
+        """
+        context = self.model_runner.vllm_config.compilation_config.static_forward_context
+        for layer in context.values():
+            if skip:
+                layer.impl.forward = _leave_output
+            else:
+                vars(layer.impl).pop("forward", None)
+
+
+def _leave_output(*args: Any, **kwargs: Any) -> Any:
+    """Return the output buffer as it is; stands in for `AttentionImpl.forward`."""
+    return kwargs["output"] if "output" in kwargs else args[6]
