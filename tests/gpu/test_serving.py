@@ -3,19 +3,27 @@
 Oracle: tests/helpers/reference.py over the same bfloat16 weights. An engine in bfloat16 cannot
 equal it, so the rule is: at most twice the error that vLLM's own FLASH_ATTN makes on the same
 prompts against the same reference with all layers FULL. vLLM's defaults stay on (CUDA graphs,
-asynchronous scheduling) unless a test says otherwise.
+asynchronous scheduling) unless a test says otherwise. Starting engines is what takes the time: each
+serves several tests, prompts of one chunk and of many.
 """
 
+from dataclasses import dataclass
+from unittest.mock import patch
+
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
-from tests.helpers.engine import Engine
+from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse, total
 from tests.helpers.models import random_prompt, write_random_router, write_tiny_llama
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
-from tests.helpers.replay import logprob_errors, replay
+from tests.helpers.replay import (
+    assert_likeliest,
+    assert_verified_drafts,
+    logprob_errors,
+    replay,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
@@ -29,7 +37,22 @@ STATIC = {
 }
 LENGTHS = [1, 15, 16, 17, 159, 160, 161, 320, 500, 1100, 3001]
 P_FULL_MARGIN = 0.1  # bfloat16 queries
-DEFAULTS = {"dtype": "bfloat16", "enforce_eager": False, "max_num_seqs": 16}
+CHUNK = 128  # prompts of 129 and 257 tokens leave a tail of one
+TAILS = [129, 257]
+ALONE = [200, 900, 40, 400, 1500]
+TRIO = [300, 160, 1000]
+OUTPUT = 24
+ALLOWED = [3, 77, 400]
+DEFAULTS = {
+    "dtype": "bfloat16",
+    "enforce_eager": False,
+    "max_num_seqs": 16,
+    "gpu_memory_utilization": 0.1,  # several processes share the GPU
+}
+
+
+def _prompts(lengths):
+    return [random_prompt(length, seed=length) for length in lengths]
 
 
 @pytest.fixture(scope="session", params=[64, 128], ids=["H64", "H128"])
@@ -61,8 +84,8 @@ def flash_attn_error(model):
     folder, _, reference = model
     with Engine(folder, None, attention_backend="FLASH_ATTN", **DEFAULTS) as engine:
         answers = [
-            engine.generate([random_prompt(n, seed=n)], 24, prompt_logprobs=True)[0]
-            for n in LENGTHS
+            engine.generate([prompt], OUTPUT, prompt_logprobs=True)[0]
+            for prompt in _prompts(LENGTHS)
         ]
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 16)
     errors = [
@@ -73,9 +96,10 @@ def flash_attn_error(model):
 
 
 def _check(answers, model, allowed, block_size=16, routed=True):
+    """Hold answers to twice the allowed errors. Returns: their replays."""
     folder, router, reference = model
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size)
-    worst = (0.0, 0.0)
+    worst, requests = (0.0, 0.0), []
     for answer in answers:
         request = replay(
             reference,
@@ -86,47 +110,132 @@ def _check(answers, model, allowed, block_size=16, routed=True):
             margin=P_FULL_MARGIN,
             follow_tokens=True,
         )
+        requests.append(request)
         worst = tuple(map(max, worst, logprob_errors(answer, request)))
     print(f"\nworst prompt, output error {worst}, FLASH_ATTN {allowed}", flush=True)
     assert worst[0] <= 2 * allowed[0]
     assert worst[1] <= 2 * allowed[1]
+    return requests
 
 
-@pytest.mark.parametrize("kernels", ["fa3", "triton"])
-@pytest.mark.parametrize("chunk", [4096, 97], ids=["one-chunk", "chunks-97"])
-def test_static(model, flash_attn_error, kernels, chunk):
-    flux = STATIC | {"kernels": kernels}
-    with Engine(model[0], flux, max_num_batched_tokens=chunk, **DEFAULTS) as engine:
+def test_static(model, flash_attn_error):
+    """Prompts up to 331 tokens in one chunk, longer ones in several at odd offsets."""
+    arguments = DEFAULTS | {"enforce_eager": True}
+    with Engine(model[0], STATIC, max_num_batched_tokens=331, **arguments) as engine:
         answers = [
-            engine.generate([random_prompt(n, seed=n)], 24, prompt_logprobs=True)[0]
-            for n in LENGTHS
+            engine.generate([prompt], OUTPUT, prompt_logprobs=True)[0]
+            for prompt in _prompts(LENGTHS)
         ]
     _check(answers, model, flash_attn_error, routed=False)
 
 
-@pytest.mark.parametrize("kernels", ["fa3", "triton"])
-@pytest.mark.parametrize("chunk", [4096, 128], ids=["one-chunk", "chunks-128"])
-def test_router_in_a_batch(model, flash_attn_error, kernels, chunk):
-    """Mixed routes and phases in one batch; prompts of 129 and 257 leave one-token tails."""
-    flux = {"router": str(model[1]), "kernels": kernels}
+@dataclass
+class Served:
+    """What one engine with a router, graphs and small chunks answered.
+
+    Attributes:
+        batch: many prompts at once.
+        tails: prompts with one-token tails, each alone.
+        forwards: of each tail prompt, how often a layer's attention ran in Python.
+        alone: prompts one by one.
+        trio: three prompts at once: a graph of four rows.
+        trio_alone: the same one by one.
+    """
+
+    batch: list[Answer]
+    tails: list[Answer]
+    forwards: list[int]
+    alone: list[Answer]
+    trio: list[Answer]
+    trio_alone: list[Answer]
+
+
+def _one_by_one(engine, lengths):
+    return [engine.generate([prompt], OUTPUT)[0] for prompt in _prompts(lengths)]
+
+
+@pytest.fixture(scope="session", params=["fa3", "triton"])
+def served(request, model):
+    from prometheus_client import generate_latest
+
+    from flux_vllm.attention_backend.cuda import FluxCUDAImpl
+
+    flux = {"router": str(model[1]), "kernels": request.param}
+    name = f"{request.param}-{model[2].head_dim}"
     with Engine(
-        model[0], flux, max_num_batched_tokens=chunk, served_model_name="batch", **DEFAULTS
+        model[0], flux, max_num_batched_tokens=CHUNK, served_model_name=name, **DEFAULTS
     ) as engine:
-        answers = engine.generate(
-            [random_prompt(n, seed=n) for n in [*LENGTHS, 129, 257]], 40, prompt_logprobs=True
+        batch = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
+        tails, forwards = [], []
+        forward = FluxCUDAImpl.forward
+        for prompt in _prompts(TAILS):
+            with patch.object(FluxCUDAImpl, "forward", autospec=True, side_effect=forward) as spy:
+                tails += engine.generate([prompt], OUTPUT)
+            forwards.append(spy.call_count)
+        answers = (
+            _one_by_one(engine, ALONE),
+            engine.generate(_prompts(TRIO), OUTPUT),
+            _one_by_one(engine, TRIO),
         )
-        assert engine.worker.flux_status()["live_requests"] >= 0
-        from prometheus_client import generate_latest
-
+        engine.runtime.status()  # counts the steps in flight
         metrics = parse(generate_latest().decode())
-    assert total(metrics, "flux_unrouted_rows_total", model_name="batch") == 0
-    assert len({tuple(answer.routes) for answer in answers}) > 3
-    _check(answers, model, flash_attn_error)
+    unrouted = total(metrics, "flux_unrouted_rows_total", model_name=name)
+    assert unrouted == 0
+    return Served(batch, tails, forwards, *answers)
 
 
-@pytest.mark.parametrize("block_size", [16, 64, 128])
-def test_preemption_and_block_sizes(model, flash_attn_error, block_size):
+def test_router_in_a_batch(model, flash_attn_error, served):
+    """Mixed routes and phases in one batch."""
+    assert len({tuple(answer.routes) for answer in served.batch}) > 3
+    _check(served.batch, model, flash_attn_error)
+
+
+def test_one_token_tail_is_no_graph_replay(model, flash_attn_error, served):
+    """Python runs each layer at each prefill step, tails included, and at no decode step."""
+    for answer, forwards in zip(served.tails, served.forwards, strict=True):
+        prefills = [length for _, length, phase in answer.steps if phase == "prefill"]
+        assert prefills[-1] == 1
+        assert forwards == 4 * len(prefills), f"{answer.steps}: {forwards} forwards"
+    _check(served.tails, model, flash_attn_error)
+
+
+def test_padded_graph_equals_unpadded(model, flash_attn_error, served):
+    """Three rows in the graph of four, against a graph of one row."""
+    _check(served.trio, model, flash_attn_error)
+    _assert_alike(served.trio, served.trio_alone, flash_attn_error)
+
+
+@pytest.fixture(scope="session")
+def eager(model):
+    """The answers to `Served.alone` without graphs."""
+    arguments = DEFAULTS | {"enforce_eager": True}
+    with Engine(
+        model[0], {"router": str(model[1])}, max_num_batched_tokens=CHUNK, **arguments
+    ) as engine:
+        return _one_by_one(engine, ALONE)
+
+
+def test_graphs_equal_eager(model, flash_attn_error, served, eager):
+    """Replays of one graph under changing routes equal eager steps, of either kernels."""
+    _assert_alike(served.alone, eager, flash_attn_error)
+    _check(eager, model, flash_attn_error)
+
+
+def _assert_alike(answers, others, allowed):
+    """Hold two computations to each other: each may err by twice FLASH_ATTN's error."""
+    for one, other in zip(answers, others, strict=True):
+        assert one.routes == other.routes
+        same = [a == b for a, b in zip(one.tokens, other.tokens, strict=True)]
+        until = same.index(False) if False in same else len(same)
+        assert until > 0
+        for a, b in zip(one.logprobs[:until], other.logprobs[:until], strict=True):
+            assert abs(a - b) <= 4 * allowed[1]
+
+
+def test_preemption_and_block_sizes(model, flash_attn_error):
+    """Blocks of as many tokens as head_dim: 64 and 128; all prompts fit one chunk."""
     prompts = [random_prompt(n, seed=60 + n) for n in (500, 161, 700, 1100)]
+    block_size = model[2].head_dim
     blocks = sum(-(-len(prompt) // block_size) for prompt in prompts) + 5
     bytes_per_block = 4 * 2 * 2 * model[2].head_dim * 2 * block_size
     with Engine(
@@ -136,7 +245,7 @@ def test_preemption_and_block_sizes(model, flash_attn_error, block_size):
         max_model_len=2048,
         kv_cache_memory_bytes=blocks * bytes_per_block + (400 << 20),
         num_gpu_blocks_override=blocks,
-        **DEFAULTS,
+        **(DEFAULTS | {"enforce_eager": True}),
     ) as engine:
         answers = engine.generate(prompts, 200)
     assert sum(answer.preemptions for answer in answers) > 0
@@ -144,35 +253,27 @@ def test_preemption_and_block_sizes(model, flash_attn_error, block_size):
     _check(answers, model, allowed, block_size)
 
 
-def test_graphs_equal_eager(model):
-    """Replays of one graph under changing routes equal eager steps."""
-    prompts = [random_prompt(n, seed=n) for n in (200, 900, 40, 400, 1500)]
-    answers = []
-    for eager in (True, False):
-        with Engine(
-            model[0], {"router": str(model[1])}, **(DEFAULTS | {"enforce_eager": eager})
-        ) as engine:
-            answers.append([engine.generate([prompt], 32)[0] for prompt in prompts])
-    for eager, graph in zip(*answers, strict=True):
-        assert eager.routes == graph.routes
-        # Splits of the keys differ between the two, so the last bits do.
-        same = [a == b for a, b in zip(eager.tokens, graph.tokens, strict=True)]
-        until = same.index(False) if False in same else len(same)
-        for a, b in zip(eager.logprobs[:until], graph.logprobs[:until], strict=True):
-            assert abs(a - b) < 0.2
-        assert until > 0
-
-
-def test_full_policy_equals_flash_attn(model):
-    prompts = [random_prompt(n, seed=n) for n in (1, 33, 161, 500, 900, 2500)]
-    answers = []
-    for arguments in ({"attention_backend": "FLASH_ATTN"}, {}):
-        flux = None if arguments else {"policy": "full"}
-        with Engine(model[0], flux, **(DEFAULTS | arguments)) as engine:
-            answers.append([engine.generate([prompt], 64)[0] for prompt in prompts])
-    for stock, ours in zip(*answers, strict=True):
-        assert stock.tokens == ours.tokens
-
-
-def test_gpu_is_there():
-    assert torch.cuda.is_available()
+@pytest.mark.parametrize("case", ["static-fa3", "router-triton"])
+def test_speculative_decoding(model, flash_attn_error, case):
+    """Rows of several queries in graphs; three allowed tokens make n-grams foretell the output."""
+    policy, kernels = case.split("-")
+    flux = (STATIC if policy == "static" else {"router": str(model[1])}) | {"kernels": kernels}
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
+    arguments = DEFAULTS | {"max_num_seqs": 8}
+    with Engine(
+        model[0], flux, max_num_batched_tokens=512, speculative_config=ngram, **arguments
+    ) as engine:
+        answers = engine.generate(_prompts([30, 185, 700, 2000]), 60, allowed_token_ids=ALLOWED)
+        answers += engine.generate(_prompts([320]), 60, allowed_token_ids=ALLOWED)
+    assert_verified_drafts(answers)
+    # The allowed tokens are as unlikely as a random prompt's.
+    allowed = (flash_attn_error[0], max(flash_attn_error))
+    for answer, request in zip(
+        answers, _check(answers, model, allowed, routed=policy == "router"), strict=True
+    ):
+        assert_likeliest(answer, request, ALLOWED, tolerance=4 * allowed[1])

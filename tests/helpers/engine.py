@@ -23,6 +23,7 @@ class Answer:
         prompt: token ids.
         tokens: output token ids.
         logprobs: of each output token.
+        candidates: for each output token, the log-probabilities of the likeliest ones by id.
         prompt_logprobs: of each prompt token given those before it, None for the first; empty
             where they were not asked for.
         cached_tokens: prompt tokens found in the prefix cache.
@@ -37,6 +38,7 @@ class Answer:
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
+    candidates: list[dict[int, float]]
     prompt_logprobs: list[float | None]
     cached_tokens: int
     steps: list[tuple[int, int, str]] = field(default_factory=list)
@@ -151,6 +153,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         prompt_logprobs: bool = False,
+        candidates: int = 0,
         **sampling: Any,
     ) -> list[Answer]:
         """Answer prompts together, greedily."""
@@ -161,7 +164,7 @@ class Engine:
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
-            logprobs=0,
+            logprobs=candidates,
             prompt_logprobs=0 if prompt_logprobs else None,
             **sampling,
         )
@@ -185,6 +188,10 @@ class Engine:
             prompt=list(output.prompt_token_ids),
             tokens=list(completion.token_ids),
             logprobs=[row[token].logprob for token, row in pairs],
+            candidates=[
+                {token: entry.logprob for token, entry in row.items()}
+                for row in completion.logprobs
+            ],
             prompt_logprobs=[row and row[token].logprob for token, row in prompt_pairs],
             cached_tokens=output.num_cached_tokens or 0,
             steps=self._steps[names[0]],

@@ -1,0 +1,181 @@
+"""The sample model on real text: `full` against FLASH_ATTN, `router` against transformers.
+
+Oracles: vLLM's FLASH_ATTN, and tests/helpers/reference.py in float32. Low precision decides between
+tokens that are nearly as likely, so the first difference of two answers must lie between candidates
+whose gap FLASH_ATTN's own noise explains; what was found is printed, and written to
+`$FLUX_TEST_OUT/sample_model_full.json` where that is set.
+"""
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flux_vllm
+from tests.helpers.engine import Engine
+from tests.helpers.reference import ReferenceModel, ReferenceRouter, SparsePattern
+from tests.helpers.replay import replay
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+
+ROUTER_FILE = "flux_router.safetensors"
+ROUTER = Path(flux_vllm.__file__).parent / "data" / "smollm2-135m-instruct" / ROUTER_FILE
+P_FULL_MARGIN = 0.1  # bfloat16 queries
+CHARACTERS_A_TOKEN = 8  # more than any of these texts has
+DEFAULTS = {
+    "dtype": "bfloat16",
+    "enforce_eager": False,
+    "max_model_len": 8192,
+    "max_num_batched_tokens": 8192,
+    "max_num_seqs": 64,
+    "block_size": 16,
+    "kv_cache_memory_bytes": 3 << 30,  # all prompts at once
+    "gpu_memory_utilization": 0.1,
+}
+
+
+@pytest.fixture(scope="session")
+def prompts_of(sample_model):
+    """Cut prompts of given lengths from the standard library's sources, one source each."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sample_model)
+
+    def cut(lengths):
+        library = Path(sysconfig.get_path("stdlib"))
+        needed = CHARACTERS_A_TOKEN * max(lengths)
+        files = [f for f in sorted(library.glob("*.py")) if f.stat().st_size >= needed]
+        files += [f for f in sorted(library.glob("*/*.py")) if f.stat().st_size >= needed]
+        assert len(files) >= 5, f"{library} has too few long sources: {len(files)}"
+        prompts = []
+        for index, length in enumerate(lengths):
+            text = files[index % len(files)].read_text(encoding="utf-8")
+            # Prompts that share a source start at different places of it.
+            start = (index // len(files) * 977) % (len(text) - needed + 1)
+            tokens = tokenizer(text[start : start + CHARACTERS_A_TOKEN * length])["input_ids"]
+            assert len(tokens) >= length
+            prompts.append(tokens[:length])
+        return prompts
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def model_alone(sample_model, tmp_path_factory):
+    """The sample model without its router, which stock vLLM would take for weights."""
+    folder = tmp_path_factory.mktemp("sample-model")
+    for file in sample_model.iterdir():
+        if file.name != ROUTER_FILE:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def _log_spaced(low, high, count):
+    return np.geomspace(low, high, count).round().astype(int).tolist()
+
+
+def _first_difference(one, other):
+    for index, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)):
+        if a != b:
+            return index
+    return None
+
+
+def _noise(answers, others):
+    """Give the largest difference of a token's log-probability before two answers part."""
+    differences = [0.0]
+    for one, other in zip(answers, others, strict=True):
+        until = _first_difference(one, other)
+        pairs = zip(one.logprobs[:until], other.logprobs[:until], strict=True)
+        differences += [abs(a - b) for a, b in pairs]
+    return max(differences)
+
+
+def _ties(answers, others):
+    """List where answers part: the candidates' gap in either engine, inf for one not among them."""
+    ties = []
+    for index, (one, other) in enumerate(zip(answers, others, strict=True)):
+        at = _first_difference(one, other)
+        if at is not None:
+            a, b = one.tokens[at], other.tokens[at]
+            gaps = [
+                abs(row[chosen] - row.get(rival, float("-inf")))
+                for row, chosen, rival in (
+                    (one.candidates[at], a, b),
+                    (other.candidates[at], b, a),
+                )
+            ]
+            ties.append(
+                {
+                    "prompt": index,
+                    "prompt_tokens": len(one.prompt),
+                    "output_token": at,
+                    "candidates": [a, b],
+                    "gaps": gaps,
+                }
+            )
+    return ties
+
+
+def test_full_policy_equals_flash_attn(model_alone, prompts_of):
+    """Greedy tokens over 50 prompts; engine against engine, each prompt alone.
+
+    Two log-probabilities that each differ by the noise between two engines let candidates change
+    places whose gap is up to twice the noise.
+    """
+    prompts = prompts_of(_log_spaced(100, 7000, 50))
+    with Engine(model_alone, None, attention_backend="FLASH_ATTN", **DEFAULTS) as engine:
+        stock = [engine.generate([prompt], 32, candidates=10)[0] for prompt in prompts]
+        together = engine.generate(prompts, 32, candidates=10)
+    with Engine(model_alone, {"policy": "full"}, **DEFAULTS) as engine:
+        ours = [engine.generate([prompt], 32, candidates=10)[0] for prompt in prompts]
+    noise = _noise(stock, together)
+    found = {
+        "flash_attn_noise": noise,
+        "flux_noise": _noise(stock, ours),
+        "flash_attn_against_itself": _ties(stock, together),
+        "flux_against_flash_attn": _ties(stock, ours),
+    }
+    print("\n" + json.dumps(found, indent=1), flush=True)
+    if "FLUX_TEST_OUT" in os.environ:
+        path = Path(os.environ["FLUX_TEST_OUT"]) / "sample_model_full.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for tie in found["flux_against_flash_attn"]:
+        assert max(tie["gaps"]) <= 2 * noise, tie
+
+
+@pytest.fixture(scope="session")
+def reference(sample_model):
+    """The sample model in transformers, float32, on a few of the CPU's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield ReferenceModel(sample_model)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("chunk", [8192, 300], ids=["one-chunk", "chunks-300"])
+def test_router_equals_transformers(sample_model, prompts_of, reference, chunk):
+    """Routes of each step wherever |P(FULL) - threshold| is above the margin."""
+    router = ReferenceRouter.load(ROUTER)
+    sizes = (int(router.metadata[name]) for name in ("sink_tokens", "window_tokens"))
+    pattern = SparsePattern(*sizes, DEFAULTS["block_size"])
+    arguments = DEFAULTS | {"max_num_batched_tokens": chunk, "enforce_eager": True}
+    with Engine(sample_model, {"router": str(ROUTER)}, **arguments) as engine:
+        answers = [
+            engine.generate([prompt], 1)[0] for prompt in prompts_of(_log_spaced(100, 2000, 12))
+        ]
+        engine.runtime.status()  # the decisions of steps in flight
+    worst = 0.0
+    for answer in answers:
+        request = replay(
+            reference, answer, pattern, router=router, margin=P_FULL_MARGIN, follow_tokens=True
+        )
+        assert len(answer.steps) == -(-len(answer.prompt) // chunk)
+        pairs = zip(answer.p_full, request.p_full.tolist(), strict=True)
+        worst = max([worst, *(abs(got - expected) for got, expected in pairs)])
+    print(f"\nlargest difference of P(FULL): {worst:.3f}", flush=True)
+    assert len({tuple(answer.routes) for answer in answers}) > 1
