@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Serves MODEL with layer routes: start.sh MODEL [arguments of vllm serve]
 #
+# FLUX_PORT (8000) is where it listens and where health.py asks.
 # VLLM_PLUGINS names the plugins that vLLM loads; one that adds pages (/flux) only if it is named.
 set -euo pipefail
 
@@ -12,4 +13,4 @@ fi
 model=$1
 shift
 export VLLM_PLUGINS=${VLLM_PLUGINS:-flux,flux_live}
-exec flux-vllm serve "$model" --attention-backend flux "$@"
+exec flux-vllm serve "$model" --attention-backend flux --port "${FLUX_PORT:-8000}" "$@"
