@@ -126,6 +126,8 @@ def make_batch(
 ) -> Batch:
     """Fill a cache and a batch with random numbers, `poison` wherever nothing may be read."""
     generator = torch.Generator().manual_seed(seed)
+    # Long batches are drawn where they are needed: seconds each on the host.
+    on_device = generator if device == "cpu" else torch.Generator(device).manual_seed(seed)
     size = shape.block_size
     blocks_of = [-(-row.seq_len // size) for row in rows]
     spare = 5
@@ -134,26 +136,29 @@ def make_batch(
     width = max(blocks_of) + 3
     # The layout of vLLM 0.33: keys and values of a token and head side by side.
     packed = torch.full(
-        (num_blocks, size, shape.kv_heads, 2 * shape.head_dim), poison, dtype=shape.dtype
+        (num_blocks, size, shape.kv_heads, 2 * shape.head_dim),
+        poison,
+        dtype=shape.dtype,
+        device=device,
     )
     table = order[-spare:][torch.randint(spare, (len(rows), width), generator=generator)]
     slots = []
     for index, row in enumerate(rows):
         blocks = order[sum(blocks_of[:index]) :][: blocks_of[index]]
         table[index, : len(blocks)] = blocks
-        filled = torch.full((len(blocks) * size, *packed.shape[2:]), poison)
-        filled[: row.seq_len] = torch.randn(row.seq_len, *packed.shape[2:], generator=generator)
-        packed[blocks] = filled.view(len(blocks), *packed.shape[1:]).to(shape.dtype)
+        filled = torch.full((len(blocks) * size, *packed.shape[2:]), poison, device=device)
+        filled[: row.seq_len].normal_(generator=on_device)
+        packed[blocks.to(device)] = filled.view(len(blocks), *packed.shape[1:]).to(shape.dtype)
         position = torch.arange(row.seq_len - row.query_len, row.seq_len)
         slots.append(table[index, position // size] * size + position % size)
-    packed = packed.to(device)
     query_lens = torch.tensor([0] + [row.query_len for row in rows])
     total = int(query_lens.sum())
-    query = torch.randn(total, shape.heads, shape.head_dim, generator=generator)
+    query = torch.empty(total, shape.heads, shape.head_dim, device=device)
+    query.normal_(generator=on_device)
     return Batch(
         rows=rows,
         shape=shape,
-        query=query.to(shape.dtype).to(device),
+        query=query.to(shape.dtype),
         kv_cache=packed.transpose(1, 2),
         block_table=table.int().to(device),
         query_start_loc=query_lens.cumsum(0).int().to(device),

@@ -28,7 +28,7 @@ from tests.unit.attention_backend.test_kernels_decode import (
     views_of,
 )
 from tests.unit.attention_backend.test_kernels_prefill import AWKWARD as AWKWARD_PREFILL
-from tests.unit.attention_backend.test_kernels_prefill import LONG, _by_torch
+from tests.unit.attention_backend.test_kernels_prefill import LONG_CASES, LONG_IDS, _by_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,8 +120,7 @@ def test_attend_leaves_skipped_rows_alone(shape: Shape, query_len: int) -> None:
             assert written.all() if chosen[index] else not written.any()
 
 
-@pytest.mark.parametrize("length", [2175, 2176, 2177, 4097, 70_000])
-@pytest.mark.parametrize("shape", LONG, ids=str)
+@pytest.mark.parametrize(("shape", "length"), LONG_CASES, ids=LONG_IDS)
 def test_two_passes_long(shape: Shape, length: int) -> None:
     query_len = min(length, 1031)
     rows = [Row(query_len, length, SPARSE), Row(257, length - 1, FULL), Row(33, length, SPARSE)]

@@ -169,9 +169,13 @@ LONG = [
 ]  # fmt: skip
 
 
+LONG_CASES = [(shape, length) for shape in LONG for length in (2175, 2176, 2177, 4097)]
+LONG_CASES.append((LONG[0], 70_000))
+LONG_IDS = [f"{shape}-{length}" for shape, length in LONG_CASES]
+
+
 @pytest.mark.parametrize("device", DEVICES[1:])
-@pytest.mark.parametrize("length", [2175, 2176, 2177, 70_000])
-@pytest.mark.parametrize("shape", LONG, ids=str)
+@pytest.mark.parametrize(("shape", "length"), LONG_CASES, ids=LONG_IDS)
 def test_attend_prefill_long(device: str, shape: Shape, length: int) -> None:
     query_len = min(length, 301)
     rows = [Row(query_len, length, SPARSE), Row(7, 2005, FULL), Row(257, length - 1, FULL)]
