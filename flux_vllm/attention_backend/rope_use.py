@@ -39,7 +39,8 @@ def change_after_rope(attention: Any) -> str | None:
 
     Returns: the statement, as source text; None where queries are at most reshaped.
     """
-    tree = _rotating_function(type(attention))
+    kind: Any = type(attention)
+    tree = _rotating_function(kind)
     if tree is None:
         return None
     names: set[str] = set()

@@ -5,9 +5,9 @@ clients that hang up, and what an operator reads when the configuration is wrong
 """
 
 import asyncio
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from openai import AsyncOpenAI, OpenAI
 
 from demo.server import Server
 from tests.helpers.metrics import parse, total
+from tests.helpers.models import write_random_router, write_tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SPARSE_LAYERS = [0, 1, 2, 3, 4, 5]
 NUM_LAYERS = 30
+SECONDS = 30  # of processor time until a mistake is told, imports included
 FLUX = '{"flux": {"policy": "static", "sparse_layers": [0, 1, 2, 3, 4, 5], %s}}'
 SIZES = '"sink_tokens": 16, "window_tokens": 64'
 
@@ -114,14 +116,37 @@ def test_two_hundred_clients_some_hang_up(server):
     assert total(after, "flux_unrouted_rows_total") == 0
 
 
-def test_wrong_configuration_says_what_to_do(sample_model):
-    arguments = _arguments(sample_model, FLUX % '"windw_tokens": 64')
+def _truncated_router(folder: Path) -> None:
+    router = write_random_router(folder, num_layers=2, head_dim=32)
+    router.write_bytes(router.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flux", "message"),
+    [
+        (None, '{"windw_tokens": 64}', "flux config: expected keys among "),
+        (None, "{}", "expected a router at FOLDER/flux_router.safetensors, found nothing there; "),
+        (
+            _truncated_router,
+            "{}",
+            "FOLDER/flux_router.safetensors: expected a safetensors file, found one that cannot ",
+        ),
+    ],
+    ids=["unknown-key", "no-router", "truncated"],
+)
+def test_mistakes_end_the_process_at_once(tmp_path, spoil, flux, message):
+    """What stands last on stderr is the message, with no traceback around it."""
+    write_tiny_llama(tmp_path, layers=2)
+    if spoil is not None:
+        spoil(tmp_path)
+    arguments = [*_arguments(tmp_path, f'{{"flux": {flux}}}'), "--skip-tokenizer-init"]
     command = [sys.executable, "-m", "flux_vllm.cli", "serve", *arguments]
-    begin = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode != 0
-    assert "flux config: expected keys among" in result.stderr
-    assert "['windw_tokens']" in result.stderr
+    assert result.returncode == 1
+    expected = f"flux-vllm serve: error: {message.replace('FOLDER', str(tmp_path))}"
+    assert result.stderr.splitlines()[-1].startswith(expected)
+    assert "Traceback" not in result.stdout + result.stderr
     # No model was loaded to find that out.
     assert "Starting to load model" not in result.stdout + result.stderr
-    assert time.monotonic() - begin < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < SECONDS
