@@ -120,7 +120,9 @@ class Engine:
 
     def _note_accepted(self, name: str, output: Any, known: int, now_known: int) -> None:
         """Correct a decode step: when it was scheduled, all drafts counted as accepted."""
-        index = self._step_of.pop((id(output), name))
+        index = self._step_of.pop((id(output), name), None)
+        if index is None:
+            return  # in flight since an earlier call
         if self._steps[name][index][2] == "decode" and now_known > known:
             self._steps[name][index] = (known - 1, now_known - known, "decode")
 
