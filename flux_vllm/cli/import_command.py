@@ -1,0 +1,41 @@
+"""`flux-vllm import`: a published Flux-Attention checkpoint as a folder that vLLM serves."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flux_vllm.cli.console import Progress, require
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to `flux-vllm`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "import",
+        help="make a served folder from a published Flux-Attention checkpoint",
+        description="Reads the folder of a published checkpoint (PawLlamaForCausalLM, "
+        "PawQwen3ForCausalLM) and writes a standard Llama or Qwen3 folder with the checkpoint's "
+        "own weights and its router as flux_router.safetensors. Prints what it kept, dropped and "
+        "assumed, and writes that to flux_import.json. What it does not know it refuses, and then "
+        "writes nothing.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("out", type=Path, help="folder to make; new or empty")
+    parser.add_argument(
+        "--as-streaming",
+        action="store_true",
+        help="for a checkpoint of a pattern that is not served: give its SPARSE layers sink and "
+        "window at prefill, which is not what its router was trained with",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import, and print the report."""
+    require("torch", "weights are copied with it; run `make install`")
+    from flux_vllm.cli.import_model import import_checkpoint
+
+    report = import_checkpoint(args.checkpoint, args.out, args.as_streaming, Progress())
+    print(report.render())
+    print(f"\n{report.checkpoint} is in {args.out}. Serve it with:")
+    print(f"  flux-vllm serve {args.out} --attention-backend flux")
+    return 0

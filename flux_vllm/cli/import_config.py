@@ -1,0 +1,215 @@
+"""The configuration of a published Flux-Attention checkpoint: what it says of model and router.
+
+The fields are those of the authors' `PawLlamaConfig` and `PawQwen3Config`, with their defaults.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flux_vllm.cli.console import CommandError
+from flux_vllm.router.checkpoint import SPARSE_PATTERNS
+
+# The authors' architecture: that of the standard model, and its model_type.
+ARCHITECTURES = {
+    "PawLlamaForCausalLM": ("LlamaForCausalLM", "llama"),
+    "PawQwen3ForCausalLM": ("Qwen3ForCausalLM", "qwen3"),
+}
+
+PATTERNS = {"streaming": "streaming", "triangle": "triangle", "xattn": "xattention"}
+"""The authors' `toggle_type` to the `sparse_pattern` of a router file."""
+
+# What the authors' classes take for a field that a config.json lacks. Their default pooling_mode,
+# "first_token", is one that their own inference refuses.
+_DEFAULTS: dict[str, object] = {
+    "toggle_type": "streaming",
+    "retrieval_mode": "full",
+    "local_window_size": 1024,
+    "sink_size": 128,
+    "pooling_mode": "first_token",
+    "pool_size": 100,
+    "use_softmax": False,
+    "triangle_n_last": 128,
+}
+# Of their training, or of how their own code runs a model: none changes a decision at batch 1.
+_WITHOUT_MEANING = (
+    "auto_map",
+    "block_size",
+    "disable_linear_regularization_term",
+    "enable_ada_sparsity",
+    "enable_lambda_task",
+    "mask_hard_sample",
+    "mask_temp",
+    "pooling_seq",
+    "suggested_sparsity",
+    "topk_k",
+    "use_batch_routed_attention",
+    "use_task_emb_for_mask",
+)
+# Their sparse kernels count sink and window in blocks of so many tokens, rounded up.
+_BLOCK_TOKENS = 128
+_MOST_LAYERS, _MOST = 1024, 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes that give a Llama's or Qwen3's tensors their shapes."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    """Whether the output layer is the embedding's matrix."""
+    attention_bias: bool
+    mlp_bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    """How the checkpoint's router looks at a prompt, and what its SPARSE means."""
+
+    toggle_type: str
+    """The authors' name of the pattern that the router was trained with."""
+    sparse_pattern: str
+    """What is written into the router file; `streaming` in another's place if so asked."""
+    sink_tokens: int
+    window_tokens: int
+    pool_tokens: int
+    use_softmax: bool
+    """Two logits; else one, the log-odds of FULL."""
+    fields: Mapping[str, object]
+    """The authors' fields as found or by default."""
+    by_default: tuple[str, ...]
+    """Names of those that the config.json lacks."""
+
+
+def read_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Read the standard sizes.
+
+    Raises: CommandError: another architecture, a missing or impossible size, quantized weights.
+    """
+    architectures = config.get("architectures")
+    known = [name for name in ARCHITECTURES if architectures == [name]]
+    if not known:
+        raise CommandError(
+            f"expected config.json with architectures of one among {list(ARCHITECTURES)}, found "
+            f"{architectures!r}; only published Flux-Attention checkpoints are imported, a "
+            "standard model needs a router of its own (`python -m training train`)"
+        )
+    for name in ("quantization_config", "use_sliding_window"):
+        if config.get(name):
+            raise CommandError(
+                f"expected a checkpoint without {name}, as the published ones are, found "
+                f"{name} {config[name]!r}; import one without it"
+            )
+    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    return ModelShape(
+        model_type=ARCHITECTURES[known[0]][1],
+        hidden_size=hidden,
+        intermediate_size=_size(config, "intermediate_size"),
+        num_layers=_size(config, "num_hidden_layers", _MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=_size(config, "num_key_value_heads"),
+        # The authors' rule, whatever the standard model's default is.
+        head_dim=_size(config, "head_dim") if config.get("head_dim") else hidden // heads,
+        vocab_size=_size(config, "vocab_size"),
+        tied=_flag(config, "tie_word_embeddings"),
+        attention_bias=_flag(config, "attention_bias"),
+        mlp_bias=_flag(config, "mlp_bias"),
+    )
+
+
+def read_settings(config: Mapping[str, Any], as_streaming: bool) -> RouterSettings:
+    """Read the authors' fields.
+
+    Args:
+        config: of config.json.
+        as_streaming: serve sink + window in place of a pattern that the server does not know.
+
+    Raises: CommandError: a field or value whose meaning is not known or cannot be served.
+    """
+    fields = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
+    _expect(fields, "toggle_type", tuple(PATTERNS), "its SPARSE layers are not known here")
+    _expect(
+        fields,
+        "retrieval_mode",
+        ("full",),
+        "with another one its FULL layers are not exact at prefill, which is not served",
+    )
+    _expect(
+        fields,
+        "pooling_mode",
+        ("ctx_q",),
+        "the router would look at other tokens than the server shows it",
+    )
+    _expect(fields, "triangle_n_last", (128,), "another length is not served")
+    toggle_type = str(fields["toggle_type"])
+    pattern = PATTERNS[toggle_type]
+    if as_streaming:
+        pattern = "streaming"
+    elif pattern not in SPARSE_PATTERNS:
+        raise CommandError(
+            f"expected toggle_type with a pattern that is served ({', '.join(SPARSE_PATTERNS)}), "
+            f"found {toggle_type!r} ({pattern}); with --as-streaming its SPARSE layers get sink "
+            "and window at prefill in its place, which is not what the router was trained with"
+        )
+    return RouterSettings(
+        toggle_type=toggle_type,
+        sparse_pattern=pattern,
+        sink_tokens=_whole_blocks(_size(fields, "sink_size", least=0)),
+        window_tokens=_whole_blocks(_size(fields, "local_window_size")),
+        pool_tokens=_size(fields, "pool_size"),
+        use_softmax=_flag(fields, "use_softmax"),
+        fields=fields,
+        by_default=tuple(name for name in fields if name not in config),
+    )
+
+
+def standard_config(
+    config: Mapping[str, Any], shape: ModelShape
+) -> tuple[dict[str, Any], list[str]]:
+    """Make the standard model's config.json, and list the fields that are left out of it."""
+    dropped = [name for name in config if name in _DEFAULTS or name in _WITHOUT_MEANING]
+    standard = {name: value for name, value in config.items() if name not in dropped}
+    architecture, model_type = ARCHITECTURES[config["architectures"][0]]
+    return standard | {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "head_dim": shape.head_dim,
+    }, dropped
+
+
+def _expect(fields: Mapping[str, object], name: str, values: tuple[object, ...], why: str) -> None:
+    if fields[name] not in values:
+        raise CommandError(
+            f"expected {name} {' or '.join(map(repr, values))} in config.json, found "
+            f"{fields[name]!r}; {why}, so this checkpoint cannot be imported"
+        )
+
+
+def _size(fields: Mapping[str, Any], name: str, most: int = _MOST, least: int = 1) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise CommandError(
+            f"expected a whole number from {least} to {most} as {name} in config.json, found "
+            f"{value!r}; download the checkpoint again"
+        )
+    return value
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise CommandError(
+            f"expected true or false as {name} in config.json, found {value!r}; correct it"
+        )
+    return value
+
+
+def _whole_blocks(tokens: int) -> int:
+    return -(-tokens // _BLOCK_TOKENS) * _BLOCK_TOKENS

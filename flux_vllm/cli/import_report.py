@@ -1,0 +1,141 @@
+"""What an import kept, dropped and assumed, for the terminal and for `flux_import.json`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flux_vllm.cli.import_config import PATTERNS, ModelShape, RouterSettings
+from flux_vllm.cli.import_source import StoredTensor, some
+from flux_vllm.cli.import_tensors import TIED_HEAD, SortedTensors
+
+_DTYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """The report of one import; every entry is one statement."""
+
+    made_by: str
+    checkpoint: str
+    kept: list[str]
+    dropped: list[str]
+    assumed: list[str]
+    warnings: list[str]
+    authors_fields: dict[str, object]
+    """The router's fields of config.json as found, or the authors' defaults."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as an object for JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """Draw it as text, warnings last so that they are seen."""
+        lines: list[str] = []
+        for title, entries in (
+            ("kept", self.kept),
+            ("dropped", self.dropped),
+            ("assumed", self.assumed),
+            ("WARNING", self.warnings),
+        ):
+            if entries:
+                lines += [title, *(f"  - {entry}" for entry in entries)]
+        return "\n".join(lines)
+
+
+def make_report(
+    *,
+    made_by: str,
+    checkpoint: str,
+    config: Mapping[str, Any],
+    shape: ModelShape,
+    settings: RouterSettings,
+    tensors: SortedTensors,
+    dropped_fields: list[str],
+    copied_files: list[str],
+    left_files: list[str],
+) -> ImportReport:
+    """Say what becomes of every tensor, field and file of a checkpoint."""
+    size = sum(weight.nbytes for weight in tensors.model.values()) / 1e9
+    looks = f"looks at the prompt's first and last {settings.pool_tokens} tokens"
+    sparse = f"the first {settings.sink_tokens} and the latest {settings.window_tokens} tokens"
+    kept = [
+        f"{len(tensors.model)} weights, {size:.2f} GB in {_dtypes(tensors.model)}",
+        f"the router, {shape.num_layers} layers in {_dtypes(tensors.router)}: {looks}",
+        f"SPARSE as {settings.sparse_pattern}: {sparse}",
+    ]
+    if copied_files:
+        kept.append(f"files: {', '.join(copied_files)}")
+    dropped = [f"{_counted(names)}: {why}" for why, names in sorted(tensors.dropped.items())]
+    if tensors.tied_head is not None:
+        dropped.append(f"{TIED_HEAD}: equals the embeddings that config.json ties it to")
+    if dropped_fields:
+        dropped.append(f"fields of config.json: {', '.join(sorted(dropped_fields))}")
+    if left_files:
+        dropped.append(f"files: {', '.join(left_files)}")
+    return ImportReport(
+        made_by=made_by,
+        checkpoint=checkpoint,
+        kept=kept,
+        dropped=dropped,
+        assumed=_assumed(config, settings, tensors),
+        warnings=_warnings(settings, copied_files),
+        authors_fields=dict(settings.fields),
+    )
+
+
+def pattern_warning(settings: RouterSettings) -> str | None:
+    """Say that SPARSE layers are not served as they were trained, if so."""
+    if settings.sparse_pattern == PATTERNS[settings.toggle_type]:
+        return None
+    return (
+        f"the router was trained with toggle_type {settings.toggle_type!r}; its SPARSE layers are "
+        f"served as {settings.sparse_pattern!r}, so prefill differs from what it was trained with: "
+        "measure quality before you rely on it"
+    )
+
+
+def _warnings(settings: RouterSettings, copied_files: list[str]) -> list[str]:
+    found = [pattern_warning(settings)]
+    if not any(name.startswith("tokenizer") or name == "vocab.json" for name in copied_files):
+        found.append("the checkpoint holds no tokenizer: put its base model's into the folder")
+    return [warning for warning in found if warning]
+
+
+def _assumed(
+    config: Mapping[str, Any], settings: RouterSettings, tensors: SortedTensors
+) -> list[str]:
+    fields = settings.fields
+    found = [
+        f"pool_size {fields['pool_size']} is the number of tokens pooled at each end of the prompt",
+        "sink and window are counted in tokens; the authors' kernel attends to whole blocks of 128",
+    ]
+    if settings.by_default:
+        given = ", ".join(f"{name} {fields[name]!r}" for name in settings.by_default)
+        found.append(f"config.json lacks fields, which take the authors' defaults: {given}")
+    sizes = (settings.sink_tokens, settings.window_tokens)
+    if sizes != (fields["sink_size"], fields["local_window_size"]):
+        found.append(
+            f"sink_size {fields['sink_size']} and local_window_size {fields['local_window_size']} "
+            f"round up to {sizes[0]} and {sizes[1]}, whole blocks of 128 as the authors' code takes"
+        )
+    if not settings.use_softmax:
+        found.append(
+            "use_softmax false: P(FULL) is the sigmoid of the router's one logit, without the "
+            "noise that the authors' inference code adds to it"
+        )
+    said = config.get("dtype") or config.get("torch_dtype")
+    stored = {weight.dtype for weight in tensors.model.values()}
+    if isinstance(said, str) and stored != {_DTYPE_NAMES.get(said)}:
+        found.append(
+            f"config.json says dtype {said}, the weights are stored in {_dtypes(tensors.model)}: "
+            "both stay, vLLM's --dtype chooses"
+        )
+    return found
+
+
+def _dtypes(tensors: Mapping[str, StoredTensor]) -> str:
+    return " and ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+
+
+def _counted(names: list[str]) -> str:
+    return some(names) if len(names) == 1 else f"{len(names)} tensors ({some(names)})"

@@ -1,0 +1,67 @@
+"""An imported checkpoint, served, against the authors' inference path written anew at batch 1.
+
+Oracle: tests/helpers/reference.py over the model and the router that the checkpoint was made of,
+not over what the import wrote: transformers' layers in float32; the mean of the first and last
+`pool_size` queries before RoPE and after q/k-norm, then over heads; the greater logit (or the sign
+of the only one); sink and window at prefill for SPARSE layers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_vllm.cli.import_model import import_checkpoint
+from tests.helpers.engine import Engine
+from tests.helpers.models import (
+    random_prompt,
+    write_random_router,
+    write_tiny_llama,
+    write_tiny_qwen3,
+)
+from tests.helpers.paw import write_paw_model
+from tests.helpers.reference import ReferenceModel, ReferenceRouter, SparsePattern
+from tests.helpers.replay import assert_routed
+
+pytestmark = pytest.mark.vllm
+
+BLOCK_SIZE = 32
+SINK, WINDOW, POOL = 128, 256, 100
+
+
+@pytest.mark.parametrize(
+    ("write_model", "fields"),
+    [
+        (write_tiny_llama, {}),
+        (write_tiny_qwen3, {}),
+        (write_tiny_qwen3, {"use_softmax": False}),
+    ],
+    ids=["llama", "qwen3", "qwen3-one-logit"],
+)
+def test_served_as_the_authors_compute(
+    write_model: Any, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model")
+    router = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=32,
+        pool_tokens=POOL,
+        sink_tokens=SINK,
+        window_tokens=WINDOW,
+        model_folder=model,
+    )
+    sizes = {"sink_size": SINK, "local_window_size": WINDOW, "pool_size": POOL}
+    checkpoint = write_paw_model(tmp_path / "paw", model, router, **sizes, **fields)
+    served = tmp_path / "served"
+    import_checkpoint(checkpoint, served)
+    # From below one pool to far beyond sink + window; each alone and in one chunk.
+    prompts = [random_prompt(n, seed=n) for n in (17, 99, 150, 201, 384, 500, 1000, 2100)]
+    with Engine(served, {}, block_size=BLOCK_SIZE) as engine:
+        answers = [engine.generate([prompt], 16, prompt_logprobs=True)[0] for prompt in prompts]
+    reference, reference_router = ReferenceModel(model), ReferenceRouter.load(router)
+    pattern = SparsePattern(SINK, WINDOW, BLOCK_SIZE)
+    for answer in answers:
+        assert answer.steps[0][:2] == (0, len(answer.prompt))
+        assert_routed(answer, reference, reference_router, pattern)
+    assert len({tuple(answer.routes or ()) for answer in answers}) > 1
