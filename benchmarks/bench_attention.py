@@ -161,6 +161,7 @@ class Batch:
             block_size=BLOCK_SIZE,
             sink_tokens=SINK,
             window_tokens=WINDOW,
+            sparse_beyond_tokens=SINK + WINDOW,
         )
 
     def row(self, buffer: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """The operator's configuration, `--additional-config '{"flux": {...}}'`, checked at start."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from flux_vllm.errors import FluxConfigError
-from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.checkpoint import SPARSE_PATTERNS, RouterInfo
 
 ADDITIONAL_CONFIG_KEY = "flux"
 POLICIES = ("router", "full", "sparse", "static")
@@ -34,6 +34,11 @@ class FluxConfig:
     """First tokens a SPARSE layer attends to; default: what the router was trained with."""
     window_tokens: int | None = None
     """Latest tokens a SPARSE layer attends to, the query's own included; default likewise."""
+    sparse_pattern: str | None = None
+    """What SPARSE means in prefill, one of `SPARSE_PATTERNS`; default: what the router was trained
+    with, else `streaming`."""
+    pattern_options: Mapping[str, object] | None = field(default=None, hash=False)
+    """Of the sparse pattern, each with a default of its own."""
     kernels: str | None = None
     """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
 
@@ -50,6 +55,12 @@ class FluxConfig:
             _check_type(name, value, int, "a whole number of tokens")
             if value is not None and not least <= value <= _MOST_TOKENS:
                 raise _error(name, f"a whole number from {least} to {_MOST_TOKENS}", value)
+        patterns = list(SPARSE_PATTERNS)
+        _check_type("sparse_pattern", self.sparse_pattern, str, f"one of {patterns}")
+        if self.sparse_pattern is not None and self.sparse_pattern not in patterns:
+            raise _error("sparse_pattern", f"one of {patterns}", self.sparse_pattern)
+        expected = 'an object such as {"threshold": 0.9}'
+        _check_type("pattern_options", self.pattern_options, Mapping, expected)
         if self.kernels is not None and self.kernels not in KERNELS:
             raise _error("kernels", f"one of {list(KERNELS)}", self.kernels)
         self._check_sparse_layers()
@@ -85,7 +96,7 @@ class FluxConfig:
         """
         if not isinstance(additional_config, Mapping):
             return cls()
-        known = [field.name for field in fields(cls)]
+        known = [known.name for known in fields(cls)]
         misplaced = [key for key in additional_config if key in known]
         if misplaced:
             raise FluxConfigError(
@@ -135,6 +146,12 @@ class FluxConfig:
                 '"window_tokens": 1024'
             )
         return sink, window
+
+    def pattern_name(self, info: RouterInfo | None) -> str:
+        """Settle the sparse pattern from this config and the router's own."""
+        if self.sparse_pattern is not None:
+            return self.sparse_pattern
+        return SPARSE_PATTERNS[0] if info is None else info.sparse_pattern
 
     def check_layers(self, num_layers: int) -> None:
         """Check `sparse_layers` against the model.

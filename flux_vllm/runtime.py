@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.config import FluxConfig
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
@@ -133,6 +134,12 @@ class FluxRuntime:
         self.info = info
         self.routed_layers = routed_layers
         self.sink_tokens, self.window_tokens = config.window(info)
+        self.pattern = make_pattern(
+            config.pattern_name(info),
+            self.sink_tokens,
+            self.window_tokens,
+            config.pattern_options,
+        )
         self.table = RouteTable(num_layers, max_requests, device)
         self.step: ActiveStep | None = None
         self.reporter: RouteReporter | None = None

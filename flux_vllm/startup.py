@@ -9,6 +9,7 @@ from torch import nn
 
 from flux_vllm import compat
 from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.config import FluxConfig
@@ -50,7 +51,7 @@ def check_front_end(vllm_config: Any) -> None:
     _, info = _read_router(config, vllm_config)
     if info is not None:
         _check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
-    config.window(info)
+    make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
     prepare_front_end()
 
 
@@ -309,9 +310,10 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
 
     config, info = runtime.config, runtime.info
     logger.info(
-        "flux: policy %s, %d routed layers, sink %d and window %d tokens, threshold %g",
+        "flux: policy %s, %d routed layers, pattern %s, sink %d and window %d tokens, threshold %g",
         config.policy,
         len(runtime.routed_layers),
+        config.pattern_name(info),
         runtime.sink_tokens,
         runtime.window_tokens,
         config.threshold,
@@ -325,6 +327,7 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         "policy": config.policy,
         "base_model": info.base_model if info else "",
         "threshold": f"{config.threshold:g}",
+        "sparse_pattern": config.pattern_name(info),
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
         "pool_tokens": str(info.pool_tokens) if info else "",
@@ -333,8 +336,7 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         MetricStore(directory, model),
         runtime.routed_layers,
         vllm_config.cache_config.block_size,
-        runtime.sink_tokens,
-        runtime.window_tokens,
+        runtime.pattern,
     )
     runtime.reporter.announce(**router)
     num_layers = runtime.table.num_layers

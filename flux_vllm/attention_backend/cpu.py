@@ -1,7 +1,7 @@
 """The CPU backend: vLLM's own CPU attention kernels, steered by routes.
 
 FULL rows and SPARSE decode rows share one call of vLLM's kernel per layer, the latter through a
-compacted block table; SPARSE prefill rows are computed exactly by `cpu_prefill`. This is the
+compacted block table; SPARSE prefill rows are computed by the sparse pattern. This is the
 embedded default: correct everywhere, no claim of speed.
 """
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.cpu_prefill import SparsePrefill
+from flux_vllm.attention_backend.pattern import Chunk, CpuPrefill
 from flux_vllm.attention_backend.views import compact_view
 from flux_vllm.router.route import Route
 from flux_vllm.router.state import QuerySums
@@ -27,8 +27,8 @@ class LayerPlan:
     """For vLLM's kernel: FULL rows, and SPARSE decode rows through compacted tables."""
     tokens: torch.Tensor | None
     """int64: tokens of the kernel's rows; None for all of the batch."""
-    sparse_prefills: tuple[tuple[slice, SparsePrefill], ...]
-    """Tokens and plan of each row that is computed exactly under SPARSE."""
+    sparse_prefills: tuple[tuple[slice, CpuPrefill], ...]
+    """Tokens and plan of each row that is prefilled under SPARSE."""
 
 
 class CpuStep:
@@ -58,10 +58,13 @@ class CpuStep:
         self._sums = sums
         context = self._step.context
         self._starts = np.concatenate([[0], np.cumsum(context.scheduled)])
-        # Up to sink + window tokens both routes see the same keys, so the kernel may do either.
-        self._beyond_window = (
-            context.computed + context.scheduled > runtime.sink_tokens + runtime.window_tokens
+        # Up to so many tokens both routes see the same keys, so the kernel may do either.
+        same = np.where(
+            context.is_prefill,
+            runtime.pattern.reach,
+            runtime.sink_tokens + runtime.window_tokens,
         )
+        self._routes_differ = context.computed + context.scheduled > same
         self._view = compact_view(
             metadata.block_table,
             metadata.seq_lens,
@@ -71,7 +74,7 @@ class CpuStep:
             runtime.window_tokens,
         )
         self._plans: dict[bytes, LayerPlan] = {}
-        self._prefills: dict[int, SparsePrefill] = {}
+        self._prefills: dict[int, CpuPrefill] = {}
         self._sum_step = None
         if sums is not None:
             assert runtime.info is not None
@@ -111,7 +114,7 @@ class CpuStep:
     def plan(self, layer: int) -> LayerPlan:
         """Split the rows of one layer by their routes, which are decided by now."""
         routes = self._runtime.table.routes[:, layer].numpy()[self._step.slots]
-        sparse = (routes == Route.SPARSE) & self._beyond_window
+        sparse = (routes == Route.SPARSE) & self._routes_differ
         key = sparse.tobytes()
         if key not in self._plans:
             self._plans[key] = self._make_plan(sparse)
@@ -156,15 +159,15 @@ class CpuStep:
             scheduler_metadata=self._builder.schedule(seq_lens, query_start_loc),
         )
 
-    def _prefill(self, row: int) -> SparsePrefill:
+    def _prefill(self, row: int) -> CpuPrefill:
         if row not in self._prefills:
             context = self._step.context
-            self._prefills[row] = SparsePrefill(
+            chunk = Chunk(
                 int(context.computed[row]),
                 int(context.scheduled[row]),
+                int(context.prompt_lens[row]),
                 self._metadata.block_table[row],
                 self._builder.block_size,
-                self._runtime.sink_tokens,
-                self._runtime.window_tokens,
             )
+            self._prefills[row] = self._runtime.pattern.cpu_prefill(chunk)
         return self._prefills[row]

@@ -26,6 +26,7 @@ from flux_vllm.attention_backend.binding import LayerBinding, bound_layers
 from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels, split_cache
 from flux_vllm.attention_backend.cuda_pooling import GroupPooling, StepSizes
 from flux_vllm.attention_backend.cuda_views import RowFacts, ViewBuffers
+from flux_vllm.attention_backend.pattern import CudaPrefill
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.route import Route
 from flux_vllm.runtime import FluxRuntime
@@ -97,6 +98,8 @@ class CudaStep:
     """By layer of the group: whether any row may need the full pass."""
     sparse_pass: list[bool]
     """By layer of the group: whether any row may need the sparse pass."""
+    sparse_prefill: CudaPrefill | None = None
+    """The sparse pass; there in a step in which any layer may need it."""
 
 
 class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -160,8 +163,8 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         has_prefill = bool(context.is_prefill.any())
         full, sparse = [True] * layers, [False] * layers
         if has_prefill:
-            reach = runtime.sink_tokens + runtime.window_tokens
-            beyond = context.is_prefill & (context.computed + context.scheduled > reach)
+            end = context.computed + context.scheduled
+            beyond = context.is_prefill & (end > runtime.pattern.reach)
             # vLLM's warm-up has short prompts only: let it compile the sparse pass all the same.
             sparse = [bool(beyond.any()) or context.is_warmup] * layers
             fixed = runtime.fixed_routes
@@ -169,7 +172,8 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
                 sparse = [bool(beyond.any()) and route == Route.SPARSE for route in by_layer]
                 full = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
-        return CudaStep(views, rows, pooling, sizes, has_prefill, full, sparse)
+        prefill = runtime.pattern.cuda_prefill(context, self.device) if any(sparse) else None
+        return CudaStep(views, rows, pooling, sizes, has_prefill, full, sparse, prefill)
 
     def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
         if self._views is None:
@@ -180,6 +184,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 self.block_size,
                 runtime.sink_tokens,
                 runtime.window_tokens,
+                runtime.pattern.reach,
                 self.device,
             )
         return self._views
@@ -261,7 +266,8 @@ class FluxCUDAImpl(FlashAttentionImpl):
         if step.full_pass[index]:
             self._kernels.full_pass(call)
         if step.sparse_pass[index]:
-            self._kernels.sparse_pass(call)
+            assert step.sparse_prefill is not None
+            step.sparse_prefill.attend(call, self._kernels)
         return output
 
 

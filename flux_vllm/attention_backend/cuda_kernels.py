@@ -57,8 +57,8 @@ class Kernels(Protocol):
     def full_pass(self, call: LayerCall) -> None:
         """Attend decode rows, and prefill rows that are FULL or short."""
 
-    def sparse_pass(self, call: LayerCall) -> None:
-        """Attend the other prefill rows, exactly."""
+    def sink_window_pass(self, call: LayerCall) -> None:
+        """Attend the other prefill rows to sinks and window, exactly."""
 
 
 def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
@@ -119,7 +119,7 @@ class FA3Kernels:
             num_splits=metadata.max_num_splits,
         )
 
-    def sparse_pass(self, call: LayerCall) -> None:
+    def sink_window_pass(self, call: LayerCall) -> None:
         """Attend over the window with FA3, then merge the sinks."""
         metadata = call.metadata
         fa3.attend_sparse_prefill(
@@ -182,7 +182,7 @@ class TritonKernels:
         """Attend by tiles of queries."""
         self._prefill(call, call.views.full_seqused_q, sparse=False)
 
-    def sparse_pass(self, call: LayerCall) -> None:
+    def sink_window_pass(self, call: LayerCall) -> None:
         """Attend sinks and window in one fused kernel."""
         self._prefill(call, call.views.sparse_seqused_q, sparse=True)
 

@@ -123,8 +123,7 @@ class GroupPooling:
             block_size=self._block_size,
             pool_tokens=self._pool_tokens,
         )
-        reach = self._runtime.sink_tokens + self._runtime.window_tokens
-        is_short = context.computed + context.scheduled <= reach
+        is_short = context.computed + context.scheduled <= self._runtime.pattern.reach
         return StepSizes(
             rows,
             packed.num_programs,
@@ -224,7 +223,7 @@ class GroupPooling:
             "threshold": runtime.config.threshold,
             "tables": RouteTables(runtime.table.routes, runtime.table.full_probability),
             "workspace": self._router_workspace,
-            "sparse_beyond_tokens": runtime.sink_tokens + runtime.window_tokens,
+            "sparse_beyond_tokens": runtime.pattern.reach,
         }
 
 

@@ -32,6 +32,7 @@ class ViewBuffers:
         block_size: tokens a block.
         sink_tokens: of SPARSE layers.
         window_tokens: of SPARSE layers.
+        sparse_beyond_tokens: of the sparse pattern, its reach.
         device: of the KV cache.
     """
 
@@ -43,6 +44,7 @@ class ViewBuffers:
         block_size: int,
         sink_tokens: int,
         window_tokens: int,
+        sparse_beyond_tokens: int,
         device: torch.device,
     ) -> None:
         layers = len(layer_columns)
@@ -51,6 +53,7 @@ class ViewBuffers:
             "block_size": block_size,
             "sink_tokens": sink_tokens,
             "window_tokens": window_tokens,
+            "sparse_beyond_tokens": sparse_beyond_tokens,
         }
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -3,11 +3,17 @@
 Dimension legend: R requests, L routed layers of the model.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from flux_vllm.metrics.keys import full_keys, sparse_decode_keys
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.router.route import Route
 from flux_vllm.step import StepContext
+
+if TYPE_CHECKING:
+    from flux_vllm.attention_backend.pattern import SparsePattern
 
 RATIO_BUCKETS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
@@ -27,8 +33,7 @@ class RouteReporter:
         store: where the counters live.
         layers: indices of the model's routed layers.
         block_size: tokens a KV block.
-        sink_tokens: of SPARSE layers.
-        window_tokens: of SPARSE layers.
+        pattern: of SPARSE layers.
     """
 
     def __init__(
@@ -36,14 +41,12 @@ class RouteReporter:
         store: MetricStore,
         layers: tuple[int, ...],
         block_size: int,
-        sink_tokens: int,
-        window_tokens: int,
+        pattern: "SparsePattern",
     ) -> None:
         self._store = store
         self._layers = layers
         self._block_size = block_size
-        self._sink_tokens = sink_tokens
-        self._window_tokens = window_tokens
+        self._pattern = pattern
         for route in (Route.FULL, Route.SPARSE):
             for layer in layers:
                 self._count_decisions(layer, route, 0)
@@ -76,19 +79,22 @@ class RouteReporter:
             self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
         sparse_layers = (routes == Route.SPARSE).sum(axis=1)
         full = full_keys(step.computed, step.scheduled)
-        prefill = sparse_prefill_keys(
-            step.computed, step.scheduled, self._sink_tokens + self._window_tokens
-        )
+        prefill = self._pattern.prefill_keys(step)
         decode = sparse_decode_keys(
             step.computed,
             step.scheduled,
             self._block_size,
-            self._sink_tokens,
-            self._window_tokens,
+            self._pattern.sink_tokens,
+            self._pattern.window_tokens,
         )
+        counted_layers = np.full(len(step), len(self._layers))
+        if prefill is None:
+            # What such a layer attended to is known on the device alone: leave it out of both sums.
+            counted_layers[step.is_prefill] -= sparse_layers[step.is_prefill]
+            prefill = np.zeros_like(full)
         sparse = np.where(step.is_prefill, prefill, decode)
         attended = sparse * sparse_layers + full * (len(self._layers) - sparse_layers)
-        context = full * len(self._layers)
+        context = full * counted_layers
         for phase, rows in (("prefill", step.is_prefill), ("decode", ~step.is_prefill)):
             self._count_tokens(phase, int(attended[rows].sum()), int(context[rows].sum()))
 
@@ -118,34 +124,3 @@ class RouteReporter:
     def _count_tokens(self, phase: str, attended: int, context: int) -> None:
         self._store.add("flux_attended_tokens", attended, _ATTENDED, phase=phase)
         self._store.add("flux_context_tokens", context, _CONTEXT, phase=phase)
-
-
-def full_keys(computed: np.ndarray, scheduled: np.ndarray) -> np.ndarray:
-    """Sum the keys FULL attention visits over each row's queries: [R] int64."""
-    return scheduled * computed + scheduled * (scheduled + 1) // 2
-
-
-def sparse_prefill_keys(computed: np.ndarray, scheduled: np.ndarray, most_keys: int) -> np.ndarray:
-    """Sum the keys exact SPARSE attention visits: [R] int64.
-
-    Args:
-        computed: [R] position of each row's first query.
-        scheduled: [R] queries.
-        most_keys: sink_tokens + window_tokens; a query at position p visits min(p + 1, most_keys).
-    """
-    growing = (most_keys - computed).clip(0, scheduled)
-    return full_keys(computed, growing) + (scheduled - growing) * most_keys
-
-
-def sparse_decode_keys(
-    computed: np.ndarray,
-    scheduled: np.ndarray,
-    block_size: int,
-    sink_tokens: int,
-    window_tokens: int,
-) -> np.ndarray:
-    """Sum the keys SPARSE decode visits, edges widened to whole blocks: [R] int64."""
-    sink_blocks = -(-sink_tokens // block_size)
-    window_block = (computed - window_tokens + 1).clip(0) // block_size
-    skipped = (window_block - sink_blocks).clip(0) * block_size
-    return full_keys(computed - skipped, scheduled)

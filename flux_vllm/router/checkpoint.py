@@ -17,6 +17,7 @@ from flux_vllm.router.model import LayerRouter, linear_shapes
 ROUTER_FILE_NAME = "flux_router.safetensors"
 FORMAT_VERSION = "1"
 SPARSE_PATTERNS = ("streaming",)
+"""What SPARSE may mean in prefill; docs/PATTERNS.md. The first is meant where nothing is said."""
 
 # Least and most. A file is checked against them before anything of its sizes is made; models of
 # today have up to 126 layers and a head_dim of 512.

@@ -13,7 +13,7 @@ import pytest
 
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError
-from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.checkpoint import SPARSE_PATTERNS, RouterInfo
 
 INFO = RouterInfo(
     base_model="m", num_layers=4, head_dim=8, pool_tokens=16, sink_tokens=64, window_tokens=512
@@ -22,6 +22,8 @@ INFO = RouterInfo(
 WHOLE = "a whole number of tokens"
 LAYERS = "a list of distinct layer indices such as [0, 2, 5]"
 POLICIES = "one of ['router', 'full', 'sparse', 'static']"
+PATTERNS = f"one of {list(SPARSE_PATTERNS)}"
+OPTIONS = 'an object such as {"threshold": 0.9}'
 STATIC = {"policy": "static"}
 # (entries, key named in the message, what it expected, what it found)
 BAD_VALUES = [
@@ -49,6 +51,10 @@ BAD_VALUES = [
     ({"window_tokens": False}, "window_tokens", WHOLE, False),
     ({"window_tokens": 1024.0}, "window_tokens", WHOLE, 1024.0),
     ({"window_tokens": [1024]}, "window_tokens", WHOLE, [1024]),
+    ({"sparse_pattern": "Streaming"}, "sparse_pattern", PATTERNS, "Streaming"),
+    ({"sparse_pattern": ["streaming"]}, "sparse_pattern", PATTERNS, ["streaming"]),
+    ({"pattern_options": 3}, "pattern_options", OPTIONS, 3),
+    ({"pattern_options": [0.9]}, "pattern_options", OPTIONS, [0.9]),
     ({"kernels": "cutlass"}, "kernels", "one of ['fa3', 'triton']", "cutlass"),
     ({"kernels": True}, "kernels", "one of ['fa3', 'triton']", True),
     ({"kernels": ["fa3"]}, "kernels", "one of ['fa3', 'triton']", ["fa3"]),
@@ -82,6 +88,8 @@ class TestDefaults:
             "threshold": 0.5,
             "sink_tokens": None,
             "window_tokens": None,
+            "sparse_pattern": None,
+            "pattern_options": None,
             "kernels": None,
         }
 
@@ -202,6 +210,8 @@ class TestAdditionalConfig:
             "threshold": 0.25,
             "sink_tokens": 3,
             "window_tokens": 4,
+            "sparse_pattern": "streaming",
+            "pattern_options": {"an_option": 0.5},
             "kernels": "triton",
         }
         found = dataclasses.asdict(read(entries))

@@ -179,6 +179,7 @@ class TestNumbers:
             "policy": "router",
             "base_model": "org/Other",
             "threshold": "0.25",
+            "sparse_pattern": "streaming",
             "sink_tokens": "64",
             "window_tokens": "256",
             "pool_tokens": "48",

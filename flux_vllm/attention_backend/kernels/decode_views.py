@@ -39,6 +39,7 @@ def write_decode_views(
     block_size: int,
     sink_tokens: int,
     window_tokens: int,
+    sparse_beyond_tokens: int,
 ) -> None:
     """Write this step's views into buffers that live as long as the captured graphs.
 
@@ -62,12 +63,13 @@ def write_decode_views(
             prefill rows; decode rows of either route are in it. `decide_routes` rewrites the
             entries of rows that are routed in this step.
         sparse_seqused_q: [L, C] int32, out: queries of row r in the sparse pass: those of SPARSE
-            prefill rows longer than sink_tokens + window_tokens.
+            prefill rows longer than `sparse_beyond_tokens`.
         unrouted: [1] int64 counter: decode rows with an UNDECIDED route are added (they attend
             FULL).
         block_size: tokens a block.
         sink_tokens: first tokens attended under SPARSE.
         window_tokens: latest tokens attended under SPARSE, the query's own included.
+        sparse_beyond_tokens: up to so many keys both routes are the same in prefill.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
     """
@@ -105,6 +107,7 @@ def write_decode_views(
         BLOCK_SIZE=block_size,
         SINK_TOKENS=sink_tokens,
         WINDOW_TOKENS=window_tokens,
+        SPARSE_BEYOND=sparse_beyond_tokens,
         COLUMNS=columns_per_program,
         LAYERS=triton.next_power_of_2(layer_columns.shape[0]),
         num_warps=4,
@@ -137,6 +140,7 @@ def _views_kernel(
     BLOCK_SIZE: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
     WINDOW_TOKENS: tl.constexpr,
+    SPARSE_BEYOND: tl.constexpr,
     COLUMNS: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
@@ -173,7 +177,7 @@ def _views_kernel(
         route = tl.load(from_table, mask=wanted, other=_FULL)
         route = tl.where((slot >= 0) & (seq_len > 0), route, _FULL)
         compact = (route == _SPARSE) & ~prefills
-        apart = (route == _SPARSE) & prefills & (seq_len > SINK_TOKENS + WINDOW_TOKENS)
+        apart = (route == _SPARSE) & prefills & (seq_len > SPARSE_BEYOND)
         entry = layer * stride_layer + row
         tl.store(kv_batch_idx + entry, row + tl.where(compact, capacity, 0), mask=wanted)
         tl.store(seqused_k + entry, tl.where(compact, compact_len, seq_len), mask=wanted)

@@ -103,6 +103,7 @@ class Views:
             block_size=batch.shape.block_size,
             sink_tokens=batch.shape.sink_tokens,
             window_tokens=batch.shape.window_tokens,
+            sparse_beyond_tokens=batch.shape.sink_tokens + batch.shape.window_tokens,
         )
         return self
 

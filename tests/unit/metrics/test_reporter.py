@@ -14,14 +14,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.metrics.directory import FluxCollector
-from flux_vllm.metrics.reporter import (
-    RATIO_BUCKETS,
-    RouteReporter,
-    full_keys,
-    sparse_decode_keys,
-    sparse_prefill_keys,
-)
+from flux_vllm.metrics.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
+from flux_vllm.metrics.reporter import RATIO_BUCKETS, RouteReporter
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.step import StepContext
 
@@ -70,7 +66,9 @@ class Setup:
         sink, window, block = pattern
         self.folder = folder
         self.store = MetricStore(folder, {"model_name": "m"})
-        self.reporter = RouteReporter(self.store, LAYERS, block, sink, window)
+        self.reporter = RouteReporter(
+            self.store, LAYERS, block, make_pattern("streaming", sink, window)
+        )
 
     def record(
         self, rows: list[Row], routes: list[list[int]], decided: list[bool], **step: bool
