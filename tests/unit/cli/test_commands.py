@@ -14,7 +14,7 @@ from flux_vllm.errors import RouterCheckpointError
 def test_main_without_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     shown = capsys.readouterr().out
-    for command in ("serve", "sample-model", "inspect", "routes"):
+    for command in ("serve", "sample-model", "import", "inspect", "routes"):
         assert command in shown
 
 
@@ -24,6 +24,7 @@ def test_main_without_command_prints_help(capsys: pytest.CaptureFixture[str]) ->
         (["--help"], "flux-vllm COMMAND --help"),
         (["--version"], f"flux-vllm {__version__}"),
         (["sample-model", "--help"], "SmolLM2-135M-Instruct"),
+        (["import", "--help"], "--as-streaming"),
         (["inspect", "--help"], "--model"),
         (["routes", "--help"], "--prompt-file"),
     ],
