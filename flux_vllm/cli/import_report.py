@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flux_vllm.cli.import_config import PATTERNS, ModelShape, RouterSettings
-from flux_vllm.cli.import_source import StoredTensor, some
+from flux_vllm.cli.import_source import StoredTensor
 from flux_vllm.cli.import_tensors import TIED_HEAD, SortedTensors
 
 _DTYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -138,4 +138,5 @@ def _dtypes(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def _counted(names: list[str]) -> str:
-    return some(names) if len(names) == 1 else f"{len(names)} tensors ({some(names)})"
+    others = len(names) - 1
+    return f"{min(names)} and {others} more" if others else names[0]

@@ -19,7 +19,7 @@ _DROPPED = (
     (r"(model\.)?sparsity_lambda\w*", "multipliers of the training's sparsity loss"),
     (
         r"model\.layers\.\d+\.self_attn\.mask_allocator\.log_temp",
-        "the training's temperature: it scales both logits, so it changes no decision",
+        "the training's temperature, unused at inference",
     ),
     (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed from config.json"),
 )
