@@ -5,6 +5,7 @@ or out of them. A batch with prefill rows routes them layer by layer, then atten
 that the device assigns rows to. Nothing here waits for the device.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,13 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from flux_vllm import compat
 from flux_vllm.attention_backend.binding import LayerBinding, bound_layers
-from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels, split_cache
+from flux_vllm.attention_backend.cuda_kernels import (
+    FA3Kernels,
+    Kernels,
+    LayerCall,
+    choose_kernels,
+    split_cache,
+)
 from flux_vllm.attention_backend.cuda_pooling import GroupPooling, StepSizes
 from flux_vllm.attention_backend.cuda_views import RowFacts, ViewBuffers
 from flux_vllm.attention_backend.pattern import CudaPrefill
@@ -100,6 +107,9 @@ class CudaStep:
     """By layer of the group: whether any row may need the sparse pass."""
     sparse_prefill: CudaPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
+    is_short: bool = False
+    """Whether all rows are prefill within the SPARSE pattern's reach, where both routes attend
+    alike."""
 
 
 class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -160,11 +170,13 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         # Every step resets granules whose first slot it writes, also one that only decodes.
         sizes = pooling.begin_step(active, metadata) if pooling else StepSizes(0, 0)
         context = active.context
-        has_prefill = bool(context.is_prefill.any())
+        has_prefill, is_short = bool(context.is_prefill.any()), False
         full, sparse = [True] * layers, [False] * layers
         if has_prefill:
             end = context.computed + context.scheduled
             beyond = context.is_prefill & (end > runtime.pattern.reach)
+            is_short = bool(context.is_prefill.all() and not beyond.any())
+            is_short &= not context.is_warmup
             # vLLM's warm-up has short prompts only: let it compile the sparse pass all the same.
             sparse = [bool(beyond.any()) or context.is_warmup] * layers
             fixed = runtime.fixed_routes
@@ -173,7 +185,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 sparse = [bool(beyond.any()) and route == Route.SPARSE for route in by_layer]
                 full = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
         prefill = runtime.pattern.cuda_prefill(context, self.device) if any(sparse) else None
-        return CudaStep(views, rows, pooling, sizes, has_prefill, full, sparse, prefill)
+        return CudaStep(views, rows, pooling, sizes, has_prefill, full, sparse, prefill, is_short)
 
     def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
         if self._views is None:
@@ -245,11 +257,12 @@ class FluxCUDAImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; shapes as in vLLM's `FlashAttentionImpl.forward`."""
+        by_vllm = functools.partial(
+            super().forward, layer, query, key, value, kv_cache, attn_metadata, output,
+            output_scale, output_block_scale,
+        )  # fmt: skip
         if attn_metadata is None or attn_metadata.flux is None or self.binding is None:
-            scales = (output_scale, output_block_scale)
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
-            )
+            return by_vllm()
         step: CudaStep = attn_metadata.flux
         tokens, index = attn_metadata.num_actual_tokens, self.group_index
         query = query[:tokens]
@@ -257,6 +270,8 @@ class FluxCUDAImpl(FlashAttentionImpl):
             step.pooling.route(self.binding, index, query, attn_metadata, step.views, step.sizes)
         if self._kernels is None:
             self._kernels = choose_kernels(self, self.binding.runtime)
+        if step.is_short and isinstance(self._kernels, FA3Kernels):
+            return by_vllm()  # the same FA3 call, with the work planned ahead
         keys, values = split_cache(kv_cache, self.head_size)
         out = output[:tokens].view(query.shape)
         call = LayerCall(query, keys, values, out, attn_metadata, step.views, index)

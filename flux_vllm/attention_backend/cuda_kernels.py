@@ -57,6 +57,22 @@ class Kernels(Protocol):
     def full_pass(self, call: LayerCall) -> None:
         """Attend decode rows, and prefill rows that are FULL or short."""
 
+    def every_key_pass(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attend some rows' last queries to every key up to their own.
+
+        Args:
+            call: the layer's.
+            query_start_loc: [R + 1] int32: where in the batch those queries begin.
+            seqused_q: [R] int32 contiguous: how many they are.
+            max_query_len: the most of them (host).
+        """
+
     def sink_window_pass(self, call: LayerCall) -> None:
         """Attend the other prefill rows to sinks and window, exactly."""
 
@@ -95,13 +111,31 @@ class FA3Kernels:
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one call over the views."""
-        self._attend(call, None)
+        metadata = call.metadata
+        self._attend(call, metadata.query_start_loc, None, metadata.max_query_len)
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend likewise, less the rows that the other pass takes."""
-        self._attend(call, call.row(call.views.full_seqused_q))
+        metadata, seqused_q = call.metadata, call.row(call.views.full_seqused_q)
+        self._attend(call, metadata.query_start_loc, seqused_q, metadata.max_query_len)
 
-    def _attend(self, call: LayerCall, seqused_q: torch.Tensor | None) -> None:
+    def every_key_pass(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attend likewise."""
+        self._attend(call, query_start_loc, seqused_q, max_query_len)
+
+    def _attend(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor | None,
+        max_query_len: int,
+    ) -> None:
         metadata = call.metadata
         fa3.attend(
             call.query,
@@ -110,9 +144,9 @@ class FA3Kernels:
             call.out,
             call.views.table,
             call.row(call.views.kv_batch_idx),
-            metadata.query_start_loc,
+            query_start_loc,
             call.row(call.views.seqused_k),
-            max_query_len=metadata.max_query_len,
+            max_query_len=max_query_len,
             max_seq_len=metadata.max_seq_len,
             scale=self._scale,
             seqused_q=seqused_q,
@@ -180,21 +214,39 @@ class TritonKernels:
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend by tiles of queries."""
-        self._prefill(call, call.views.full_seqused_q, sparse=False)
+        seqused_q = call.row(call.views.full_seqused_q)
+        self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=False)
+
+    def every_key_pass(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attend likewise."""
+        self._prefill(call, query_start_loc, seqused_q, sparse=False)
 
     def sink_window_pass(self, call: LayerCall) -> None:
         """Attend sinks and window in one fused kernel."""
-        self._prefill(call, call.views.sparse_seqused_q, sparse=True)
+        seqused_q = call.row(call.views.sparse_seqused_q)
+        self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=True)
 
-    def _prefill(self, call: LayerCall, seqused_q: torch.Tensor, sparse: bool) -> None:
+    def _prefill(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        sparse: bool,
+    ) -> None:
         attend_prefill(
             call.query,
             call.keys,
             call.values,
             call.out,
             call.views.table,
-            call.metadata.query_start_loc,
-            call.row(seqused_q),
+            query_start_loc,
+            seqused_q,
             call.row(call.views.seqused_k),
             scale=self._scale,
             sparse=sparse,

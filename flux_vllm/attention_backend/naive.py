@@ -7,6 +7,7 @@ N query heads, K kv heads, H head dim, B KV blocks, M block-table width.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -108,7 +109,7 @@ def attend(
         query: [Q, N, H].
         key: [S, K, H], K divides N.
         value: [S, K, H].
-        mask: [Q, S] bool, no empty row.
+        mask: [Q, S] or [N, Q, S] bool, no empty row.
         scale: softmax scale.
         dtype: float32 for the oracle; a low one for the error that plain torch makes.
 
@@ -136,6 +137,7 @@ def attend_batch(
     window_tokens: int,
     scale: float,
     dtype: torch.dtype = torch.float32,
+    sparse_mask: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attend a batch of mixed routes over the paged cache.
 
@@ -152,6 +154,8 @@ def attend_batch(
         window_tokens: W of the SPARSE pattern.
         scale: softmax scale.
         dtype: of the computation, see `attend`.
+        sparse_mask: of a SPARSE prefill row, from its number, queries [Q, N, H] and keys [S, K, H];
+            None for sinks and window.
 
     Returns: [T, N, H] in `dtype`; NaN for tokens that belong to no row.
     """
@@ -161,15 +165,17 @@ def attend_batch(
         if query_len == 0:
             continue
         positions = range(seq_len - query_len, seq_len)
-        if prefilling[row]:
-            mask = prefill_mask(positions, routes[row], sink_tokens, window_tokens)
-        else:
-            mask = decode_mask(
-                positions, routes[row], sink_tokens, window_tokens, key_cache.shape[1]
-            )
         key = gather_pages(key_cache, block_table[row], seq_len)
         value = gather_pages(value_cache, block_table[row], seq_len)
         tokens = slice(start, start + query_len)
+        if not prefilling[row]:
+            mask = decode_mask(
+                positions, routes[row], sink_tokens, window_tokens, key_cache.shape[1]
+            )
+        elif routes[row] == SPARSE and sparse_mask is not None:
+            mask = sparse_mask(row, query[tokens], key)
+        else:
+            mask = prefill_mask(positions, routes[row], sink_tokens, window_tokens)
         out[tokens] = attend(query[tokens], key, value, mask, scale, dtype)
         start += query_len
     return out

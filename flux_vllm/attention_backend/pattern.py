@@ -131,6 +131,14 @@ class SparsePattern(ABC):
         return 0
 
 
+def option_error(name: str, expected: str, found: object) -> FluxConfigError:
+    """Make the error for an option out of range."""
+    return FluxConfigError(
+        f'flux config: expected {expected} for "{name}" in "pattern_options", found {found!r}; '
+        "change it in --additional-config '{\"flux\": {...}}'"
+    )
+
+
 def make_pattern(
     name: str, sink_tokens: int, window_tokens: int, options: Mapping[str, Any] | None = None
 ) -> SparsePattern:

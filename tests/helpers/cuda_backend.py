@@ -57,7 +57,7 @@ def engine_config(folder: Path, shape: Shape) -> Any:
     ).create_engine_config()
 
 
-def _runtime(shape: Shape, kernels: str, device: torch.device) -> FluxRuntime:
+def _runtime(shape: Shape, kernels: str, device: torch.device, **pattern: Any) -> FluxRuntime:
     info = RouterInfo(
         base_model="",
         num_layers=LAYERS,
@@ -68,7 +68,7 @@ def _runtime(shape: Shape, kernels: str, device: torch.device) -> FluxRuntime:
     )
     router = LayerRouter(LAYERS, shape.head_dim).requires_grad_(False).to(device)
     return FluxRuntime(
-        FluxConfig(policy="router", kernels=kernels),
+        FluxConfig(policy="router", kernels=kernels, **pattern),
         router,
         info,
         LAYERS,
@@ -86,14 +86,15 @@ class BackendWorker:
         folder: for the model's configuration.
         batch: whose cache the layers share.
         kernels: "fa3" or "triton".
+        pattern: `sparse_pattern` and `pattern_options` of the configuration.
     """
 
-    def __init__(self, folder: Path, batch: Batch, kernels: str) -> None:
+    def __init__(self, folder: Path, batch: Batch, kernels: str, **pattern: Any) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         shape, device = batch.shape, batch.query.device
-        self.runtime = _runtime(shape, kernels, device)
+        self.runtime = _runtime(shape, kernels, device, **pattern)
         config = engine_config(folder, shape)
         self.layers = []
         with set_current_vllm_config(config):
@@ -131,7 +132,8 @@ class BackendWorker:
         scheduled = np.array([row.query_len for row in rows])
         is_prefill = np.array([row.prefill for row in rows])
         # A prefill row ends inside its prompt or with it; a decode row lies past it.
-        prompt_lens = np.where(is_prefill, seq_lens, seq_lens - scheduled)
+        prompt_lens = np.array([row.prompt_len or row.seq_len for row in rows])
+        prompt_lens = np.where(is_prefill, prompt_lens, seq_lens - scheduled)
         table = self.runtime.table
         slots = table.acquire(names)
         table.settled_prompt_len[slots] = prompt_lens

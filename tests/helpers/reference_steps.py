@@ -133,6 +133,7 @@ def _attend(
         step.record.routes[layer],
         step.record.phase,
         step.pattern,
+        step.prompt_len,
     )
     return output[None], None
 

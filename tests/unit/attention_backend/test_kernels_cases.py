@@ -12,6 +12,7 @@ import torch
 import triton
 
 from flux_vllm.attention_backend import naive
+from flux_vllm.attention_backend.pattern import SparsePattern
 
 FULL, SPARSE = naive.FULL, naive.SPARSE
 
@@ -44,6 +45,8 @@ class Row:
     seq_len: int
     route: int = FULL
     prefill: bool = True
+    prompt_len: int | None = None
+    """Of a prefill row; None where its chunk completes the prompt."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Batch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     slot_mapping: torch.Tensor
+    pattern: SparsePattern | None = None
+    """Of SPARSE prefill; None for sinks and window."""
 
     @property
     def key_cache(self) -> torch.Tensor:
@@ -118,7 +123,13 @@ class Batch:
             self.shape.window_tokens,
             self.scale,
             dtype or exact,
+            None if self.pattern is None else self._sparse_mask,
         )
+
+    def _sparse_mask(self, row: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        assert self.pattern is not None
+        prompt_len = self.rows[row].prompt_len or self.rows[row].seq_len
+        return self.pattern.visible(query, key, prompt_len, self.scale).to(query.device)
 
 
 def make_batch(

@@ -1,0 +1,165 @@
+"""The patterns' definitions, counts and CPU paths.
+
+Oracle: tests/helpers/reference_attention.py, written from DESIGN.md and the papers apart from the
+package; a loop over queries and keys for the counts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flux_vllm.attention_backend.cpu_pages import learn_page_layout
+from flux_vllm.attention_backend.pattern import Chunk, SparsePattern, make_pattern
+from flux_vllm.errors import FluxConfigError
+from flux_vllm.router.checkpoint import SPARSE_PATTERNS
+from flux_vllm.step import StepContext
+from tests.helpers import reference_attention
+from tests.helpers.reference_router import SPARSE
+
+S, W, TAIL = 40, 70, 50
+SCALE = 0.3
+BLOCK, K, H = 32, 2, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A chunk of a prompt."""
+
+    computed: int
+    scheduled: int
+    prompt_len: int
+    heads: int = 4
+
+    @property
+    def end(self) -> int:
+        return self.computed + self.scheduled
+
+    def __str__(self) -> str:
+        return f"{self.computed}+{self.scheduled}-of-{self.prompt_len}-N{self.heads}"
+
+
+# Whole prompts, chunks before, across and within the last tokens, one query, a recomputed past.
+CASES = [
+    *(Case(0, n, n) for n in (1, 50, 111, 128, 129, 300)),
+    *(Case(n, 97, 500) for n in (1, 100, 353, 354, 402)),
+    Case(449, 1, 500),
+    Case(450, 1, 500),
+    Case(300, 200, 400),
+    *(Case(150, 150, 300, heads) for heads in (2, 6)),
+]
+OPTIONS: dict[str, dict[str, Any]] = {"streaming": {}, "triangle": {"tail_tokens": TAIL}}
+
+
+def make(name: str) -> SparsePattern:
+    return make_pattern(name, S, W, OPTIONS[name])
+
+
+def expected(name: str, case: Case, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Give the mask [N, Q, S] by the tests' own reference."""
+    pattern = reference_attention.SparsePattern(S, W, BLOCK, name, **OPTIONS[name])
+    if name != "xattention":
+        mask = reference_attention.visible_keys(
+            case.computed, case.end, SPARSE, "prefill", pattern, case.prompt_len
+        )
+        return mask.expand(case.heads, -1, -1)
+    positions, keys = torch.arange(case.computed, case.end), torch.arange(case.end)
+    masks = []
+    for head in range(case.heads):
+        blocks = reference_attention.chosen_blocks(
+            query[:, head], key[:, head // (case.heads // K)], SCALE, pattern
+        )
+        masks.append(blocks[positions // 128][:, keys // 128] & (keys <= positions[:, None]))
+    return torch.stack(masks)
+
+
+def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw queries [Q, N, H], keys and values [S, K, H]."""
+    query = torch.randn(case.scheduled, case.heads, H)
+    key, value = torch.randn(2, case.end, K, H)
+    return query, key, value
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_visible_is_the_definition(name: str, case: Case) -> None:
+    query, key, _ = draw(case)
+    found = make(name).visible(query, key, case.prompt_len, SCALE)
+    assert torch.equal(found.expand(case.heads, -1, -1), expected(name, case, query, key))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_prefill_keys_are_those_seen(name: str) -> None:
+    step = StepContext(
+        tuple(str(case) for case in CASES),
+        np.array([case.prompt_len for case in CASES]),
+        np.array([case.computed for case in CASES]),
+        np.array([case.scheduled for case in CASES]),
+        np.ones(len(CASES), bool),
+    )
+    counted = make(name).prefill_keys(step)
+    if name == "xattention":
+        assert counted is None
+        return
+    seen = [expected(name, case, *draw(case)[:2])[0].sum().item() for case in CASES]
+    assert counted.tolist() == seen
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_up_to_its_reach_every_key_is_seen(name: str) -> None:
+    pattern = make(name)
+    case = Case(0, pattern.reach, 10_000)
+    query, key, _ = draw(case)
+    seen = pattern.visible(query, key, case.prompt_len, SCALE).expand(case.heads, -1, -1)
+    assert seen.sum() == case.heads * case.end * (case.end + 1) // 2
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_prefill_equals_masked_attention(name: str, case: Case) -> None:
+    query, key, value = draw(case)
+    used = -(-case.end // BLOCK)
+    blocks = torch.randperm(used) + 1
+    row = torch.full((used + 2,), 2**30, dtype=torch.int32)  # a stale end
+    row[:used] = blocks
+    # vLLM's cache begins as zeros; blocks of other requests are NaN.
+    cache = torch.full((used + 2, K, BLOCK, 2 * H), float("nan"))
+    cache[blocks] = 0
+    halves = cache.view(len(cache), K, 2 * BLOCK, H).chunk(2, dim=2)
+    positions = torch.arange(case.end)
+    slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
+    layout = learn_page_layout("vec", BLOCK, H, torch.float32)
+    torch.ops._C.cpu_attn_reshape_and_cache(key, value, *halves, slots, "vec", 1.0, 1.0, "auto")
+
+    plan = make(name).cpu_prefill(Chunk(case.computed, case.scheduled, case.prompt_len, row, BLOCK))
+    output = torch.full_like(query, float("nan"))
+    for _ in range(2):  # one plan serves every SPARSE layer of a step
+        plan.attend(query, cache, layout, SCALE, output)
+
+    mask = expected(name, case, query, key)
+    group = case.heads // K
+    scores = torch.einsum("qnh,snh->nqs", query, key.repeat_interleave(group, dim=1)) * SCALE
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    exact = torch.einsum("nqs,snh->qnh", weights, value.repeat_interleave(group, dim=1))
+    torch.testing.assert_close(output, exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("streaming", {"tail_tokens": 3}, r"\"pattern_options\" among \[\] .* found \['tail_tok"),
+        ("triangle", {"tail": 3}, r"among \['tail_tokens'\] .* 'triangle', found \['tail'\]"),
+        ("triangle", {"tail_tokens": 0}, r"whole number from 1 to .* \"tail_tokens\" .* found 0"),
+        ("triangle", {"tail_tokens": True}, "found True; change it"),
+    ],
+)
+def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FluxConfigError, match=message):
+        make_pattern(name, S, W, options)
+
+
+def test_every_registered_pattern_is_tested() -> None:
+    assert set(OPTIONS) == set(SPARSE_PATTERNS)
