@@ -147,7 +147,6 @@ def read_settings(config: Mapping[str, Any], as_streaming: bool) -> RouterSettin
         ("ctx_q",),
         "the router would look at other tokens than the server shows it",
     )
-    _expect(fields, "triangle_n_last", (128,), "another length is not served")
     toggle_type = str(fields["toggle_type"])
     pattern = PATTERNS[toggle_type]
     if as_streaming:
@@ -158,6 +157,9 @@ def read_settings(config: Mapping[str, Any], as_streaming: bool) -> RouterSettin
             f"found {toggle_type!r} ({pattern}); with --as-streaming its SPARSE layers get sink "
             "and window at prefill in its place, which is not what the router was trained with"
         )
+    if pattern == "triangle":
+        # A router file has no place for it; 128 is what the server takes.
+        _expect(fields, "triangle_n_last", (128,), "another length does not fit a router file")
     return RouterSettings(
         toggle_type=toggle_type,
         sparse_pattern=pattern,

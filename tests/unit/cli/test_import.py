@@ -355,7 +355,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "retrieval-xattn": ({"retrieval_mode": "xattn"}, "expected retrieval_mode 'full'"),
     "retrieval-triangle": ({"retrieval_mode": "triangle"}, "found 'triangle'"),
     "pooling": ({"pooling_mode": "first_token"}, "expected pooling_mode 'ctx_q'"),
-    "triangle-length": ({"triangle_n_last": 64}, "expected triangle_n_last 128"),
+    "triangle-length": (
+        {"toggle_type": "triangle", "triangle_n_last": 64},
+        "expected triangle_n_last 128",
+    ),
     "softmax-text": ({"use_softmax": "yes"}, "expected true or false as use_softmax"),
     "one-logit-said": ({"use_softmax": False}, "of shape [1, 4]"),
     "pool": ({"pool_size": 0}, "from 1 to"),
