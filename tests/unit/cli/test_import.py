@@ -278,16 +278,19 @@ def test_import_other_pattern(
     assert "prefill differs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("toggle_type", "pattern"), [("xattn", "xattention"), ("triangle", "triangle")]
+)
 def test_import_writes_a_pattern_that_is_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toggle_type: str, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (import_config, router_checkpoint):
-        monkeypatch.setattr(module, "SPARSE_PATTERNS", ("streaming", "xattention"))
+        monkeypatch.setattr(module, "SPARSE_PATTERNS", ("streaming", pattern))
     config, tensors = _checkpoint(tmp_path)
-    paw = write_checkpoint(tmp_path / "paw", config | {"toggle_type": "xattn"}, tensors)
+    paw = write_checkpoint(tmp_path / "paw", config | {"toggle_type": toggle_type}, tensors)
     report = import_checkpoint(paw, tmp_path / "out")
     info = read_info(tmp_path / "out")
-    assert info.sparse_pattern == "xattention"
+    assert info.sparse_pattern == pattern
     assert "warning" not in info.provenance
     assert not any("prefill" in line for line in report.warnings)
 
