@@ -48,6 +48,9 @@ def main() -> None:
             sys.stdout.flush()
             while args.go is not None and not args.go.exists():
                 time.sleep(0.2)
+            if args.profile:
+                _profile(engines, args)
+                return
             rows: list[dict[str, Any]] = []
             source = provenance()
             for context in args.contexts:
@@ -62,6 +65,16 @@ def main() -> None:
                 sys.stdout.flush()
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _profile(engines: dict[str, Engine], args: argparse.Namespace) -> None:
+    for context in args.contexts:
+        for name, engine in engines.items():
+            engine.prefill_seconds(context, 3)
+            kernels = engine.profile(context)
+            print(f"{name}, {context} tokens: {sum(ms for _, _, ms in kernels):.3f} ms of kernels")
+            for kernel, calls, ms in kernels[:14]:
+                print(f"  {ms:9.3f} ms {calls:5d} x  {kernel[:100]}")
 
 
 def write_random_router(
@@ -108,7 +121,7 @@ def _measure(
     for turn in range(args.repeats + 2):
         for name in names if turn % 2 else names[::-1]:
             engine = engines[name]
-            prefill = engine.prefill_seconds(context)
+            prefill = engine.prefill_seconds(context, args.prefills)
             running = engine.start(context, 1)
             decode = engine.step_seconds(args.steps, 1)
             engine.stop(running)
@@ -154,6 +167,7 @@ def _parse() -> argparse.Namespace:
     add("--baseline", default="FLASH_ATTN", help="vLLM's own backend (CPU_ATTN on a CPU)")
     add("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt tokens")
     add("--repeats", type=int, default=24, help="turns that count (default 24)")
+    add("--prefills", type=int, default=5, help="prompts a turn, the median counts (default 5)")
     add("--steps", type=int, default=24, help="decode steps a turn (default 24)")
     add("--sink-tokens", type=int, default=128)
     add("--window-tokens", type=int, default=2048)
@@ -162,6 +176,7 @@ def _parse() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=0.25)
     add("--dtype", default="bfloat16")
     add("--eager", action="store_true", help="without CUDA graphs")
+    add("--profile", action="store_true", help="print the GPU kernels of a prefill instead")
     add("--go", type=Path, help="wait for this file once the engines are loaded")
     return parser.parse_args()
 

@@ -1,6 +1,7 @@
 """A `vllm.LLM` driven step by step, in a process of its own: several load and live side by side."""
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -36,9 +37,19 @@ class Engine:
             self._receive()
             self._is_ready = True
 
-    def prefill_seconds(self, tokens: int) -> float:
-        """Time one request of random tokens to its first output token."""
-        return self._call("prefill_seconds", tokens)
+    def prefill_seconds(self, tokens: int, times: int = 1) -> float:
+        """Time a request of random tokens to its first output token.
+
+        Args:
+            tokens: of the prompt.
+            times: requests, one after another; the median counts. A single short one after a pause
+                would time how the processor wakes up.
+        """
+        return self._call("prefill_seconds", tokens, times)
+
+    def profile(self, tokens: int) -> list[tuple[str, int, float]]:
+        """List the GPU kernels of one prefill: name, calls, total milliseconds; longest first."""
+        return self._call("profile", tokens)
 
     def start(self, context: int, batch: int, attend: bool = True) -> list[str]:
         """Bring requests into decode.
@@ -131,11 +142,21 @@ class _Driver:
     def fix_routes(self, layers: Sequence[int] | None) -> None:
         self._llm.collective_rpc("flux_fix_routes", args=(layers,))
 
-    def prefill_seconds(self, tokens: int) -> float:
-        prompt = self._random_prompt(tokens)
-        begin = time.perf_counter()
-        self._llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
-        return time.perf_counter() - begin
+    def prefill_seconds(self, tokens: int, times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            prompt = self._random_prompt(tokens)
+            begin = time.perf_counter()
+            self._llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
+
+    def profile(self, tokens: int) -> list[tuple[str, int, float]]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            self.prefill_seconds(tokens, 1)
+        events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+        events.sort(key=lambda e: -e.self_device_time_total)
+        return [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
 
     def _random_prompt(self, tokens: int) -> list[int]:
         self._next += 1

@@ -145,6 +145,8 @@ def attention_seconds(
     """
     from flux_vllm.attention_backend.kernels import fa3
 
+    if not fa3.is_available():
+        raise RuntimeError("expected FlashAttention-3 for the ideal, found none on this GPU")
     block = 16
     blocks = -(-context // block)
     pages = torch.randn(

@@ -66,12 +66,21 @@ class FinishedStep:
     """None on the CPU, where the values are there at once."""
 
     @classmethod
-    def read(cls, step: ActiveStep, settled: np.ndarray, table: RouteTable) -> "FinishedStep":
-        """Start copying what a step decided; returns at once."""
+    def read(
+        cls,
+        step: ActiveStep,
+        settled: np.ndarray,
+        table: RouteTable,
+        fixed_routes: list[int] | None,
+    ) -> "FinishedStep":
+        """Start copying what a step decided, unless it is known; returns at once."""
         event = None
-        routes = torch.empty((0, table.num_layers), dtype=torch.int8)
-        probability = torch.empty((0, table.num_layers))
-        if step.to_route.any():
+        rows = int(step.to_route.sum())
+        routes = torch.empty((rows, table.num_layers), dtype=torch.int8)
+        probability = torch.full((rows, table.num_layers), float("nan"))
+        if fixed_routes is not None:
+            routes[:] = torch.tensor(fixed_routes, dtype=torch.int8)
+        elif rows:
             slots = to_device(step.slots[step.to_route], table.device)
             routes, probability = table.routes[slots], table.full_probability[slots]
             if table.device.type != "cpu":
@@ -150,7 +159,6 @@ class FluxRuntime:
         self.reduce_mean = reduce_mean
         self.fixed_routes: list[int] | None = None
         """By layer of the model, for policies that need no router."""
-        self._fixed_routes: torch.Tensor | None = None
         if not config.needs_router:
             sparse = {"sparse": routed_layers, "static": config.sparse_layers}.get(config.policy)
             self.fix_routes(sparse or ())
@@ -169,8 +177,7 @@ class FluxRuntime:
         for layer in sparse_layers:
             routes[layer] = int(Route.SPARSE)
         self.fixed_routes = routes
-        self._fixed_routes = torch.tensor(routes, dtype=torch.int8, device=self.table.device)
-        self.table.routes[:] = self._fixed_routes
+        self.table.fix(routes)
         self._known_routes[:] = routes
 
     def begin_step(self, context: StepContext) -> None:
@@ -179,8 +186,6 @@ class FluxRuntime:
         slots = self.table.acquire(context.request_ids)
         settled = self.table.settled_prompt_len[slots] == context.prompt_lens
         to_route = context.is_prefill & ~settled
-        if self._fixed_routes is not None:
-            self.table.routes[to_device(slots[to_route], self.table.device)] = self._fixed_routes
         self.step = ActiveStep(context, slots, is_new, to_route)
 
     def decide(self, layer: int, slots: torch.Tensor, pooled: torch.Tensor) -> None:
@@ -210,7 +215,8 @@ class FluxRuntime:
             return
         settled = step.to_route & step.context.completes_prompt
         self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
-        self._finished.append(FinishedStep.read(step, settled, self.table))
+        self._finished.append(FinishedStep.read(step, settled, self.table, self.fixed_routes))
+        self.table.clean()  # now that the step is launched
         self._count_finished(wait=False)
 
     def _count_finished(self, wait: bool) -> None:

@@ -1,5 +1,6 @@
 """What all tests share: marks, seeds, NaN in fresh memory, and the sample model."""
 
+import importlib
 import os
 import random
 import sys
@@ -62,6 +63,8 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     if "torch" not in sys.modules:
         return
     torch = sys.modules["torch"]
+    # torch remembers, once, which functions `with torch.device(...)` applies to: the real ones.
+    importlib.import_module("torch.utils._device")._device_constructors()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

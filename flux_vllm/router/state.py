@@ -30,6 +30,9 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 class RouteTable:
     """The routes of every live request, by slot; a request keeps its slot until it ends.
 
+    Free slots hold the default routes, so that taking one needs no work on the device: what ended
+    requests leave is cleaned when the step that follows has been launched (`clean`).
+
     Args:
         num_layers: layers of the model.
         capacity: slots to begin with; the table doubles when they run out (preempted requests
@@ -44,8 +47,12 @@ class RouteTable:
         self.full_probability = torch.empty(0, num_layers, device=device)
         self.settled_prompt_len = np.zeros(0, dtype=np.int64)
         """[S] length of the prompt that the routes were settled for; 0 while they are open."""
+        self._default = torch.full(
+            (num_layers,), int(Route.UNDECIDED), dtype=torch.int8, device=device
+        )
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
+        self._used: list[int] = []
         self._grow(capacity)
 
     def __len__(self) -> int:
@@ -55,40 +62,46 @@ class RouteTable:
         """Return a request's slot, or None for a request that has none."""
         return self._slots.get(request_id)
 
+    def fix(self, routes: list[int]) -> None:
+        """Give every request, live or to come, these routes: [num_layers] `Route` values."""
+        self._default = torch.tensor(routes, dtype=torch.int8, device=self.device)
+        self.routes[:] = self._default
+
     def acquire(self, request_ids: Iterable[str]) -> np.ndarray:
-        """Return the requests' slots [R] int64, giving new requests an UNDECIDED one."""
+        """Return the requests' slots [R] int64, giving new requests one with default routes."""
         slots = []
-        fresh = []
         for request_id in request_ids:
             slot = self._slots.get(request_id)
             if slot is None:
                 if not self._free:
+                    self.clean()
+                if not self._free:
                     self._grow(2 * len(self.settled_prompt_len))
                 slot = self._slots[request_id] = self._free.pop()
-                fresh.append(slot)
+                self.settled_prompt_len[slot] = 0
             slots.append(slot)
-        if fresh:
-            self.settled_prompt_len[fresh] = 0
-            index = to_device(np.array(fresh, dtype=np.int64), self.device)
-            self.routes.index_fill_(0, index, int(Route.UNDECIDED))
-            self.full_probability.index_fill_(0, index, float("nan"))
         return np.array(slots, dtype=np.int64)
 
     def release(self, request_ids: Iterable[str]) -> None:
-        """Free the slots of requests that ended; unknown requests are passed over."""
+        """Take back the slots of requests that ended; unknown requests are passed over."""
         for request_id in request_ids:
             slot = self._slots.pop(request_id, None)
             if slot is not None:
-                self._free.append(slot)
+                self._used.append(slot)
+
+    def clean(self) -> None:
+        """Make the slots that were taken back free, with default routes."""
+        if not self._used:
+            return
+        index = to_device(np.array(self._used, dtype=np.int64), self.device)
+        self.routes[index] = self._default
+        self.full_probability.index_fill_(0, index, float("nan"))
+        self._free.extend(self._used)
+        self._used = []
 
     def _grow(self, capacity: int) -> None:
         old = len(self.settled_prompt_len)
-        routes = torch.full(
-            (capacity, self.num_layers),
-            int(Route.UNDECIDED),
-            dtype=torch.int8,
-            device=self.device,
-        )
+        routes = self._default.repeat(capacity, 1)
         probability = torch.full((capacity, self.num_layers), float("nan"), device=self.device)
         routes[:old] = self.routes
         probability[:old] = self.full_probability

@@ -222,14 +222,20 @@ def test_graphs_equal_eager(model, flash_attn_error, served, eager):
 
 
 def _assert_alike(answers, others, allowed):
-    """Hold two computations to each other: each may err by twice FLASH_ATTN's error."""
+    """Hold two computations to each other: each may err by twice FLASH_ATTN's error.
+
+    They part ways at a near tie, of which a random model has many; `_check` holds the tokens of
+    each to the reference.
+    """
+    compared = 0
     for one, other in zip(answers, others, strict=True):
         assert one.routes == other.routes
         same = [a == b for a, b in zip(one.tokens, other.tokens, strict=True)]
         until = same.index(False) if False in same else len(same)
-        assert until > 0
+        compared += until
         for a, b in zip(one.logprobs[:until], other.logprobs[:until], strict=True):
             assert abs(a - b) <= 4 * allowed[1]
+    assert compared >= OUTPUT, "too few tokens alike to say anything"
 
 
 def test_preemption_and_block_sizes(model, flash_attn_error):

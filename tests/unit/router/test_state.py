@@ -267,6 +267,27 @@ class TestRouteTable:
         assert table.full_probability[slot].isnan().all()
         assert table.settled_prompt_len[slot] == 0
 
+    def test_used_slots_wait_for_the_cleaning(self) -> None:
+        """A slot is not given on before `clean`, which a step calls once it is launched."""
+        table = RouteTable(2, 4, CPU)
+        slot = table.acquire(["a"])[0]
+        table.routes[slot] = int(Route.SPARSE)
+        table.release(["a"])
+        assert slot not in table.acquire(["b", "c", "d"])
+        table.clean()
+        assert table.acquire(["e"])[0] == slot
+        assert (table.routes[slot] == Route.UNDECIDED).all()
+
+    def test_fixed_routes_are_there_from_the_start(self) -> None:
+        table = RouteTable(2, 1, CPU)
+        table.acquire(["a"])
+        table.fix([int(Route.SPARSE), int(Route.FULL)])
+        slots = table.acquire(["a", "b", "c"])
+        table.release(["b"])
+        table.clean()
+        assert table.routes[slots].tolist() == [[Route.SPARSE, Route.FULL]] * 3
+        assert table.routes[table.acquire(["d"])].tolist() == [[Route.SPARSE, Route.FULL]]
+
     def test_known_requests_keep_their_routes(self) -> None:
         table = RouteTable(2, 3, CPU)
         (slot,) = table.acquire(["a"])
