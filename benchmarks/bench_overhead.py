@@ -48,9 +48,6 @@ def main() -> None:
             sys.stdout.flush()
             while args.go is not None and not args.go.exists():
                 time.sleep(0.2)
-            if args.profile:
-                _profile(engines, args)
-                return
             rows: list[dict[str, Any]] = []
             source = provenance()
             for context in args.contexts:
@@ -65,6 +62,8 @@ def main() -> None:
                 sys.stdout.flush()
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(rows, indent=1) + "\n")
+            if args.profile:
+                _profile(engines, args)
 
 
 def _profile(engines: dict[str, Engine], args: argparse.Namespace) -> None:
@@ -176,7 +175,7 @@ def _parse() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=0.25)
     add("--dtype", default="bfloat16")
     add("--eager", action="store_true", help="without CUDA graphs")
-    add("--profile", action="store_true", help="print the GPU kernels of a prefill instead")
+    add("--profile", action="store_true", help="print the GPU kernels of a prefill too")
     add("--go", type=Path, help="wait for this file once the engines are loaded")
     return parser.parse_args()
 

@@ -152,7 +152,9 @@ class _Driver:
         return statistics.median(seconds)
 
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        kind = torch.profiler.ProfilerActivity
+        activity = kind.CUDA if torch.cuda.is_available() else kind.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
             self.prefill_seconds(tokens, 1)
         events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
         events.sort(key=lambda e: -e.self_device_time_total)
