@@ -49,7 +49,10 @@ class LayerCall:
 
 
 class Kernels(Protocol):
-    """The three kinds of attention call that a layer makes."""
+    """The kinds of attention call that a layer makes."""
+
+    scale: float
+    """Of the scores."""
 
     def decode(self, call: LayerCall) -> None:
         """Attend a batch without prefill rows, each row through its view."""
@@ -105,7 +108,7 @@ class FA3Kernels:
     """FlashAttention-3: one call for mixed decode; window and sinks for sparse prefill."""
 
     def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
-        self._scale = impl.scale
+        self.scale = impl.scale
         self._sink_tokens = runtime.sink_tokens
         self._window_tokens = runtime.window_tokens
 
@@ -148,7 +151,7 @@ class FA3Kernels:
             call.row(call.views.seqused_k),
             max_query_len=max_query_len,
             max_seq_len=metadata.max_seq_len,
-            scale=self._scale,
+            scale=self.scale,
             seqused_q=seqused_q,
             num_splits=metadata.max_num_splits,
         )
@@ -168,7 +171,7 @@ class FA3Kernels:
             metadata.seq_lens,
             max_query_len=metadata.max_query_len,
             max_seq_len=metadata.max_seq_len,
-            scale=self._scale,
+            scale=self.scale,
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,
         )
@@ -181,7 +184,7 @@ class TritonKernels:
     """Shared by all layers, by size: a captured graph keeps the one it was captured with."""
 
     def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
-        self._scale = impl.scale
+        self.scale = impl.scale
         self._sink_tokens = runtime.sink_tokens
         self._window_tokens = runtime.window_tokens
         device = runtime.table.device
@@ -209,7 +212,7 @@ class TritonKernels:
             call.row(call.views.seqused_k),
             self._workspace(call),
             max_query_len=call.metadata.max_query_len,
-            scale=self._scale,
+            scale=self.scale,
         )
 
     def full_pass(self, call: LayerCall) -> None:
@@ -248,7 +251,7 @@ class TritonKernels:
             query_start_loc,
             seqused_q,
             call.row(call.views.seqused_k),
-            scale=self._scale,
+            scale=self.scale,
             sparse=sparse,
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,

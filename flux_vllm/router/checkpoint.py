@@ -16,7 +16,7 @@ from flux_vllm.router.model import LayerRouter, linear_shapes
 
 ROUTER_FILE_NAME = "flux_router.safetensors"
 FORMAT_VERSION = "1"
-SPARSE_PATTERNS = ("streaming", "triangle")
+SPARSE_PATTERNS = ("streaming", "triangle", "xattention")
 """What SPARSE may mean in prefill; docs/PATTERNS.md. The first is meant where nothing is said."""
 
 # Least and most. A file is checked against them before anything of its sizes is made; models of

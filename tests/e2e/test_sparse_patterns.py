@@ -15,7 +15,7 @@ from tests.helpers.replay import assert_same, logprob_errors, replay
 
 pytestmark = pytest.mark.vllm
 
-KINDS = ["triangle"]
+KINDS = ["triangle", "xattention"]
 ROUTES = [SPARSE, FULL, SPARSE, FULL]
 BLOCK_SIZE = 32
 # Around two blocks of 128 and sink + window = 160, then unaligned, then long.

@@ -8,12 +8,18 @@ test_patterns.py.
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
 
 from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
+from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
+from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
+from flux_vllm.attention_backend.naive import gather_pages
 from flux_vllm.attention_backend.pattern import make_pattern
+from tests.helpers import reference_attention
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
@@ -76,8 +82,7 @@ def check(
     sizes = (shape.sink_tokens, shape.window_tokens)
     batch.pattern = make_pattern(pattern["sparse_pattern"], *sizes, pattern["pattern_options"])
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, kernels, **pattern)
-    for _ in range(2):  # the second step finds the buffers of the first
-        worker.check(batch, worker.step(batch))
+    worker.check(batch, worker.step(batch))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -91,3 +96,115 @@ def test_triangle(name: str, device: str, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", TRIANGLE_ROWS)
 def test_triangle_with_fa3(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     check(tmp_path_factory, TRIANGLE_ROWS[name], Shape(), "cuda", TRIANGLE, "fa3")
+
+
+XATTENTION = {"sparse_pattern": "xattention", "pattern_options": {"threshold": 0.6}}
+# Chunk edges within blocks and on them, one query, one strided row, short rows, padding.
+XATTENTION_ROWS = {
+    "prefill": [
+        Row(300, 300, SPARSE),
+        Row(200, 701, SPARSE),
+        Row(128, 640, SPARSE, prompt_len=900),
+        Row(1, 513, SPARSE),
+        Row(17, 512, SPARSE),
+        Row(40, 200, SPARSE),
+        Row(150, 400, FULL),
+    ],
+    "mixed": [
+        Row(1, 92, SPARSE, False),
+        Row(1, 300, FULL, False),
+        Row(30, 590, SPARSE),
+        Row(17, 356, FULL),
+        Row(0, 0),
+    ],
+}
+XATTENTION_SHAPES = [
+    Shape(),
+    Shape(heads=3, kv_heads=3, dtype=torch.bfloat16),
+    Shape(heads=9, kv_heads=3, block_size=64),
+    Shape(heads=8, kv_heads=1, head_dim=128, block_size=32),
+    Shape(head_dim=96, dtype=torch.float32),
+]
+FEW = [Row(70, 450, SPARSE), Row(300, 300, FULL), Row(5, 700, SPARSE)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", XATTENTION_ROWS)
+def test_xattention(name: str, device: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    check(tmp_path_factory, XATTENTION_ROWS[name], Shape(), device, XATTENTION)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", XATTENTION_SHAPES[1:], ids=str)
+def test_xattention_shapes(
+    shape: Shape, device: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    check(tmp_path_factory, FEW, shape, device, XATTENTION)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not fa3.is_available(), reason="needs a Hopper GPU and FA3")
+@pytest.mark.parametrize("name", XATTENTION_ROWS)
+def test_xattention_with_fa3(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    check(tmp_path_factory, XATTENTION_ROWS[name], Shape(), "cuda", XATTENTION, "fa3")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("shape", "threshold", "stride"),
+    [
+        *((shape, 0.6, 16) for shape in XATTENTION_SHAPES),
+        (Shape(), 0.3, 8),
+        (Shape(), 0.9, 16),
+        (Shape(), 1.0, 16),
+    ],
+    ids=str,
+)
+def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str) -> None:
+    """Against tests/helpers/reference_attention.py; rows that are switched off have no list."""
+    rows = [Row(70, 450), Row(9, 300), Row(300, 801), Row(1, 257)]
+    active = [True, False, True, True]
+    batch = make_batch(rows, shape, device)
+    group = tasks_a_program(shape.heads // shape.kv_heads, batch.query.element_size(), stride)
+    packed = pack_block_tasks(
+        np.array([row.seq_len - row.query_len for row in rows]),
+        np.array([row.query_len for row in rows]),
+        np.ones(len(rows), bool),
+        group,
+    )
+    tasks = torch.from_numpy(packed.tasks).to(device)
+    entries, block_rows = packed.num_entries, 128 // stride
+    lse = torch.full((shape.heads, entries * block_rows), float("nan"), device=device)
+    chosen = torch.full((shape.heads, entries), -7, dtype=torch.int32, device=device)
+    counts = torch.full((shape.heads, len(tasks)), -7, dtype=torch.int32, device=device)
+    seqused_q, sizes = batch.seqused_q(active), {"most_blocks": packed.most_blocks}
+    score_blocks(
+        batch.query, batch.key_cache, batch.block_table, batch.query_start_loc, seqused_q,
+        batch.seq_lens, tasks, lse, scale=batch.scale, stride=stride, **sizes,
+    )  # fmt: skip
+    choose_blocks(
+        lse, tasks, seqused_q, batch.seq_lens, chosen, counts, threshold=threshold, stride=stride,
+        **sizes,
+    )  # fmt: skip
+    pattern = reference_attention.SparsePattern(
+        0, 1, 16, "xattention", stride=stride, threshold=threshold
+    )
+    heads = range(shape.heads)
+    for index, row in enumerate(rows):
+        key = gather_pages(batch.key_cache, batch.block_table[index], row.seq_len).float().cpu()
+        query = batch.query[batch.tokens_of(index)].float().cpu()
+        mine = [task for task in range(len(tasks)) if packed.tasks[task, 0] == index]
+        assert len(mine) == (row.seq_len - 1) // 128 - (row.seq_len - row.query_len) // 128 + 1
+        for head in heads if active[index] else []:
+            expected = reference_attention.chosen_blocks(
+                query[:, head],
+                key[:, head * shape.kv_heads // shape.heads],
+                batch.scale,
+                pattern,
+            )
+            for task in mine:
+                _, block, entry = packed.tasks[task]
+                found = chosen[head, entry : entry + counts[head, task]].tolist()
+                assert found == expected[block].nonzero().flatten().tolist(), (index, head, block)
+        if not active[index]:
+            assert (counts[:, mine] == -7).all()

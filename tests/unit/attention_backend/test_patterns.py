@@ -49,8 +49,15 @@ CASES = [
     Case(450, 1, 500),
     Case(300, 200, 400),
     *(Case(150, 150, 300, heads) for heads in (2, 6)),
+    Case(0, 1100, 1100),
+    Case(700, 300, 2000),
+    Case(1030, 1, 1031),
 ]
-OPTIONS: dict[str, dict[str, Any]] = {"streaming": {}, "triangle": {"tail_tokens": TAIL}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "streaming": {},
+    "triangle": {"tail_tokens": TAIL},
+    "xattention": {"threshold": 0.5},
+}
 
 
 def make(name: str) -> SparsePattern:
@@ -154,6 +161,10 @@ def test_cpu_prefill_equals_masked_attention(name: str, case: Case) -> None:
         ("triangle", {"tail": 3}, r"among \['tail_tokens'\] .* 'triangle', found \['tail'\]"),
         ("triangle", {"tail_tokens": 0}, r"whole number from 1 to .* \"tail_tokens\" .* found 0"),
         ("triangle", {"tail_tokens": True}, "found True; change it"),
+        ("xattention", {"threshold": 0}, r"above 0 and at most 1 for \"threshold\" .* found 0"),
+        ("xattention", {"threshold": 1.1}, "found 1.1"),
+        ("xattention", {"threshold": "0.9"}, "found '0.9'"),
+        ("xattention", {"stride": 32}, r"8 or 16 for \"stride\" .* found 32"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:

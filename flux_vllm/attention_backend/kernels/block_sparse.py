@@ -1,0 +1,192 @@
+"""Attention of query blocks over lists of key blocks in the paged cache, a list a head.
+
+Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
+M table width, Q tasks, E entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
+from flux_vllm.attention_backend.kernels.tiles import (
+    INTERPRETED,
+    LOG2_E,
+    NO_SCORE,
+    dot,
+    softmax_step,
+)
+
+_BLOCK = tl.constexpr(BLOCK_TOKENS)
+
+
+class SparseTile(NamedTuple):
+    """How one program, a query block of one head, is sized."""
+
+    block_n: int
+    """Keys taken at a time; divides 128."""
+    num_warps: int
+    num_stages: int
+
+
+def default_tile(head_dim: int, element_size: int) -> SparseTile:
+    """Choose a tile that fits the shared memory of Hopper, or elsewhere that of Ada, 99 KiB."""
+    if INTERPRETED:
+        return SparseTile(64, 4, 1)
+    if element_size == 4:
+        return SparseTile(16, 8, 1)
+    if torch.cuda.get_device_capability()[0] == 9:
+        return SparseTile(64, 8, 3 if head_dim <= 128 else 2)
+    return SparseTile(64, 8, 2) if head_dim <= 128 else SparseTile(16, 8, 1)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seqused_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    tasks: torch.Tensor,
+    chosen: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    scale: float,
+    tile: SparseTile | None = None,
+) -> None:
+    """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
+
+    Args:
+        query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
+        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
+        value_cache: [B, block_size, K, H], likewise.
+        out: [T, N, H], written for attended rows only.
+        block_table: [>= R, M] int32; entries past a row's keys are never read.
+        query_start_loc: [R + 1] int32.
+        seqused_q: [R] int32 on the device: all of the row's queries, or 0 to skip it.
+        seqused_k: [R] int32: keys, this step's queries included.
+        tasks: [Q, 3] int32, see BlockTasks.
+        chosen: [N, E] int32: each task's key blocks; within its own a query sees keys up to itself.
+        counts: [N, Q] int32: how many they are.
+        scale: softmax scale.
+        tile: sizes; None for the default.
+
+    Host sync: none; allocates nothing.
+    """
+    heads, head_dim = query.shape[1:]
+    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
+    tile = tile or default_tile(head_dim, query.element_size())
+    _sparse_kernel[(len(tasks), heads)](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        block_table,
+        query_start_loc,
+        seqused_q,
+        seqused_k,
+        tasks,
+        chosen,
+        counts,
+        scale * LOG2_E,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        *out.stride()[:2],
+        block_table.stride(0),
+        chosen.stride(0),
+        counts.stride(0),
+        BLOCK_SIZE=key_cache.shape[1],
+        GROUP=heads // key_cache.shape[2],
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_N=tile.block_n,
+        TILES=BLOCK_TOKENS // tile.block_n,
+        INTERPRET=INTERPRETED,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@triton.jit(do_not_specialize=["stride_chosen", "stride_counts"])
+def _sparse_kernel(
+    query,
+    key_cache,
+    value_cache,
+    out,
+    block_table,
+    query_start_loc,
+    seqused_q,
+    seqused_k,
+    tasks,
+    chosen,
+    counts,
+    scale_log2,
+    stride_qt,
+    stride_qn,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_on,
+    stride_table,
+    stride_chosen,
+    stride_counts,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    # Late blocks have the most keys: begin with them.
+    task = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.load(tasks + task * 3)
+    if row < 0:
+        return
+    queries = tl.load(seqused_q + row)
+    if queries == 0:
+        return
+    block = tl.load(tasks + task * 3 + 1)
+    head = tl.program_id(1)
+    keys = tl.load(seqused_k + row)
+    position = block * _BLOCK + tl.arange(0, _BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    present = (position >= keys - queries) & (position < keys)
+    stored = present[:, None] & (d < HEAD_DIM)[None, :]
+    token = (tl.load(query_start_loc + row) + position - (keys - queries)).to(tl.int64)
+    q_pointers = query + (token * stride_qt + head * stride_qn)[:, None] + d[None, :]
+    q = tl.load(q_pointers, mask=stored, other=0.0)
+    table = block_table + row.to(tl.int64) * stride_table
+    key_base = key_cache + head // GROUP * stride_kh
+    value_base = value_cache + head // GROUP * stride_vh
+    listed = chosen + head.to(tl.int64) * stride_chosen + tl.load(tasks + task * 3 + 2)
+
+    largest = tl.full([_BLOCK], NO_SCORE, tl.float32)
+    total = tl.zeros([_BLOCK], tl.float32)
+    acc = tl.zeros([_BLOCK, BLOCK_D], tl.float32)
+    for i in range(0, tl.load(counts + head * stride_counts + task) * TILES):
+        key_block = tl.load(listed + i // TILES)
+        n = key_block * _BLOCK + i % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+        loaded = (n < keys)[:, None] & (d < HEAD_DIM)[None, :]
+        page = tl.load(table + n // BLOCK_SIZE, mask=n < keys, other=0).to(tl.int64)
+        k_offset = page * stride_kb + (n % BLOCK_SIZE) * stride_kt
+        k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+        if key_block == block:
+            scores = tl.where(n[None, :] <= position[:, None], scores, float("-inf"))
+        weights, largest, total, acc = softmax_step(scores, largest, total, acc)
+        v_offset = page * stride_vb + (n % BLOCK_SIZE) * stride_vt
+        v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
+        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
+
+    o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
+    tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
