@@ -303,7 +303,11 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> in
     if runtime.config.policy == "full":
         return 0
     rows = most_rows(vllm_config)
-    total = 0
+    total = runtime.pattern.cuda_nbytes(
+        vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.model_config.max_model_len,
+    )
     for block_size in {spec.block_size for spec in specs}:
         # vLLM rounds a table's width up to whole 128 tokens.
         width = -(-vllm_config.model_config.max_model_len // block_size) + 128

@@ -88,6 +88,18 @@ class TestFeatures:
         ):
             startup.check_front_end(make_config(tmp_path, {"kernels": "triton"}))
 
+    @pytest.mark.parametrize("policy", ["router", "sparse", "full"])
+    def test_options_of_another_pattern(self, tmp_path: Path, policy: str) -> None:
+        write(tmp_path, sparse_pattern="triangle")
+        flux = {"policy": policy, "pattern_options": {"threshold": 0.9}}
+        with pytest.raises(FluxConfigError) as error:
+            startup.check_front_end(make_config(tmp_path, flux))
+        assert str(error.value) == (
+            "flux config: expected \"pattern_options\" among ['tail_tokens'] for sparse_pattern "
+            "'triangle', found ['threshold']; remove or correct them"
+        )
+        startup.check_front_end(make_config(tmp_path, flux | {"sparse_pattern": "xattention"}))
+
     def test_ngram_speculation_is_carried(self, tmp_path: Path) -> None:
         write(tmp_path)
         speculative = SimpleNamespace(method="ngram")

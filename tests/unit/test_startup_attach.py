@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from flux_vllm import startup
+from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
@@ -150,6 +151,15 @@ class TestAttach:
         attentions = [*self.attentions()[:3], make_attention(3, head_size=2 * H)]
         with pytest.raises(RouterCheckpointError, match="expected head_dim 64 .* found 32"):
             startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+
+    def test_pattern_of_the_router_or_the_configuration(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path, sparse_pattern="triangle")
+        model = Model(self.attentions(), rope)
+        pattern = startup.attach(model, make_config(tmp_path), CPU).pattern
+        assert pattern == make_pattern("triangle", 64, 256, {"tail_tokens": 128})
+        flux = {"sparse_pattern": "xattention", "pattern_options": {"stride": 8}}
+        pattern = startup.attach(model, make_config(tmp_path, flux), CPU).pattern
+        assert pattern == make_pattern("xattention", 64, 256, {"stride": 8, "threshold": 0.9})
 
     def test_fixed_policies_hold_no_router(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)

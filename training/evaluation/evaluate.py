@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flux_vllm.errors import RouterCheckpointError
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig
@@ -39,6 +40,12 @@ class Evaluation:
         self.config = config
         self.world = world
         router, self.info = read_router(Path(config.router))
+        if self.info.sparse_pattern != "streaming":
+            raise RouterCheckpointError(
+                f"{config.router}: expected a router with the sparse pattern 'streaming', the one "
+                f"that is trained and evaluated here, found {self.info.sparse_pattern!r}; measure "
+                "this router on the server"
+            )
         self.router: LayerRouter = router.to(world.device)
         self.tokenizer = load_tokenizer(config.model)
         self.routed = load_routed(

@@ -111,7 +111,7 @@ class Pattern(SparsePattern):
         """Plan a batch by query blocks, for three kernels: estimate, choose, attend."""
         return _CudaBlocks(self, step, device)
 
-    def cuda_nbytes(self, num_heads: int, max_tokens: int, max_rows: int, max_len: int) -> int:
+    def cuda_nbytes(self, num_heads: int, max_tokens: int, max_len: int) -> int:
         """Return what a step of one prompt takes at its end, twice over for chunks of several."""
         tasks = 2 * (-(-max_tokens // BLOCK) + 1)
         entry = 4 * (BLOCK // self.stride) + 4

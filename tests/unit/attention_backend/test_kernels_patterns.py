@@ -19,6 +19,7 @@ from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.attention_backend.naive import gather_pages
 from flux_vllm.attention_backend.pattern import make_pattern
+from flux_vllm.step import StepContext
 from tests.helpers import reference_attention
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
@@ -208,3 +209,20 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
                 assert found == expected[block].nonzero().flatten().tolist(), (index, head, block)
         if not active[index]:
             assert (counts[:, mine] == -7).all()
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_memory_is_bounded_before_it_is_needed(stride: int) -> None:
+    """One prompt's last chunk at the longest context takes at most half of what is set aside."""
+    tokens, length, heads = 1000, 20_000, 9
+    pattern = make_pattern("xattention", 32, 128, {"stride": stride})
+    one = [np.array([n]) for n in (length, length - tokens, tokens)]
+    step = StepContext(("a",), *one, np.array([True]))
+    call = SimpleNamespace(
+        query=torch.empty(tokens, heads, 64, dtype=torch.float16),
+        keys=torch.empty(1, 16, 3, 64, dtype=torch.float16),
+    )
+    buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call)
+    taken = buffers.lse.nbytes + buffers.chosen.nbytes + buffers.counts.nbytes
+    reserved = pattern.cuda_nbytes(heads, tokens, length)
+    assert reserved / 4 < taken <= reserved / 2

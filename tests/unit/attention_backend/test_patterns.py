@@ -4,7 +4,10 @@ Oracle: tests/helpers/reference_attention.py, written from DESIGN.md and the pap
 package; a loop over queries and keys for the counts.
 """
 
+import re
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from flux_vllm.attention_backend.pattern import Chunk, SparsePattern, make_patte
 from flux_vllm.errors import FluxConfigError
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from flux_vllm.step import StepContext
+from tests.conftest import REPOSITORY
 from tests.helpers import reference_attention
 from tests.helpers.reference_router import SPARSE
 
@@ -123,35 +127,65 @@ def test_up_to_its_reach_every_key_is_seen(name: str) -> None:
     assert seen.sum() == case.heads * case.end * (case.end + 1) // 2
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_prefill_equals_masked_attention(name: str, case: Case) -> None:
-    query, key, value = draw(case)
+def run_on_cpu(
+    pattern: SparsePattern, case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Attend a chunk over a cache whose other blocks are NaN. Returns: [Q, N, H]."""
     used = -(-case.end // BLOCK)
     blocks = torch.randperm(used) + 1
     row = torch.full((used + 2,), 2**30, dtype=torch.int32)  # a stale end
     row[:used] = blocks
-    # vLLM's cache begins as zeros; blocks of other requests are NaN.
     cache = torch.full((used + 2, K, BLOCK, 2 * H), float("nan"))
-    cache[blocks] = 0
+    cache[blocks] = 0  # vLLM's cache begins as zeros: the last block's rest
     halves = cache.view(len(cache), K, 2 * BLOCK, H).chunk(2, dim=2)
     positions = torch.arange(case.end)
     slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
     layout = learn_page_layout("vec", BLOCK, H, torch.float32)
     torch.ops._C.cpu_attn_reshape_and_cache(key, value, *halves, slots, "vec", 1.0, 1.0, "auto")
-
-    plan = make(name).cpu_prefill(Chunk(case.computed, case.scheduled, case.prompt_len, row, BLOCK))
+    plan = pattern.cpu_prefill(Chunk(case.computed, case.scheduled, case.prompt_len, row, BLOCK))
     output = torch.full_like(query, float("nan"))
     for _ in range(2):  # one plan serves every SPARSE layer of a step
         plan.attend(query, cache, layout, SCALE, output)
+    return output
 
-    mask = expected(name, case, query, key)
-    group = case.heads // K
+
+def masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Attend by a mask [N, Q, S]."""
+    group = query.shape[1] // K
     scores = torch.einsum("qnh,snh->nqs", query, key.repeat_interleave(group, dim=1)) * SCALE
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    exact = torch.einsum("nqs,snh->qnh", weights, value.repeat_interleave(group, dim=1))
+    return torch.einsum("nqs,snh->qnh", weights, value.repeat_interleave(group, dim=1))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_prefill_equals_masked_attention(name: str, case: Case) -> None:
+    query, key, value = draw(case)
+    output = run_on_cpu(make(name), case, query, key, value)
+    exact = masked(query, key, value, expected(name, case, query, key))
     torch.testing.assert_close(output, exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("case", [Case(0, 300, 300), Case(150, 97, 500)], ids=str)
+def test_the_example_of_the_docs_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (REPOSITORY / "docs" / "PATTERNS.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module = ModuleType("flux_vllm.attention_backend.patterns.anchors")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "docs/PATTERNS.md", "exec"), module.__dict__)
+    pattern = make_pattern("anchors", S, W, {"spacing": 37})
+    query, key, value = draw(case)
+    output = run_on_cpu(pattern, case, query, key, value)
+    positions, keys = torch.arange(case.computed, case.end)[:, None], torch.arange(case.end)
+    mask = (keys < S) | (keys > positions - W) | (keys % 37 == 0)
+    mask &= keys <= positions
+    torch.testing.assert_close(output, masked(query, key, value, mask), rtol=0, atol=2e-5)
+    one = [np.array([n]) for n in (case.prompt_len, case.computed, case.scheduled)]
+    assert pattern.prefill_keys(StepContext(("a",), *one, np.array([True]))) == mask.sum()
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,18 @@ class TestStart:
 
 
 class TestWhatCounts:
+    def test_prefill_that_depends_on_the_data_does_not(self, tmp_path: Path) -> None:
+        """XAttention: SPARSE layers of prompt rows are in neither sum, all else is."""
+        setup = Setup(tmp_path, (32, 128, 32))
+        setup.reporter = RouteReporter(setup.store, LAYERS, 32, make_pattern("xattention", 32, 128))
+        rows: list[Row] = [(100, 300, 400), (600, 1, 500)]
+        setup.record(rows, [[SPARSE, FULL, SPARSE], [SPARSE, FULL, FULL]], [False, False])
+        prompt, decode = (count_keys(row, FULL, (32, 128, 32)) for row in rows)
+        sparse_decode = count_keys(rows[1], SPARSE, (32, 128, 32))
+        assert setup.tokens("attended", "prefill") == setup.tokens("context", "prefill") == prompt
+        assert setup.tokens("attended", "decode") == 2 * decode + sparse_decode
+        assert setup.tokens("context", "decode") == 3 * decode
+
     def test_warmup_does_not(self, one: Setup) -> None:
         before = one.scrape()
         one.record([(0, 200, 200)], [[SPARSE] * 3], [True], is_warmup=True)

@@ -1,5 +1,6 @@
 """A whole evaluation on a tiny model, and its statistics against plain NumPy."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.errors import RouterCheckpointError
+from flux_vllm.router.checkpoint import RouterInfo, read_router, write_router
 from flux_vllm.router.model import LayerRouter
 from training.attach import RoutedModel
 from training.config import DataSettings, EvalConfig, SystemSettings
@@ -94,6 +96,13 @@ def test_an_unknown_variant_is_refused(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     with pytest.raises(ValueError, match="'sideways'"):
         evaluation.variant("sideways")
+
+
+def test_a_router_of_another_pattern_is_refused(config: EvalConfig) -> None:
+    router, info = read_router(Path(config.router))
+    write_router(Path(config.router), router, dataclasses.replace(info, sparse_pattern="triangle"))
+    with pytest.raises(RouterCheckpointError, match="expected .* 'streaming', .* found 'triangle'"):
+        module.Evaluation(config, World(0, 1, torch.device("cpu")))
 
 
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
