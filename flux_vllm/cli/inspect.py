@@ -58,7 +58,7 @@ def describe(path: Path, router: "LayerRouter", info: "RouterInfo") -> str:
         ("layers", f"{info.num_layers}, head_dim {info.head_dim}"),
         ("parameters", f"{parameters:,} ({parameters // info.num_layers:,} a layer)"),
         ("looks at", f"the prompt's first and last {info.pool_tokens} tokens"),
-        ("SPARSE means", f"{info.sparse_pattern}: {sparse}"),
+        ("SPARSE means", f"{info.sparse_pattern} in prompts, {sparse} in decode"),
     ]
     rows += [(f"  {name}", str(value)) for name, value in info.provenance.items()] or [
         ("provenance", "none in the file")

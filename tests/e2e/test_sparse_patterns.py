@@ -90,6 +90,31 @@ def test_prefix_cache_hit(tiny_model, reference, kind, record_property):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_preemption(tiny_model, reference, kind, record_property):
+    """Text that is computed again lies past the prompt, where triangle's tail goes on."""
+    prompts = [random_prompt(length, seed=30 + length) for length in (500, 161, 700, 1100)]
+    bytes_per_block = 4 * 2 * 2 * 32 * 4 * BLOCK_SIZE  # layers, k and v, KV heads, dim, float32
+    # All prompts fit, their generations do not. One block is vLLM's null block.
+    blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 3
+    with Engine(
+        tiny_model,
+        _flux(kind),
+        block_size=BLOCK_SIZE,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=blocks * bytes_per_block,
+    ) as engine:
+        answers = engine.generate(prompts, 100)
+    assert sum(answer.preemptions for answer in answers) > 0
+    worst = 0.0
+    for answer in answers:
+        request = replay(reference, answer, _pattern(kind), ROUTES)
+        assert_same(answer, request)
+        worst = max(worst, logprob_errors(answer, request)[1])
+    record_property("worst_output_logprob_error", worst)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_streaming_in_its_place_would_show(reference, kind):
     """The tolerance is tight enough: the pattern moves the log-probabilities."""
     prompt = random_prompt(1100, seed=1100)

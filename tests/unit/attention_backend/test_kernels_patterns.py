@@ -143,6 +143,21 @@ def test_xattention_shapes(
     check(tmp_path_factory, FEW, shape, device, XATTENTION)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_xattention_long(device: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """More blocks than one tile of scores holds, and queries of many blocks."""
+    shape = Shape(heads=8, head_dim=128, dtype=torch.bfloat16, sink_tokens=128, window_tokens=1024)
+    rows = [
+        Row(1, 5000, SPARSE, False),
+        Row(1500, 6000, SPARSE),
+        Row(130, 8000, SPARSE),
+        Row(300, 1300, SPARSE),
+    ]
+    pattern = {"sparse_pattern": "xattention", "pattern_options": {"threshold": 0.3}}
+    check(tmp_path_factory, rows, shape, device, pattern)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not fa3.is_available(), reason="needs a Hopper GPU and FA3")
 @pytest.mark.parametrize("name", XATTENTION_ROWS)
