@@ -109,8 +109,12 @@ class BackendWorker:
                     inv_freq=torch.zeros(shape.head_dim // 2, device=device),
                 )
                 impl.binding = LayerBinding(self.runtime, index, no_rotation)
+                scale = torch.ones((), device=device)  # what vLLM's own forward reads
+                scales = dict.fromkeys(("_q_scale", "_k_scale", "_v_scale"), scale)
                 self.layers.append(
-                    SimpleNamespace(impl=impl, kv_cache=batch.kv_cache, sliding_window=None)
+                    SimpleNamespace(
+                        impl=impl, kv_cache=batch.kv_cache, sliding_window=None, **scales
+                    )
                 )
             names = [f"layers.{index}" for index in range(LAYERS)]
             config.compilation_config.static_forward_context = dict(
