@@ -181,6 +181,7 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
     rows = [Row(70, 450), Row(9, 300), Row(300, 801), Row(1, 257)]
     active = [True, False, True, True]
     batch = make_batch(rows, shape, device)
+    scale = 6 * batch.scale  # so that blocks differ widely in mass
     group = tasks_a_program(shape.heads // shape.kv_heads, batch.query.element_size(), stride)
     packed = pack_block_tasks(
         np.array([row.seq_len - row.query_len for row in rows]),
@@ -196,7 +197,7 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
     seqused_q, sizes = batch.seqused_q(active), {"most_blocks": packed.most_blocks}
     score_blocks(
         batch.query, batch.key_cache, batch.block_table, batch.query_start_loc, seqused_q,
-        batch.seq_lens, tasks, lse, scale=batch.scale, stride=stride, **sizes,
+        batch.seq_lens, tasks, lse, scale=scale, stride=stride, **sizes,
     )  # fmt: skip
     choose_blocks(
         lse, tasks, seqused_q, batch.seq_lens, chosen, counts, threshold=threshold, stride=stride,
@@ -215,7 +216,7 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
             expected = reference_attention.chosen_blocks(
                 query[:, head],
                 key[:, head * shape.kv_heads // shape.heads],
-                batch.scale,
+                scale,
                 pattern,
             )
             for task in mine:

@@ -87,8 +87,8 @@ def expected(name: str, case: Case, query: torch.Tensor, key: torch.Tensor) -> t
 
 
 def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw queries [Q, N, H], keys and values [S, K, H]."""
-    query = torch.randn(case.scheduled, case.heads, H)
+    """Draw queries [Q, N, H], keys and values [S, K, H]; blocks differ widely in mass."""
+    query = 4 * torch.randn(case.scheduled, case.heads, H)
     key, value = torch.randn(2, case.end, K, H)
     return query, key, value
 
