@@ -5,13 +5,16 @@ chunks at odd offsets (a chunk edge within a query block, within a prompt's tail
 prompts and decodes, and the prefix cache.
 """
 
+import dataclasses
+
 import pytest
 
+from flux_vllm.router.checkpoint import read_router, write_router
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.models import random_prompt
 from tests.helpers.reference import FULL, SPARSE, SparsePattern
-from tests.helpers.replay import assert_same, logprob_errors, replay
+from tests.helpers.replay import assert_routed, assert_same, logprob_errors, replay
 
 pytestmark = pytest.mark.vllm
 
@@ -112,6 +115,20 @@ def test_preemption(tiny_model, reference, kind, record_property):
         assert_same(answer, request)
         worst = max(worst, logprob_errors(answer, request)[1])
     record_property("worst_output_logprob_error", worst)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_router_file_says_the_pattern(tiny_model, reference, reference_router, kind, tmp_path):
+    router, info = read_router(tiny_model)
+    file = write_router(tmp_path, router, dataclasses.replace(info, sparse_pattern=kind))
+    with Engine(
+        tiny_model, {"router": str(file)}, block_size=BLOCK_SIZE, max_num_batched_tokens=300
+    ) as engine:
+        prompts = [random_prompt(length, seed=length) for length in (257, 500, 1100)]
+        answers = engine.generate(prompts, 24, prompt_logprobs=True)
+    for answer in answers:
+        assert_routed(answer, reference, reference_router, _pattern(kind))
+    assert any(SPARSE in answer.routes for answer in answers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
