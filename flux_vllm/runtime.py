@@ -142,6 +142,7 @@ class FluxRuntime:
         self.router = router
         self.info = info
         self.routed_layers = routed_layers
+        self._columns = np.array(routed_layers, dtype=np.int64)
         self.sink_tokens, self.window_tokens = config.window(info)
         self.pattern = make_pattern(
             config.pattern_name(info),
@@ -212,6 +213,8 @@ class FluxRuntime:
         if step is None:
             # vLLM's empty step after the last request: nothing else may come for long.
             self._count_finished(wait=False)
+            if self.reporter is not None:
+                self.reporter.flush()
             return
         settled = step.to_route & step.context.completes_prompt
         self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
@@ -231,10 +234,9 @@ class FluxRuntime:
             self._known_routes[step.slots[step.routed]] = step.routes.numpy()
             routes = self._known_routes[step.slots]
             if self.reporter is not None:
-                layers = list(self.routed_layers)
-                self.reporter.record(context, routes[:, layers], step.settled)
-                if self.router is not None:
-                    probability = step.full_probability[:, layers].numpy()
+                self.reporter.record(context, routes[:, self._columns], step.settled)
+                if self.router is not None and step.routed.any():
+                    probability = step.full_probability.numpy()[:, self._columns]
                     self.reporter.record_probabilities(context, probability)
             if context.is_warmup:
                 continue
@@ -267,6 +269,8 @@ class FluxRuntime:
     def status(self) -> dict[str, object]:
         """Describe the state, for tools and tests; waits for the steps in flight."""
         self._count_finished(wait=True)
+        if self.reporter is not None:
+            self.reporter.flush()
         return {
             "live_requests": len(self.table),
             "routed_layers": list(self.routed_layers),

@@ -1,5 +1,6 @@
 """StepContext: the requests of one engine step, the same from either of vLLM's model runners."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,17 @@ class StepContext:
         for name in ("prompt_lens", "computed", "scheduled", "is_prefill"):
             if getattr(self, name).shape != (rows,):
                 raise AssertionError(f"{name}: one entry a request expected")
+
+    @classmethod
+    def concatenate(cls, steps: Sequence["StepContext"]) -> "StepContext":
+        """Put the rows of several steps, at least one, one after another."""
+        if len(steps) == 1:
+            return steps[0]
+        arrays = {
+            name: np.concatenate([getattr(step, name) for step in steps])
+            for name in ("prompt_lens", "computed", "scheduled", "is_prefill")
+        }
+        return cls(tuple(name for step in steps for name in step.request_ids), **arrays)
 
     def __len__(self) -> int:
         return len(self.request_ids)

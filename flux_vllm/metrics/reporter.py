@@ -3,6 +3,7 @@
 Dimension legend: R requests, L routed layers of the model.
 """
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,10 @@ _NONFINITE = "Prompt rows whose logits were not finite, FULL there; anything but
 _INFO = "The router in use and its configuration; always 1."
 
 
+FLUSH_SECONDS = 0.2
+"""How long what a step read may go uncounted while others follow it."""
+
+
 class RouteReporter:
     """Counts what one worker's steps did.
 
@@ -47,6 +52,8 @@ class RouteReporter:
         self._layers = layers
         self._block_size = block_size
         self._pattern = pattern
+        self._pending: list[tuple[StepContext, np.ndarray]] = []
+        self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
             for layer in layers:
                 self._count_decisions(layer, route, 0)
@@ -60,7 +67,7 @@ class RouteReporter:
         self._store.set("flux_router_info", 1, _INFO, **labels)
 
     def record(self, step: StepContext, routes: np.ndarray, decided: np.ndarray) -> None:
-        """Count one step.
+        """Count one step; all but its decisions may wait for the next ones, a fifth of a second.
 
         Args:
             step: the step that ran.
@@ -69,15 +76,35 @@ class RouteReporter:
         """
         if step.is_warmup or not len(step):
             return
-        for row in np.flatnonzero(decided):
-            for layer, route in zip(self._layers, routes[row].tolist(), strict=True):
-                self._count_decisions(layer, Route(route), 1)
-            ratio = float((routes[row] == Route.SPARSE).mean())
-            self._store.observe("flux_request_sparse_layers_ratio", ratio, RATIO_BUCKETS, _RATIO)
+        self._pending.append((step, routes))
+        if decided.any():
+            for row in np.flatnonzero(decided):
+                self._count_request(routes[row])
+            self.flush()
+        elif time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Count the steps that wait, all rows at once: a step by itself costs as much as many."""
+        self._flushed = time.monotonic()
+        if not self._pending:
+            return
+        step = StepContext.concatenate([step for step, _ in self._pending])
+        routes = np.concatenate([routes for _, routes in self._pending])
+        self._pending.clear()
         unrouted = (routes[~step.is_prefill] == Route.UNDECIDED).any(axis=1).sum()
         if unrouted:
             self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
-        sparse_layers = (routes == Route.SPARSE).sum(axis=1)
+        self._count_keys(step, (routes == Route.SPARSE).sum(axis=1))
+
+    def _count_request(self, routes: np.ndarray) -> None:
+        for layer, route in zip(self._layers, routes.tolist(), strict=True):
+            self._count_decisions(layer, Route(route), 1)
+        ratio = float((routes == Route.SPARSE).mean())
+        self._store.observe("flux_request_sparse_layers_ratio", ratio, RATIO_BUCKETS, _RATIO)
+
+    def _count_keys(self, step: StepContext, sparse_layers: np.ndarray) -> None:
+        """Count the keys of all rows, given their numbers of SPARSE layers [R]."""
         full = full_keys(step.computed, step.scheduled)
         prefill = self._pattern.prefill_keys(step)
         decode = sparse_decode_keys(

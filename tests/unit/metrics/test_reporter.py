@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.metrics.directory import FluxCollector
 from flux_vllm.metrics.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
-from flux_vllm.metrics.reporter import RATIO_BUCKETS, RouteReporter
+from flux_vllm.metrics.reporter import FLUSH_SECONDS, RATIO_BUCKETS, RouteReporter
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.step import StepContext
 
@@ -78,6 +78,7 @@ class Setup:
             np.array(routes, dtype=np.int8).reshape(len(rows), len(LAYERS)),
             np.array(decided, dtype=bool),
         )
+        self.reporter.flush()
 
     def scrape(self) -> dict[tuple, float]:
         registry = CollectorRegistry()
@@ -276,3 +277,33 @@ class TestNonfiniteRouter:
 
     def test_step_that_decided_nothing(self, one: Setup) -> None:
         assert self.count(one, []) == 0
+
+
+class TestWaiting:
+    """Steps that settle no route may wait for others, a fifth of a second."""
+
+    @pytest.fixture
+    def one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+        self.now = 100.0
+        monkeypatch.setattr("flux_vllm.metrics.reporter.time.monotonic", lambda: self.now)
+        return Setup(tmp_path, (32, 128, 16))
+
+    def step(self, one: Setup, decided: bool = False) -> None:
+        routes = np.array([[SPARSE, FULL, SPARSE]], dtype=np.int8)
+        one.reporter.record(make_step([(9, 1, 5)]), routes, np.array([decided]))
+
+    def test_steps_that_wait_are_counted_together(self, one: Setup) -> None:
+        for _ in range(3):
+            self.step(one)
+        assert one.tokens("context", "decode") == 0
+        self.now += FLUSH_SECONDS
+        self.step(one)
+        assert one.tokens("context", "decode") == 4 * 10 * 3
+        self.step(one)
+        one.reporter.flush()
+        assert one.tokens("context", "decode") == 5 * 10 * 3
+
+    def test_a_decision_shows_at_once(self, one: Setup) -> None:
+        self.step(one)
+        self.step(one, decided=True)
+        assert one.tokens("context", "decode") == 2 * 10 * 3
