@@ -16,11 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.engine_process import Engine
 from benchmarks.provenance import provenance
-from benchmarks.serve_cases import PLANS, Decode, Prefill, Row, Shape, attention_seconds
+from benchmarks.serve_cases import PLANS, Decode, Prefill, Row, Shape
 
 
 class Results:
@@ -96,11 +94,7 @@ def _measure_prefill(
     keep: Callable[[Row], None],
     in_time: Callable[[], bool],
 ) -> None:
-    saved = None
-    if torch.cuda.is_available() and in_time():
-        full = attention_seconds(shape, case.context, args.chunk, None)
-        window = attention_seconds(shape, case.context, args.chunk, args.window_tokens)
-        saved = shape.layers * (full - window)
+    saved = _most_saved(shape, base, flux, case.context) if in_time() else None
     base_values: list[float] = []
     values: dict[float, list[float]] = {share: [] for share in case.shares}
     for _ in range(case.repeats):
@@ -113,6 +107,17 @@ def _measure_prefill(
         for share in case.shares:
             ideal = None if saved is None else statistics.median(base_values) - share * saved
             keep(Row("ttft_s", case.context, 1, share, ideal, values[share], base_values))
+
+
+def _most_saved(shape: Shape, base: Engine, flux: Engine, context: int) -> float | None:
+    """Return L * (a_full - a_window) in seconds; None where no FlashAttention kernel runs."""
+
+    def attention_ms(engine: Engine) -> float:
+        return sum(ms for name, _, ms in engine.profile(context) if "FlashAttnFwd" in name)
+
+    flux.fix_routes(shape.spread(1.0))
+    full, window = attention_ms(base), attention_ms(flux)
+    return (full - window) / 1000 if full else None
 
 
 def _measure_decode(
