@@ -1,19 +1,26 @@
 """Where workers leave their counters for the API server: one folder of small mmapped files.
 
-The folder's name travels in the environment, which vLLM's engine and worker processes inherit.
+The folder's name travels in the environment, which vLLM's engine and worker processes inherit. What
+a killed server left is removed when the next one starts.
 """
 
 import atexit
 import os
 import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import REGISTRY
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from flux_vllm.metrics.liveness import hold, remove_ended
+from flux_vllm.metrics.store import remove_ended_stores
+
 _VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _OWN_VARIABLE = "FLUX_METRICS_DIR"
+_PREFIX = "flux-metrics-"
 _folder: tuple[int, str] | None = None
 """What this process made, under its process id: a forked child is no owner."""
 
@@ -28,15 +35,17 @@ def prepare_front_end() -> None:
     """Make this process show the workers' counters, before the engine starts.
 
     The folder is always of this process's own making: a name in the environment is that of the
-    process that started this one, and another server's counts are none of ours. With several API
-    servers vLLM shares a folder among its processes already; the workers' files then go there and
-    vLLM's own collector reads them.
+    process that started this one, and another server's counts are none of ours. Unless vLLM has one
+    for its own metrics, with several API servers or by the operator's wish: its `/metrics` then
+    shows nothing but the files in there, so the workers' have to be among them.
     """
     global _folder
-    if os.environ.get(_VLLM_VARIABLE):
+    if shared := os.environ.get(_VLLM_VARIABLE):
+        remove_ended_stores(Path(shared))
         return
     if _folder is None or _folder[0] != os.getpid() or not Path(_folder[1]).is_dir():
-        _folder = (os.getpid(), tempfile.mkdtemp(prefix="flux-metrics-"))
+        _remove_ended_folders()
+        _folder = (os.getpid(), _make_folder())
         atexit.register(_remove, _folder[1], os.getpid())
         REGISTRY.register(FluxCollector(_folder[1]))
     os.environ[_OWN_VARIABLE] = _folder[1]
@@ -61,6 +70,26 @@ class FluxCollector(MultiProcessCollector):
         """Read the files; none once the folder is gone, at exit, and none in a forked child."""
         is_ours = self._owner == os.getpid() and Path(self._path).is_dir()
         return list(super().collect()) if is_ours else []
+
+
+def _make_folder() -> str:
+    """Make a folder and hold it to this process's end."""
+    while True:
+        name = tempfile.mkdtemp(prefix=_PREFIX)
+        with suppress(FileNotFoundError):
+            descriptor = os.open(name, os.O_RDONLY)
+            if hold(descriptor, Path(name)):
+                return name
+            os.close(descriptor)
+
+
+def _remove_ended_folders() -> None:
+    """Remove what this user's killed front ends left."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(FileNotFoundError):
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                remove_ended(path)
 
 
 def _remove(name: str, owner: int) -> None:

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flux_vllm.metrics.liveness import remove_ended
+
 CAPACITY = 4096
 """Requests kept a worker; 2.4 MB with 80 layers."""
 REQUEST_ID_BYTES = 160
@@ -65,7 +67,9 @@ class RouteJournal:
         num_layers: int,
         capacity: int = CAPACITY,
     ) -> None:
-        _remove_ended(directory)
+        # Nobody else clears a fixed folder of the files of workers that ended.
+        for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
+            remove_ended(path)
         self._record = np.zeros((), record_dtype(num_layers))
         self._capacity = capacity
         self._number = 0
@@ -178,16 +182,6 @@ def _is_locked(file: BinaryIO) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _remove_ended(directory: Path) -> None:
-    """Clear away the files of workers that ended, which nobody else removes from a fixed folder."""
-    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with suppress(FileNotFoundError):
-            with path.open("rb") as file:
-                is_live = _is_locked(file)
-            if not is_live:
-                path.unlink()
 
 
 def _header(about: Mapping[str, object], num_layers: int, capacity: int) -> bytes:

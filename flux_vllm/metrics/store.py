@@ -1,7 +1,8 @@
 """The worker's side of the metrics: counters in files that the API server reads.
 
 The files are prometheus_client's own multi-process format, so its collector does the reading and
-summing; a worker killed in mid-step leaves what it had counted.
+summing; a worker killed in mid-step leaves what it had counted. A worker holds its files as long as
+it lives, so that the next server can tell a former one's.
 """
 
 import itertools
@@ -10,9 +11,12 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.utils import floatToGoString
+
+from flux_vllm.metrics.liveness import hold, remove_ended
 
 _stores = itertools.count()
 """Numbers the stores of a process: two engines in one must not share a file."""
@@ -30,9 +34,9 @@ class MetricStore:
         self._labels = dict(labels)
         # vLLM's process may keep files of its own here under its bare process id.
         tag = f"flux-{os.getpid()}-{next(_stores)}.db"
-        self._counters = MmapedDict(str(directory / f"counter_{tag}"))
-        self._histograms = MmapedDict(str(directory / f"histogram_{tag}"))
-        self._gauges = MmapedDict(str(directory / f"gauge_max_{tag}"))
+        paths = [directory / f"{kind}_{tag}" for kind in ("counter", "histogram", "gauge_max")]
+        self._held = [_open_held(path) for path in paths]
+        self._counters, self._histograms, self._gauges = (MmapedDict(str(path)) for path in paths)
         self._values: dict[str, float] = {}
         self._keys: dict[tuple, str] = {}
         """By name, sample and labels: making a key costs ten times what writing a value does."""
@@ -76,3 +80,23 @@ class MetricStore:
             value = file.read_value(key)[0]
         self._values[key] = value = value + amount
         file.write_value(key, value, time.time())
+
+
+def remove_ended_stores(directory: Path) -> None:
+    """Remove the counts of workers that ended.
+
+    Args:
+        directory: shared with the API server, and outliving it.
+
+    Raises: PermissionError: this user may not remove them.
+    """
+    for path in directory.glob("*_flux-*-*.db"):
+        remove_ended(path)
+
+
+def _open_held(path: Path) -> BinaryIO:
+    while True:
+        file = path.open("ab")
+        if hold(file.fileno(), path):
+            return file
+        file.close()

@@ -2,13 +2,16 @@
 
 Oracle: prometheus_client's global registry and its own multi-process collector. What happens at a
 process's end is seen from outside, in processes of their own. Pinned: a forked child that exits
-takes nothing away; vLLM's clean-up of its own collectors leaves ours.
+takes nothing away; vLLM's clean-up of its own collectors leaves ours; what a server killed by
+SIGKILL left is neither shown by the next nor left lying.
 """
 
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,8 +26,12 @@ OWN, VLLMS = "FLUX_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Start without folders; leave the global registry as it was."""
+def _clean(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Start without folders, in a /tmp of our own; leave the global registry as it was."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.delenv(OWN, raising=False)
     monkeypatch.delenv(VLLMS, raising=False)
     monkeypatch.setattr(directory, "_folder", None)
@@ -53,6 +60,30 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )
+
+
+SERVE = (
+    "import os, sys, time\n"
+    "from flux_vllm.metrics.directory import *\n"
+    "from flux_vllm.metrics.store import MetricStore\n"
+    "prepare_front_end()\n"
+    "store = MetricStore(metrics_directory(), {'model_name': 'former'})\n"
+    "store.add('flux_things', 3, 'Things.')\n"
+    "store.set('flux_info', 1, 'Information.')\n"
+    "print(metrics_directory(), flush=True)\n"
+    "time.sleep(600)\n"
+)
+
+
+@contextmanager
+def serving() -> Iterator[Path]:
+    """Let another process count until it is killed; gives its folder."""
+    command = [sys.executable, "-c", SERVE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Path(process.stdout.readline().strip())
+        finally:
+            process.kill()
 
 
 class TestFolder:
@@ -196,6 +227,31 @@ class TestSeveralApiServers:
         MultiProcessCollector(registry, path=str(tmp_path))
         assert 'flux_things_total{model_name="m"} 3.0' in generate_latest(registry).decode()
 
+    def test_restart_in_the_same_folder_begins_at_0(self, tmp_path: Path, monkeypatch) -> None:
+        """Only what still lives is shown, as the workers that several API servers share."""
+        monkeypatch.setenv(VLLMS, str(tmp_path))
+        of_vllm = tmp_path / "counter_7.db"
+        of_vllm.touch()
+
+        def shown() -> str:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, path=str(tmp_path))
+            return generate_latest(registry).decode()
+
+        with serving() as folder:
+            assert folder == tmp_path
+            prepare_front_end()
+            of_vllm.unlink()  # was left alone; empty, it cannot be read
+            assert 'flux_things_total{model_name="former"} 3.0' in shown()
+            assert 'flux_info{model_name="former"} 1.0' in shown()
+        assert 'flux_things_total{model_name="former"} 3.0' in shown()
+        prepare_front_end()
+        assert "flux" not in shown()
+        assert list(tmp_path.iterdir()) == []
+        store = MetricStore(metrics_directory(), {"model_name": "former"})
+        store.add("flux_things", 1, "Things.")
+        assert 'flux_things_total{model_name="former"} 1.0' in shown()
+
     def test_files_do_not_collide_with_prometheus_clients(self, tmp_path: Path) -> None:
         """In one process both write: its own counter under the bare process id, ours beside it."""
         code = (
@@ -245,3 +301,23 @@ class TestExit:
         monkeypatch.setenv(OWN, str(tmp_path))
         run("prepare_front_end()")
         assert tmp_path.is_dir()
+
+    def test_killed_front_ends_folder_goes_at_the_next_start(self) -> None:
+        with serving() as former:
+            prepare_front_end()
+            assert former.is_dir()
+        assert former.is_dir()
+        folder = run("prepare_front_end(); print(metrics_directory().is_dir())").stdout
+        assert folder.strip() == "True"
+        assert not former.exists()
+        assert metrics_directory().is_dir()  # ours, which lives
+
+    def test_links_and_files_are_left(self, tmp_path: Path) -> None:
+        (tmp_path / "kept").touch()
+        link, file = (Path(tempfile.gettempdir(), f"flux-metrics-{name}") for name in ("a", "b"))
+        link.symlink_to(tmp_path)
+        file.touch()
+        prepare_front_end()
+        assert (tmp_path / "kept").exists()
+        assert link.is_symlink()
+        assert file.exists()

@@ -5,6 +5,7 @@ own parser. Pinned: counters only go up; a worker that starts again on an existi
 """
 
 import itertools
+import statistics
 import subprocess
 import sys
 import time
@@ -143,6 +144,7 @@ def test_restarted_worker_continues(
     for expected in (5, 10, 15):
         if place == "same-file":
             monkeypatch.setattr(store_module, "_stores", itertools.count())
+            store = None  # the former worker lets go of its files
         store = MetricStore(tmp_path, {"model_name": "m"})
         store.add("flux_things", 0, "Things.")
         assert scrape(tmp_path)[key("flux_things_total", model_name="m")] == expected - 5
@@ -179,7 +181,7 @@ def test_many_series(tmp_path: Path) -> None:
 
 
 def test_scrape_is_cheap(tmp_path: Path, as_process: Callable[[int], None]) -> None:
-    """A large model's worker: under 5 ms of processor time."""
+    """A large model's worker: under 5 ms of processor time, in the median."""
     as_process(101)
     store = MetricStore(tmp_path, {"model_name": "org/Model-70B-Instruct"})
     for layer in range(80):
@@ -193,4 +195,4 @@ def test_scrape_is_cheap(tmp_path: Path, as_process: Callable[[int], None]) -> N
         start = time.process_time()
         generate_latest(registry)
         times.append(time.process_time() - start)
-    assert min(times) < 0.005
+    assert statistics.median(times) < 0.005
