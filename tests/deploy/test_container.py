@@ -83,6 +83,9 @@ class ContainerServer(demo.server.Server):
     def __init__(self, model: Path, log: Path, *arguments: str) -> None:
         super().__init__([str(model), *arguments], log)
         self._command.remove("serve")  # start.sh says it
+        option = self._command.index("--port")  # FLUX_PORT says it
+        self.port = self._command[option + 1]
+        del self._command[option : option + 2]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +102,10 @@ def server(
         flux = f'{{"flux": {{"router": "{ROUTER}"}}}}'
         arguments = ("--additional-config", flux, "--enforce-eager", "--max-model-len", "1024")
         cache = ("--kv-cache-memory-bytes", str(128 << 20))
-        with ContainerServer(sample_model, folder / "log", *arguments, *cache) as running:
-            yield running
+        server = ContainerServer(sample_model, folder / "log", *arguments, *cache)
+        patch.setenv("FLUX_PORT", server.port)
+        with server:
+            yield server
 
 
 def test_installed_apart_from_the_checkout(environment: Path, tmp_path: Path) -> None:
@@ -119,9 +124,8 @@ def test_installed_apart_from_the_checkout(environment: Path, tmp_path: Path) ->
 
 
 def test_health_check(server: ContainerServer) -> None:
-    port = server.url.rsplit(":", 1)[1]
     check = [sys.executable, str(DEPLOY / "health.py")]
-    up = subprocess.run(check, env={"FLUX_PORT": port})
+    up = subprocess.run(check, env={"FLUX_PORT": server.port})
     assert up.returncode == 0
     down = subprocess.run(check, env={"FLUX_PORT": "9"}, capture_output=True, text=True)
     assert down.returncode == 1
@@ -146,6 +150,15 @@ def test_start_without_a_model_says_how(arguments: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert f"expected a model first, found '{(arguments or ['nothing'])[0]}'" in done.stderr
+
+
+@pytest.mark.parametrize("port", [["--port", "9000"], ["--port=9000"]], ids=["apart", "joined"])
+def test_start_with_a_port_names_flux_port(port: list[str]) -> None:
+    """The health check asks at FLUX_PORT, and would call a server elsewhere dead."""
+    command = ["bash", str(DEPLOY / "start.sh"), "MODEL", "--max-model-len", "64", *port]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 2
+    assert "expected the port in FLUX_PORT" in done.stderr
 
 
 def test_install_without_vllm_says_so(tmp_path: Path) -> None:
