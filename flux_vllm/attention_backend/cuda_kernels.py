@@ -15,7 +15,7 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
     decode_workspace,
 )
 from flux_vllm.attention_backend.kernels.triton_prefill import SUPPORTED_HEAD_DIMS, attend_prefill
-from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
 from flux_vllm.runtime import FluxRuntime
 
 if TYPE_CHECKING:
@@ -83,12 +83,14 @@ class Kernels(Protocol):
 def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
     """Choose the kernels of a layer: those asked for, else FlashAttention-3 where it runs.
 
-    Raises: UnsupportedConfigurationError: FlashAttention-3 was asked for and is not there.
+    Raises:
+        FluxConfigError: FlashAttention-3 was asked for and is not there.
+        UnsupportedConfigurationError: the Triton kernels do not take this head size.
     """
     wanted = runtime.config.kernels
     has_fa3 = fa3.is_available() and impl.vllm_flash_attn_version == 3
     if wanted == "fa3" and not has_fa3:
-        raise UnsupportedConfigurationError(
+        raise FluxConfigError(
             'flux config: expected FlashAttention-3 for "kernels": "fa3" (a GPU of compute '
             f"capability 9.0), found FlashAttention-{impl.vllm_flash_attn_version} on "
             f'{torch.cuda.get_device_name()}; use "kernels": "triton" or leave it out'
