@@ -129,11 +129,12 @@ def route_prompt(
 ) -> "RouteDecision":
     """Run the prompt through vLLM's offline engine and fetch its routes.
 
-    Raises: CommandError: the engine does not start, or tells of no decision.
+    Raises: CommandError: no engine starts, the prompt does not fit, or no decision is told.
     """
     progress = Progress()
     progress("loading vLLM")
     import vllm
+    from vllm.exceptions import VLLMError
 
     from flux_vllm.runtime import recent_decisions
 
@@ -155,12 +156,18 @@ def route_prompt(
         raise CommandError(
             f"vLLM cannot load {args.model}: {error}; run again with --verbose for its whole log"
         ) from error
+    check_length(llm, prompt)
     progress("routing the prompt")
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0)
-    if args.chat:
-        llm.chat([{"role": "user", "content": prompt}], sampling, use_tqdm=False)
-    else:
-        llm.generate([prompt], sampling, use_tqdm=False)
+    try:
+        if args.chat:
+            llm.chat([{"role": "user", "content": prompt}], sampling, use_tqdm=False)
+        else:
+            llm.generate([prompt], sampling, use_tqdm=False)
+    except (VLLMError, ValueError) as error:  # a chat template that is missing or makes it too long
+        raise CommandError(
+            f"vLLM cannot take the prompt: {error}; change the prompt, or leave out --chat"
+        ) from error
     decisions = recent_decisions(llm)
     if not decisions:
         raise CommandError(
@@ -169,6 +176,19 @@ def route_prompt(
         )
     progress("done")
     return decisions[-1]
+
+
+def check_length(llm: Any, prompt: str) -> None:
+    """Check that the prompt's text and one token after it fit the model and the KV cache.
+
+    Raises: CommandError: they do not.
+    """
+    found, most = len(llm.get_tokenizer().encode(prompt)), llm.model_config.max_model_len - 1
+    if found > most:
+        raise CommandError(
+            f"expected a prompt of at most {most:,} tokens, which the model and the KV cache hold, "
+            f"found {found:,}; shorten it, or give a larger --kv-cache-gib if the model takes more"
+        )
 
 
 def as_json(model: str, decision: "RouteDecision") -> dict[str, object]:

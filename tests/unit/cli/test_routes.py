@@ -132,3 +132,40 @@ def test_routes_of_the_sample_model(sample_model: Path, tmp_path: Path) -> None:
     sparse = [layer["layer"] for layer in result["layers"] if layer["route"] == "SPARSE"]
     assert sparse == [1, 4, 29]
     assert result["routed_layers"] == 30
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_routes_refuses_a_prompt_that_does_not_fit(
+    chat: bool, sample_model: Path, tmp_path: Path
+) -> None:
+    """By itself or with its chat template, one line says so. Oracle: the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sample_model)
+    most = 8191  # the sample model has 8,192 positions, and one token is generated
+    text = " ".join(["one"] * (most if chat else most + 2000))
+    found = len(tokenizer.encode(text))
+    assert (found <= most) == chat
+    (tmp_path / "prompt.txt").write_text(text)
+    shown = subprocess.run(
+        [
+            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(sample_model)),
+            *("--prompt-file", str(tmp_path / "prompt.txt"), "--kv-cache-gib", "0.5"),
+            *(["--chat"] if chat else []),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    last = shown.stderr.splitlines()[-1]
+    assert (shown.returncode, shown.stdout, "Traceback" in shown.stderr) == (1, "", False), last
+    expected = (
+        "vLLM cannot take the prompt: This model's maximum context length is 8192 tokens"
+        if chat
+        else f"expected a prompt of at most {most:,} tokens, which the model and the KV cache "
+        f"hold, found {found:,}; shorten it"
+    )
+    assert last.startswith(f"flux-vllm routes: error: {expected}")
