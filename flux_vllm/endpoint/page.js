@@ -10,6 +10,7 @@ const LABELS = {
   policy: "Policy",
   base_model: "Router trained for",
   threshold: "FULL where P(FULL) is at least",
+  sparse_pattern: "Sparse pattern",
   sink_tokens: "Sink tokens",
   window_tokens: "Window tokens",
   pool_tokens: "Pool tokens",
