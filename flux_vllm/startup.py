@@ -33,7 +33,7 @@ _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def check_front_end(vllm_config: Any) -> None:
-    """Check all that can be known before the model loads, so that mistakes cost a second.
+    """Check all that can be known before the model loads, so that mistakes end the start early.
 
     Raises: FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError.
     """
@@ -77,7 +77,7 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
             _check_fit(info, num_layers, attention.head_size)
     unrouted = set(config.sparse_layers or ()) - {index for index, _, _ in layers}
     if unrouted:
-        raise UnsupportedConfigurationError(
+        raise FluxConfigError(
             "flux config: expected sparse_layers with full attention in the model, found "
             f"{sorted(unrouted)}, which keep a sliding window of the model's own; remove them"
         )

@@ -16,7 +16,7 @@ from torch import nn
 from flux_vllm import startup
 from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
-from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
+from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
 from tests.unit.startup_fakes import (
     CPU,
@@ -88,7 +88,7 @@ class TestAttach:
 
     def test_static_on_a_sliding_window_layer(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
-        with pytest.raises(UnsupportedConfigurationError) as error:
+        with pytest.raises(FluxConfigError) as error:
             startup.attach(
                 Model(self.attentions(self.WINDOWED), rope), make_config(tmp_path, flux), CPU
             )
