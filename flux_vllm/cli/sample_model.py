@@ -12,7 +12,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +100,8 @@ def make_sample_model(out: Path, progress: Callable[[str], None] = lambda text: 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.making-"))
     try:
-        _convert(gguf, temporary, progress)
+        with _bars_on_terminals_only():
+            _convert(gguf, temporary, progress)
         temporary.chmod(0o755)
         try:
             temporary.replace(out)
@@ -155,11 +158,26 @@ def _check_free(out: Path) -> None:
         )
 
 
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep tqdm's bars, which transformers draws, out of pipes and files.
+
+    tqdm reads TQDM_DISABLE when it is imported, and torch may have imported it long ago.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    original = tqdm.__init__
+    if not sys.stderr.isatty():
+        tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
 def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
     # A local file: nothing may ask a hub about it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     progress("loading transformers")
     import torch
     from transformers import (

@@ -172,6 +172,21 @@ def test_find_gguf_in_a_package_without_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
+def test_sample_model_draws_no_bars_into_a_pipe(tmp_path: Path) -> None:
+    """Also where torch has imported tqdm before, as in the demo."""
+    code = "import sys, torch, tqdm; from flux_vllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "sample-model", str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "writing safetensors" in shown.stderr
+    assert "%|" not in shown.stderr + shown.stdout
+
+
+@pytest.mark.slow
 def test_sample_model_is_whole(sample_model: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
