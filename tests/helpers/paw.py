@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 ALLOCATOR = "model.layers.{layer}.self_attn.mask_allocator."
 FIELDS: dict[str, Any] = {
@@ -28,6 +29,8 @@ FIELDS: dict[str, Any] = {
     "suggested_sparsity": None,
     "use_task_emb_for_mask": False,
 }
+# Of `tiny_checkpoint`.
+LAYERS, HEAD_DIM = 3, 4
 _NETWORKS = {"features": "cls_feat_extractor", "head": "cls_router_head_agnostic"}
 
 
@@ -76,6 +79,34 @@ def training_leftovers(layers: int, kv_heads: int) -> dict[str, torch.Tensor]:
         tensors[f"{prefix}attn_mask_log_alphas"] = torch.randn(kv_heads)
         tensors[f"{prefix}mask_allocator.log_temp"] = torch.zeros(())
     return tensors
+
+
+def tiny_checkpoint(
+    folder: Path,
+    config_class: Any = LlamaConfig,
+    dtype: torch.dtype = torch.float32,
+    logits: int = 2,
+    router_dtype: torch.dtype | None = None,
+    **config: Any,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Make a tiny model; give its configuration and tensors as the authors would store them."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": HEAD_DIM,
+        "vocab_size": 40,
+        "pad_token_id": None,
+    }
+    made = config_class(**sizes | config)
+    model = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    model.save_pretrained(folder / "standard")
+    tensors = load_file(folder / "standard" / "model.safetensors")
+    tensors |= random_allocators(LAYERS, HEAD_DIM, logits, router_dtype or dtype)
+    tensors |= training_leftovers(LAYERS, made.num_key_value_heads)
+    return paw_config(folder / "standard", use_softmax=logits == 2), tensors
 
 
 def write_checkpoint(
