@@ -74,7 +74,11 @@ class Engine:
         if flux is not None:
             defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
         self.has_flux = flux is not None
-        self.llm = LLM(model=str(model), **(defaults | arguments))
+        try:
+            self.llm = LLM(model=str(model), **(defaults | arguments))
+        except BaseException:
+            _forget_engine()
+            raise
         self.core = self.llm.llm_engine.engine_core.engine_core
         self._steps: dict[str, list[tuple[int, int, str]]] = {}
         self._step_of: dict[tuple[int, str], int] = {}
@@ -209,15 +213,20 @@ class Engine:
 
     def close(self) -> None:
         """Take the engine down, so that another can start in this process."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        _forget_engine()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _forget_engine() -> None:
+    """Undo what an engine set up in this process, one that did not start too."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    gc.collect()
