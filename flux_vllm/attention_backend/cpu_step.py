@@ -87,6 +87,9 @@ class CpuStep:
                 runtime.info.pool_tokens,
             )
             self._positions = self._prompt_positions()
+            if not len(self._positions):
+                sums.reset_layers(self._sum_step)
+                self._sum_step = None
 
     def _prompt_positions(self) -> torch.Tensor:
         parts = [

@@ -224,6 +224,13 @@ class QuerySums:
             pooled_tokens=pooled_tokens.clamp(min=1)[:, None],
         )
 
+    def reset_layers(self, step: QuerySumStep) -> None:
+        """Reset, in all layers, the granules that a step without prompt tokens writes over.
+
+        Such a step needs no `update_and_pool`.
+        """
+        self.sums[:, step.reset] = 0
+
     def update_and_pool(
         self, index: int, step: QuerySumStep, mean_query: torch.Tensor
     ) -> torch.Tensor:

@@ -160,6 +160,21 @@ class TestQuerySums:
         assert sums.counts.tolist() == [0, 16, 0]
         assert sums.sums[0, :, 0].tolist() == [0.0, 7.0, 0.0]
 
+    def test_reset_layers_forgets_in_every_layer(self) -> None:
+        """A decode step that begins a granule, in one call for all layers."""
+        sums = QuerySums(3, 4, 32, 8, CPU)
+        sums.sums.fill_(7)
+        spans = [PromptSpan(computed=48, scheduled=1, prompt_len=40)]
+        table = torch.tensor([[2, 3]], dtype=torch.int32)
+        step = sums.begin_step(
+            spans, np.array([False]), np.array([0]), torch.tensor([3 * 32 + 16]), table, 16
+        )
+        sums.reset_layers(step)
+        written = 3 * 2 + 1
+        assert (sums.sums[:, written] == 0).all()
+        kept = [granule for granule in range(8) if granule != written]
+        assert (sums.sums[:, kept] == 7).all()
+
     def test_recomputed_outputs_add_nothing(self) -> None:
         """A resumed request's chunk runs past its prompt: only the prompt's 20 tokens count."""
         sums = QuerySums(1, 4, 16, 1, CPU)
