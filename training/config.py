@@ -59,8 +59,8 @@ class DataSettings:
     """What stands around the user's turn: chat (the model's template), plain, instruction,
     dialogue."""
     open_fraction: float = 0.0
-    """Share of prompts whose answer is not begun for the model: the first words of the answer,
-    which prompts end with, become part of the answer."""
+    """Share of training prompts whose answer is not begun for the model: the first words of the
+    answer, which prompts end with, become part of the answer. Evaluation asks all open."""
     chunked_fraction: float = 0.5
     """Share of prompts trained as if prefilled in chunks."""
     max_chunks: int = 3
@@ -217,6 +217,9 @@ class EvalConfig:
     """Router file or folder."""
     out: str
     """Folder for `quality.json`, per-prompt scores and plots."""
+    scores: str = ""
+    """Folder of stored scores: an interrupted evaluation goes on from there, and routers that
+    share it share the static baselines; empty: `stored_scores` in --out."""
     seed: int = 1
     """Of the prompts."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -238,8 +241,9 @@ class EvalConfig:
     random_patterns: int = 30
     """Random static patterns beside the greedy one."""
     variants: tuple[str, ...] = ()
-    """Extra conditions at threshold 0.5: plain, wording (paraphrased instructions),
-    wrapper:NAME, chunks:TOKENS, cached (after a local question on the same context)."""
+    """Extra conditions at threshold 0.5: plain, begun (prompts end with the answer's first
+    words), wording (paraphrased instructions), wrapper:NAME, chunks:TOKENS, cached (after a local
+    question on the same context)."""
     variant_prompts: int = 100
     """Prompts a task and length for each of these."""
     system: SystemSettings = field(default_factory=SystemSettings)

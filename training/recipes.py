@@ -48,14 +48,19 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
 
 
 def smollm2_long(model: str = "", out: str = "") -> TrainConfig:
-    """Train on the model's whole length and several chat wrappers: what `smollm2` lacks."""
+    """Train on open prompts of the model's whole length, in several wrappers."""
     base = smollm2(model, out)
     return replace(
         base,
-        data=replace(base.data, max_tokens=8000, wrappers=("chat", "plain", "dialogue")),
+        data=replace(
+            base.data,
+            max_tokens=8000,
+            open_fraction=0.75,
+            wrappers=("chat", "plain", "dialogue"),
+        ),
         loss=replace(
             base.loss,
-            targets=("retrieval=0.55", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
+            targets=("retrieval=0.70", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
         ),
         optimizer=replace(base.optimizer, steps=1200),
     )
@@ -99,7 +104,15 @@ def evaluation(model: str = "", router: str = "", out: str = "") -> EvalConfig:
         router=router,
         out=out,
         data=DataSettings(tasks=SMOLLM2_TASKS),
-        variants=("plain", "wording", "wrapper:instruction", "chunks:2048", "chunks:512", "cached"),
+        variants=(
+            "plain",
+            "begun",
+            "wording",
+            "wrapper:instruction",
+            "chunks:2048",
+            "chunks:512",
+            "cached",
+        ),
     )
 
 

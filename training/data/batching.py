@@ -90,6 +90,7 @@ def collate(
     pool_tokens: int,
     pool_prefix: bool = True,
     answer_tokens: int | None = None,
+    skip_prefix: bool = False,
 ) -> MicroBatch:
     """Pad prompts into one rectangle.
 
@@ -100,6 +101,7 @@ def collate(
         pool_tokens: prompt tokens pooled at each end.
         pool_prefix: whether the first tokens are pooled.
         answer_tokens: most answer tokens of a prompt to look at, evenly spaced; None: all.
+        skip_prefix: look at an open answer only after its prefix, as if that had been forced.
 
     Returns: MicroBatch, on the CPU.
     """
@@ -109,7 +111,8 @@ def collate(
     for row, prompt in enumerate(prompts):
         ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64)
         token_ids[row, : len(ids)] = ids
-        looked_at = torch.arange(prompt.prompt_len - 1, len(ids) - 1)
+        skipped = prompt.prefix_len if skip_prefix else 0
+        looked_at = torch.arange(prompt.prompt_len + skipped - 1, len(ids) - 1)
         if answer_tokens is not None and len(looked_at) > answer_tokens:
             looked_at = looked_at[torch.arange(answer_tokens) * len(looked_at) // answer_tokens]
         rows.append(torch.full_like(looked_at, row))

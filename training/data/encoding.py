@@ -25,10 +25,13 @@ class Encoded:
 
     task: str
     token_ids: np.ndarray
-    """[T] int32: prompt, then answer. NumPy, since worker processes hand it over by value."""
+    """[T] int32: prompt, answer's prefix where open, answer. NumPy, since worker processes hand it
+    over by value."""
     prompt_len: int
     shared_len: int
     """Leading tokens that hold the context and not the question; 0 where the question leads."""
+    prefix_len: int = 0
+    """Tokens of the answer's prefix after the prompt; 0 where the prompt ends with it."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -45,12 +48,13 @@ def token_counter(tokenizer: Any) -> Callable[[list[str]], list[int]]:
 
 
 def render(sample: Sample, wrapper: Wrapper, tokenizer: Any) -> str:
-    """Write the prompt as the server sees it, the answer's prefix included.
+    """Write the prompt as the server sees it: with the answer's prefix unless it is open.
 
     Raises: ValueError: wrapper `chat`, and the tokenizer has no chat template.
     """
+    begun = "" if sample.is_open else sample.answer_prefix
     if wrapper != "chat":
-        return _PATTERNS[wrapper].format(user=sample.user_text) + sample.answer_prefix
+        return _PATTERNS[wrapper].format(user=sample.user_text) + begun
     if tokenizer.chat_template is None:
         raise ValueError(
             "expected a tokenizer with a chat template for the wrapper 'chat', found none; use "
@@ -58,7 +62,7 @@ def render(sample: Sample, wrapper: Wrapper, tokenizer: Any) -> str:
         )
     turns = [{"role": "user", "content": sample.user_text}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return str(text) + sample.answer_prefix
+    return str(text) + begun
 
 
 def encode(sample: Sample, wrapper: Wrapper, tokenizer: Any, max_answer_tokens: int) -> Encoded:
@@ -68,17 +72,19 @@ def encode(sample: Sample, wrapper: Wrapper, tokenizer: Any, max_answer_tokens: 
         sample: of a family or a file.
         wrapper: what stands around the user's turn.
         tokenizer: the model's, from transformers.
-        max_answer_tokens: the answer is cut to this many.
+        max_answer_tokens: the answer is cut to this many, not counting its prefix.
 
     Returns: Encoded.
     """
     text = render(sample, wrapper, tokenizer)
     at = text.find(sample.context) if sample.context and not sample.instruction_first else -1
-    texts = [text, sample.answer, text[: at + len(sample.context)] if at >= 0 else ""]
+    prefix = sample.answer_prefix if sample.is_open else ""
+    texts = [text, prefix, sample.answer, text[: at + len(sample.context)] if at >= 0 else ""]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return Encoded(
         task=sample.task,
-        token_ids=np.array(ids[0] + ids[1][:max_answer_tokens], dtype=np.int32),
+        token_ids=np.array(ids[0] + ids[1] + ids[2][:max_answer_tokens], dtype=np.int32),
         prompt_len=len(ids[0]),
-        shared_len=max(0, len(ids[2]) - 1),
+        shared_len=max(0, len(ids[3]) - 1),
+        prefix_len=len(ids[1]),
     )

@@ -21,9 +21,11 @@ class Sample:
     """The long text, which comes first; empty where the question is all there is."""
     question: str
     answer_prefix: str = ""
-    """Words the assistant's turn begins with, part of the prompt; ends without a space."""
+    """Words the assistant's turn begins with; starts and ends without a space."""
     answer: str
     """Follows the prefix; what losses and scores look at."""
+    is_open: bool = False
+    """Whether the prefix is part of the answer; otherwise the prompt ends with it."""
     instruction_first: bool = False
     """Whether the question also stands before the context."""
     details: dict[str, object] = field(default_factory=dict)
@@ -37,9 +39,8 @@ class Sample:
 
     def opened(self) -> "Sample":
         """Return the same question with the answer's prefix as part of the answer."""
-        return dataclasses.replace(
-            self, answer_prefix="", answer=(self.answer_prefix + self.answer).lstrip(" ")
-        )
+        answer = self.answer if self.answer_prefix else self.answer.lstrip(" ")
+        return dataclasses.replace(self, is_open=True, answer=answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from training.evaluation.report import plot_report, write_json
 from training.evaluation.scoring import Condition, Scorer, Scores, group_of
 from training.evaluation.static_patterns import best_pattern, layers_by_sensitivity, pattern
 from training.evaluation.statistics import Cells, interval
+from training.evaluation.stored_scores import StoredScorer
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import Policy, StaticPolicy, ThresholdPolicy
 from training.provenance import provenance
@@ -51,7 +52,17 @@ class Evaluation:
         self.routed = load_routed(
             config.model, self.info.sink_tokens, self.info.window_tokens, config.system, world
         )
-        self.scorer = Scorer(self.routed, self.info.pool_tokens, config.micro_batch_tokens, world)
+        computing = Scorer(self.routed, self.info.pool_tokens, config.micro_batch_tokens, world)
+        self.scorer = StoredScorer(
+            computing,
+            Path(config.scores or f"{config.out}/stored_scores"),
+            {
+                "model": config.model,
+                "sink_tokens": self.info.sink_tokens,
+                "window_tokens": self.info.window_tokens,
+                "dtype": config.system.dtype,
+            },
+        )
         self.limit: int = self.routed.model.config.max_position_embeddings
         self.started = time.monotonic()
         self.report: dict[str, Any] = {}
@@ -120,7 +131,7 @@ class Evaluation:
         """Tell how far the run is."""
         if self.world.is_main:
             spent = time.monotonic() - self.started
-            tokens = self.scorer.tokens / 1e6
+            tokens = self.scorer.scorer.tokens / 1e6
             sys.stderr.write(f"[{spent:6.1f} s, {tokens:.1f} M tokens] {what}\n")
 
     def compare(self, cells: Cells, full: Scores, other: Scores) -> dict[str, Any]:
@@ -221,6 +232,8 @@ class Evaluation:
         kind, _, value = name.partition(":")
         if kind == "wording":
             more = {"held_out_wording": True}
+        elif kind == "begun":
+            more = {"begun": True}
         elif kind == "wrapper" and value in WRAPPERS:
             wrapper: Wrapper = value  # type: ignore[assignment]
             more = {"wrapper": wrapper}
@@ -230,8 +243,8 @@ class Evaluation:
             more = {"same_context": True}
         elif kind != "plain":
             raise ValueError(
-                "expected a variant among plain, wording, wrapper:NAME, chunks:TOKENS and cached, "
-                f"found {name!r}; correct --variants"
+                "expected a variant among plain, begun, wording, wrapper:NAME, chunks:TOKENS and "
+                f"cached, found {name!r}; correct --variants"
             )
         made = self._prompts("test", count, lengths, **more)
         if kind == "cached":

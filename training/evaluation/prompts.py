@@ -30,6 +30,8 @@ class PromptSetting:
     prompts: int
     """Prompts a task and length."""
     wrapper: Wrapper = "chat"
+    begun: bool = False
+    """The prompt ends with the answer's prefix; otherwise all prompts are open."""
     held_out_wording: bool = False
     same_context: bool = False
     """The context comes first in every prompt, so that two questions can share it."""
@@ -75,6 +77,7 @@ class _Prompts(Dataset[Encoded]):
         sample = dataclasses.replace(sample, instruction_first=False)
         if setting.ask_locally:
             sample = ask_for_last_words(sample)
+        sample = sample if setting.begun else sample.opened()
         limit = self.stream.settings.max_answer_tokens
         return encode(sample, setting.wrapper, self.stream.tokenizer, limit)
 
@@ -97,6 +100,7 @@ def make_prompts(
 
     Returns: PromptSet, ordered by task, length and index.
     """
+    data = dataclasses.replace(data, open_fraction=0.0 if setting.begun else 1.0)
     stream = PromptStream(
         data, tokenizer, setting.split, setting.seed, setting.held_out_wording, max_model_tokens
     )
@@ -116,13 +120,16 @@ def make_prompts(
 def write_prompts(config: EvalConfig) -> Path:
     """Write the held-out prompts of an evaluation as text, to ask a server the same.
 
-    Rows hold `task`, `length`, `prompt` (chat wrapper and answer prefix included), `answer`.
+    Rows hold `task`, `length`, `prompt` (chat wrapper included, open), `prefix`, `answer`: a
+    server's free answer may begin otherwise than by the prefix; prompt and prefix together ask the
+    begun form.
 
     Returns: path of the JSONL file.
     """
     tokenizer = load_tokenizer(config.model)
     limit = AutoConfig.from_pretrained(config.model).max_position_embeddings
-    stream = PromptStream(config.data, tokenizer, "test", config.seed, max_model_tokens=limit)
+    data = dataclasses.replace(config.data, open_fraction=1.0)
+    stream = PromptStream(data, tokenizer, "test", config.seed, max_model_tokens=limit)
     wrapper: Wrapper = config.data.wrappers[0]  # type: ignore[assignment]
     path = Path(config.out) / "prompts.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +143,7 @@ def write_prompts(config: EvalConfig) -> Path:
                         "task": task.name,
                         "length": length,
                         "prompt": render(sample, wrapper, tokenizer),
+                        "prefix": sample.answer_prefix,
                         "answer": sample.answer,
                     }
                     file.write(json.dumps(row) + "\n")

@@ -1,5 +1,8 @@
 """Run a policy over prompts and score every answer.
 
+An open prompt's routes come from the prompt alone; the answer's prefix is decoded by force under
+them, and only the tokens after it are scored.
+
 Teacher forcing suffices: a greedy decoder gives the expected answer exactly when every answer
 token is the most likely one after the answer's earlier tokens.
 
@@ -97,7 +100,8 @@ class Scorer:
             ends = [[_cached_tokens(p), p.prompt_len] for p in chosen]
             full = 1 - torch.tensor(condition.cached.sparse[rows].T)
             policy = CachedContextPolicy(policy, full.to(self.world.device))
-        return collate(chosen, rows, ends, self.pool_tokens).to(self.world.device), policy
+        micro = collate(chosen, rows, ends, self.pool_tokens, skip_prefix=True)
+        return micro.to(self.world.device), policy
 
     @torch.inference_mode()
     def _run(self, micro: MicroBatch, policy: Policy) -> torch.Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from flux_vllm.router.route import Route
 from training.data.encoding import Encoded
-from training.evaluation.scoring import Scorer
 from training.evaluation.statistics import Cells
+from training.evaluation.stored_scores import StoredScorer
 from training.policies import StaticPolicy
 
 
@@ -21,7 +21,9 @@ def pattern(num_layers: int, sparse_layers: Sequence[int]) -> StaticPolicy:
     )
 
 
-def layers_by_sensitivity(scorer: Scorer, prompts: Sequence[Encoded], cells: Cells) -> list[int]:
+def layers_by_sensitivity(
+    scorer: StoredScorer, prompts: Sequence[Encoded], cells: Cells
+) -> list[int]:
     """Order layers by what making each alone SPARSE costs, cheapest first.
 
     The cost is the mean surprise of the answers, which ranks layers that no score tells apart.
@@ -35,7 +37,7 @@ def layers_by_sensitivity(scorer: Scorer, prompts: Sequence[Encoded], cells: Cel
 
 
 def best_pattern(
-    scorer: Scorer,
+    scorer: StoredScorer,
     prompts: Sequence[Encoded],
     cells: Cells,
     order: list[int],

@@ -38,7 +38,7 @@ def test_samples_keep_to_their_length(name: str, source: TextSource) -> None:
         words = len((sample.user_text + sample.answer).split())
         assert 250 <= words <= 950, words
         assert sample.answer.strip()
-        assert not sample.answer_prefix.endswith(" ")
+        assert sample.answer_prefix == sample.answer_prefix.strip(" ")
 
 
 @pytest.mark.parametrize("name", ["needle", "multi_key", "variable_tracking"])
@@ -174,11 +174,18 @@ def test_shared_tokens_hold_the_context_alone(source: TextSource, tokenizer: Any
         assert (first.token_ids[:shared] == second.token_ids[:shared]).all()
 
 
-def test_opened_samples_begin_the_answer_with_the_prefix(source: TextSource) -> None:
+def test_opened_samples_move_the_prefix_out_of_the_prompt(
+    source: TextSource, tokenizer: Any
+) -> None:
     sample = make("needle", source, 1)
     opened = sample.opened()
-    assert opened.answer_prefix == ""
-    assert opened.answer == sample.answer_prefix + sample.answer
+    assert opened.is_open
+    assert (opened.answer_prefix, opened.answer) == (sample.answer_prefix, sample.answer)
+    begun, apart = (encode(each, "chat", tokenizer, 64) for each in (sample, opened))
+    assert begun.token_ids.tolist() == apart.token_ids.tolist()
+    assert begun.prompt_len == apart.prompt_len + apart.prefix_len
+    assert (begun.prefix_len, apart.prefix_len) == (0, len(sample.answer_prefix.split()))
+    assert not render(opened, "chat", tokenizer).endswith(sample.answer_prefix)
 
 
 def test_get_families_refuses_unknown_names() -> None:

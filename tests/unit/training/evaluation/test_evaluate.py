@@ -13,8 +13,10 @@ import torch
 from flux_vllm.errors import RouterCheckpointError
 from flux_vllm.router.checkpoint import RouterInfo, read_router, write_router
 from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.route import Route
 from training.attach import RoutedModel
 from training.config import DataSettings, EvalConfig, SystemSettings
+from training.data.encoding import Encoded
 from training.distributed import World
 from training.evaluation import evaluate as module
 from training.evaluation import prompts as prompts_module
@@ -26,7 +28,7 @@ from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
 from training.policies import StaticPolicy, ThresholdPolicy
 
-VARIANTS = ("plain", "wording", "wrapper:plain", "chunks:64", "cached")
+VARIANTS = ("plain", "begun", "wording", "wrapper:plain", "chunks:64", "cached")
 
 
 @pytest.fixture
@@ -135,6 +137,52 @@ def test_write_prompts_gives_the_evaluated_prompts(config: EvalConfig, tokenizer
             prompt.token_ids[: prompt.prompt_len].tolist()
         )
         assert row["task"] == prompt.task
+
+
+def features_seen(scorer: Scorer, prompts: list[Encoded]) -> torch.Tensor:
+    """Return the routers' inputs in the order of computation."""
+    seen = []
+
+    class Recorder:
+        def decide(self, layer: int, features: torch.Tensor) -> Route:
+            seen.append(features)
+            return Route.FULL
+
+    scorer.score(prompts, Recorder())
+    return torch.cat([features.flatten() for features in seen])
+
+
+def test_open_prompts_are_routed_without_the_prefix_and_scored_after_it(
+    config: EvalConfig, tokenizer: Any
+) -> None:
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    opened = evaluation.test.prompts
+    begun = evaluation._prompts("test", config.prompts, config.lengths, begun=True).prompts
+    rows = [json.loads(line) for line in write_prompts(config).open()]
+    for row, one, other in zip(rows, opened, begun, strict=True):
+        prefix = tokenizer([row["prefix"]])["input_ids"][0]
+        assert one.prefix_len == len(prefix) > 0
+        assert other.token_ids[other.prompt_len - len(prefix) : other.prompt_len].tolist() == prefix
+        assert one.token_ids[: one.prompt_len + len(prefix)].tolist() == (
+            other.token_ids[: other.prompt_len].tolist()
+        )
+    full = StaticPolicy.all_full(4)
+    micro, _ = evaluation.scorer.scorer._prepare(opened, list(range(12)), full, Condition())
+    for at, prompt in enumerate(opened):
+        own = prompt.token_ids[prompt.prompt_len + prompt.prefix_len :].tolist()
+        assert micro.answer_tokens[micro.answer_rows == at].tolist() == own
+    # Under fixed routes both forms are the same text with the same tokens scored.
+    surprises = [evaluation.scorer.score(form, full).surprise for form in (opened, begun)]
+    np.testing.assert_allclose(*surprises, rtol=1e-3)
+    # What routers see does not change with the forced words, and does where prompts hold them.
+    changed = []
+    for prompt in opened:
+        ids = prompt.token_ids.copy()
+        ids[prompt.prompt_len : prompt.prompt_len + prompt.prefix_len] = 7
+        changed.append(dataclasses.replace(prompt, token_ids=ids))
+    seen = [features_seen(evaluation.scorer.scorer, form) for form in (opened, changed, begun)]
+    torch.testing.assert_close(seen[0], seen[1])
+    assert (seen[0] - seen[2]).abs().max() > 0.01
 
 
 def test_choose_thresholds_takes_the_best_of_each_share() -> None:

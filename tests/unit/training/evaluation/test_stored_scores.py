@@ -1,0 +1,91 @@
+"""Stored scores against a plain scorer's; pins: scores of another policy or prompt reused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flux_vllm.router.model import LayerRouter
+from training.attach import RoutedModel
+from training.data.encoding import Encoded
+from training.distributed import World
+from training.evaluation import stored_scores
+from training.evaluation.scoring import Condition, Scorer
+from training.evaluation.static_patterns import pattern
+from training.evaluation.stored_scores import StoredScorer
+from training.policies import ThresholdPolicy
+
+
+@pytest.fixture
+def prompts() -> list[Encoded]:
+    rng = np.random.default_rng(0)
+    return [
+        Encoded("needle", rng.integers(1, 256, 100 + at).astype(np.int32), 90, 40, 4)
+        for at in range(7)
+    ]
+
+
+@pytest.fixture
+def scorer(tiny_model: Callable[..., Any]) -> Scorer:
+    return Scorer(RoutedModel(tiny_model(), 8, 32), 16, 1024, World(0, 1, torch.device("cpu")))
+
+
+def test_stored_scores_equal_computed_ones_and_are_not_computed_again(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_scores, "_PIECE", 3)
+    policy = ThresholdPolicy(LayerRouter(4, 8), 0.5)
+    twins = scorer.score(prompts, pattern(4, [0, 2]))
+    condition = Condition(cached=twins)
+    expected = scorer.score(prompts, policy, condition)
+    stored = StoredScorer(scorer, tmp_path, {"model": "tiny"})
+    first = stored.score(prompts, policy, condition)
+    assert len(list(tmp_path.glob("*.npz"))) == 3
+    next(tmp_path.glob("*.npz")).unlink()
+    before = scorer.tokens
+    second = StoredScorer(scorer, tmp_path, {"model": "tiny"}).score(prompts, policy, condition)
+    assert 0 < scorer.tokens - before <= 3 * 128
+    for found in (first, second):
+        np.testing.assert_allclose(found.score, expected.score)
+        np.testing.assert_allclose(found.surprise, expected.surprise, rtol=1e-3)
+        np.testing.assert_array_equal(found.sparse, expected.sparse)
+
+
+def test_everything_that_changes_scores_changes_the_place(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path
+) -> None:
+    router = LayerRouter(4, 8)
+    policy = ThresholdPolicy(router, 0.5)
+    cached = Condition(cached=scorer.score(prompts, pattern(4, [1])))
+    calls: list[Any] = [
+        (prompts, policy),
+        (prompts, ThresholdPolicy(router, 0.6)),
+        (prompts, ThresholdPolicy(LayerRouter(4, 8), 0.5)),
+        (prompts, pattern(4, [0])),
+        (prompts, pattern(4, [1])),
+        (prompts, policy, Condition(chunk_tokens=32)),
+        (prompts, policy, cached),
+        (prompts[:-1], policy),
+        ([replace(prompts[0], prompt_len=91), *prompts[1:]], policy),
+        ([replace(prompts[0], prefix_len=3), *prompts[1:]], policy),
+    ]
+    for setting in ({"window_tokens": 32}, {"window_tokens": 64}):
+        stored = StoredScorer(scorer, tmp_path, setting)
+        for call in calls:
+            stored.score(*call)
+    assert len(list(tmp_path.glob("*.npz"))) == 2 * len(calls)
+
+
+def test_a_policy_without_identity_is_refused(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path
+) -> None:
+    class Unknown:
+        def decide(self, layer: int, features: torch.Tensor) -> torch.Tensor:
+            return features
+
+    with pytest.raises(TypeError, match="found Unknown"):
+        StoredScorer(scorer, tmp_path, {}).score(prompts, Unknown())

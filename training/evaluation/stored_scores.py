@@ -1,0 +1,113 @@
+"""Scores kept on disk: an interrupted evaluation goes on, and routers share static baselines."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.data.encoding import Encoded
+from training.evaluation.scoring import Condition, Scorer, Scores
+from training.policies import Policy, StaticPolicy, ThresholdPolicy
+
+_PIECE = 100
+"""Prompts scored between two writes. A hundred prompts a task and length fill whole pieces, so that
+an evaluation of more of them begins with those."""
+
+
+class StoredScorer:
+    """A scorer that looks results up before it computes them.
+
+    Args:
+        scorer: computes what is missing.
+        folder: for the results; may be shared by evaluations of several routers.
+        setting: what else scores depend on: model, sink and window, dtype.
+    """
+
+    def __init__(self, scorer: Scorer, folder: Path, setting: dict[str, Any]) -> None:
+        self.scorer = scorer
+        self.routed = scorer.routed
+        self.folder = folder
+        self.setting = setting | {"pool_tokens": scorer.pool_tokens}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def score(
+        self, prompts: Sequence[Encoded], policy: Policy, condition: Condition | None = None
+    ) -> Scores:
+        """Score a policy as `Scorer.score` does, piece by piece.
+
+        Raises: TypeError: a policy that has no known identity.
+        """
+        condition = condition or Condition()
+        parts = []
+        for piece in _pieces(len(prompts)):
+            chosen = prompts[piece]
+            cut = Condition(condition.chunk_tokens, _cut(condition.cached, piece))
+            path = self.folder / f"{self._key(chosen, policy, cut)}.npz"
+            if path.exists():
+                parts.append(_read(path))
+                continue
+            parts.append(self.scorer.score(chosen, policy, cut))
+            if self.scorer.world.is_main:
+                _write(path, parts[-1])
+            # No process may look for a later piece before this one is there for all.
+            self.scorer.world.wait()
+        return Scores(
+            np.concatenate([part.score for part in parts]),
+            np.concatenate([part.surprise for part in parts]),
+            np.concatenate([part.sparse for part in parts]),
+        )
+
+    def _key(self, prompts: Sequence[Encoded], policy: Policy, condition: Condition) -> str:
+        digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode())
+        for prompt in prompts:
+            lengths = (len(prompt), prompt.prompt_len, prompt.prefix_len, prompt.shared_len)
+            digest.update(f"{prompt.task} {lengths}".encode())
+            digest.update(prompt.token_ids.tobytes())
+        digest.update(_identity(policy))
+        digest.update(str(condition.chunk_tokens).encode())
+        if condition.cached is not None:
+            digest.update(condition.cached.sparse.tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _identity(policy: Policy) -> bytes:
+    """Return what a policy decides by."""
+    if isinstance(policy, StaticPolicy):
+        return repr(policy.routes).encode()
+    if isinstance(policy, ThresholdPolicy):
+        weights = policy.router.state_dict()
+        parts = [weights[name].float().cpu().numpy().tobytes() for name in sorted(weights)]
+        return b"".join([repr(policy.threshold).encode(), *parts])
+    raise TypeError(
+        f"expected a StaticPolicy or a ThresholdPolicy, found {type(policy).__name__}; score it "
+        "with the Scorer itself"
+    )
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    for start in range(0, count, _PIECE):
+        yield slice(start, start + _PIECE)
+
+
+def _cut(cached: Scores | None, piece: slice) -> Scores | None:
+    if cached is None:
+        return None
+    return Scores(cached.score[piece], cached.surprise[piece], cached.sparse[piece])
+
+
+def _write(path: Path, scores: Scores) -> None:
+    """Write in one atomic step, so that a cut leaves no half file."""
+    temporary = path.with_suffix(".writing")
+    with temporary.open("wb") as file:
+        np.savez_compressed(
+            file, score=scores.score, surprise=scores.surprise, sparse=scores.sparse
+        )
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Scores:
+    with np.load(path) as stored:
+        return Scores(stored["score"], stored["surprise"], stored["sparse"])
