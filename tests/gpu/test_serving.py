@@ -201,8 +201,8 @@ def test_one_token_tail_is_no_graph_replay(model, flash_attn_error, served):
 
 def test_padded_graph_equals_unpadded(model, flash_attn_error, served):
     """Three rows in the graph of four, against a graph of one row."""
-    _check(served.trio, model, flash_attn_error)
-    _assert_alike(served.trio, served.trio_alone, flash_attn_error)
+    requests = _check(served.trio, model, flash_attn_error)
+    _assert_alike(served.trio, served.trio_alone, flash_attn_error, requests)
 
 
 @pytest.fixture(scope="session")
@@ -217,24 +217,28 @@ def eager(model):
 
 def test_graphs_equal_eager(model, flash_attn_error, served, eager):
     """Replays of one graph under changing routes equal eager steps, of either kernels."""
-    _assert_alike(served.alone, eager, flash_attn_error)
+    requests = _check(served.alone, model, flash_attn_error)
+    _assert_alike(served.alone, eager, flash_attn_error, requests)
     _check(eager, model, flash_attn_error)
 
 
-def _assert_alike(answers, others, allowed):
+def _assert_alike(answers, others, allowed, requests):
     """Hold two computations to each other: each may err by twice FLASH_ATTN's error.
 
-    They part ways at a near tie, of which a random model has many; `_check` holds the tokens of
-    each to the reference.
+    They part ways at near ties, of which a random model has many: there the reference, which
+    replayed the first (`requests`), must find both tokens as likely within the same errors.
     """
     compared = 0
-    for one, other in zip(answers, others, strict=True):
+    for one, other, request in zip(answers, others, requests, strict=True):
         assert one.routes == other.routes
         same = [a == b for a, b in zip(one.tokens, other.tokens, strict=True)]
         until = same.index(False) if False in same else len(same)
         compared += until
         for a, b in zip(one.logprobs[:until], other.logprobs[:until], strict=True):
             assert abs(a - b) <= 4 * allowed[1]
+        if until < len(same):
+            row = request.output_logprobs[until]
+            assert abs(row[one.tokens[until]] - row[other.tokens[until]]) <= 4 * allowed[1]
     assert compared >= OUTPUT, "too few tokens alike to say anything"
 
 
