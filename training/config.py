@@ -173,6 +173,9 @@ class SystemSettings:
     """Of the frozen model."""
     sparse_kernel: Literal["auto", "flex", "sdpa"] = "auto"
     """How SPARSE attention is computed; auto: flex on a GPU, sdpa on the CPU."""
+    compile_layers: bool = False
+    """Compile the frozen model's norms and MLPs: fewer passes over memory, half a minute at the
+    start; results change within rounding."""
     checkpoint_layers: bool = False
     """Recompute activations layer by layer: memory for a third more work."""
     shard_model: bool = False

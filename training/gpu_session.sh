@@ -10,12 +10,14 @@
 #   timeout 570 training/gpu_session.sh runs/long MODEL CORPUS
 #   cp runs/long/*.tar.gz runs/long/*.json ELSEWHERE
 #
-# Results: FOLDER/seed0.tar.gz and so on (router, log, figures), FOLDER/PASS.json (seeds joined). The
-# passes, in the order of what must not be missed: 100 prompts a task and length; the same with
-# the variants; 400 prompts. They share scores, so a later pass repeats nothing.
+# Results: FOLDER/seed0.tar.gz and so on (router, log, figures), FOLDER/PASS.json (seeds joined),
+# FOLDER/stored_scores.tar.gz. The passes, in the order of what must not be missed: 100 prompts a
+# task and length at the default threshold; the same with other thresholds and static patterns;
+# with the variants; 400 prompts. They share scores, so a later pass repeats nothing.
 #
 # Environment: PYTHON (python3) has torch and the extra `train`. TRAIN_SECONDS (800) is the time of
-# training, shared by the seeds, without start-up. DRY_RUN=1 prints the commands alone.
+# training, shared by the seeds, without start-up; MICRO_BATCH_TOKENS (32768) are computed at once
+# by each: 16 GiB. DRY_RUN=1 prints the commands alone.
 set -euo pipefail
 usage="usage: training/gpu_session.sh FOLDER MODEL CORPUS (the head of the file explains)"
 folder=$(realpath -m "${1:?$usage}")
@@ -34,10 +36,11 @@ training() { # training ARGUMENTS...: one command of the package
     fi
 }
 
-train() { # train SEED: 32,768 tokens at once, so that three processes fit a GPU of 80 GB
+train() { # train SEED
     [[ -e $folder/seed$1/flux_router.safetensors ]] && return
     training train --recipe smollm2_long --model "$model" --out "$folder/seed$1" --seed "$1" \
-        --data.corpus "$corpus" --data.workers 4 --optimizer.micro_batch_tokens 32768 \
+        --data.corpus "$corpus" --data.workers 4 \
+        --optimizer.micro_batch_tokens "${MICRO_BATCH_TOKENS:-32768}" \
         --optimizer.time_limit_s "${TRAIN_SECONDS:-800}" --system.save_every 20
 }
 
@@ -59,6 +62,8 @@ evaluate() { # evaluate PASS FLAGS...: all seeds, one after the other: the stati
 pack() { # pack SEED: what is worth bringing back
     [[ -n ${DRY_RUN:-} ]] && return
     tar -C "$folder" --exclude=checkpoints -czf "$folder/seed$1.tar.gz" "seed$1"
+    [[ ! -d $folder/stored_scores ]] ||
+        tar -C "$folder" -czf "$folder/stored_scores.tar.gz" stored_scores
 }
 
 [[ -n ${DRY_RUN:-} ]] || "${PYTHON:-python3}" -c 'import matplotlib, torch, transformers'
@@ -76,6 +81,7 @@ failed=
 for process in "${processes[@]}"; do wait "$process" || failed=1; done
 [[ -z $failed ]] || { echo "a training failed: see $folder/seed*/train.log" >&2; exit 1; }
 for seed in "${seeds[@]}"; do pack "$seed"; done
+evaluate default_100 --prompts 100 --variants --shares
 evaluate prompts_100 --prompts 100 --variants
 evaluate variants --prompts 100
 evaluate prompts_400 --prompts 400

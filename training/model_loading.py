@@ -37,7 +37,19 @@ def load_routed(
         loaded.requires_grad_(False)
         shard_model(loaded, world)
     loaded.to(world.device)
+    if system.compile_layers:
+        compile_layers(loaded)
     routed = RoutedModel(loaded, sink_tokens, window_tokens, kernel)
     if system.checkpoint_layers:
         routed.recompute_activations()
     return routed
+
+
+def compile_layers(model: Any) -> None:
+    """Compile what lies between attention and attention, in place; all layers share the code.
+
+    Attention itself stays out: its policy, hooks and routes differ from layer to layer.
+    """
+    for layer in model.model.layers:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=True)

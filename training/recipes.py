@@ -44,6 +44,7 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
         optimizer=OptimizerSettings(
             steps=800, batch_size=20, learning_rate=1.5e-3, micro_batch_tokens=65536
         ),
+        system=SystemSettings(compile_layers=True),
     )
 
 

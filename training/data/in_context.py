@@ -21,7 +21,11 @@ def make_few_shot(request: Request) -> Sample:
     source = rng.choice(sources)
     snippet = " ".join(request.text.snippet(rng, source).split()[:30])
     question = request.wording(
-        ["Give the label of this text, as in the examples.\nText: {snippet}"],
+        [
+            "Give the label of this text, as in the examples.\nText: {snippet}",
+            "Classify this text like the examples above.\nText: {snippet}",
+            "Which label does this one get?\nText: {snippet}",
+        ],
         ["Decide as in the cases above which label fits here.\nText: {snippet}"],
     )
     return Sample(

@@ -31,6 +31,8 @@ def make_repeat_end(request: Request) -> Sample:
             [
                 f"Repeat the last {count} words of the text above.",
                 f"Write down the final {count} words of the text.",
+                f"What are the last {count} words?",
+                f"Please give me the {count} words at the very end, unchanged.",
             ],
             [f"How does the text end? Give exactly its last {count} words."],
         )
@@ -39,7 +41,12 @@ def make_repeat_end(request: Request) -> Sample:
         if what == "line":
             filler[-1] = "\n".join(closing)
         question = request.wording(
-            [f"Repeat the last {what} of the text above.", f"Copy the final {what} of the text."],
+            [
+                f"Repeat the last {what} of the text above.",
+                f"Copy the final {what} of the text.",
+                f"What does the last {what} say?",
+                f"Read me the {what} at the very end.",
+            ],
             [f"Quote the {what} with which the text stops."],
         )
     return Sample(
@@ -64,6 +71,8 @@ def make_list_end(request: Request) -> Sample:
         [
             "In the list at the end, what stands beside {name}?",
             "Look at the final list. Which place goes with {name}?",
+            "Give me the entry of {name} in the list that ends the text.",
+            "What does the last list say about {name}?",
         ],
         ["The text closes with a list of people. Where does {name} belong?"],
     )
@@ -91,6 +100,8 @@ def make_continue_text(request: Request) -> Sample:
             "Continue the text above from where it stops.",
             "Write what comes next in the text above.",
             "Go on with the text from its last word.",
+            "Please keep writing in the same style.",
+            "How could the text go on?",
         ],
         ["The text breaks off. Carry on writing it."],
     )
@@ -115,6 +126,8 @@ def make_code_completion(request: Request) -> Sample:
         [
             "Complete the code above: write the next lines.",
             "What are the next lines of this source code?",
+            "Finish this code.",
+            "Please continue the program where it was cut off.",
         ],
         ["Carry on programming from where this file was cut."],
     )

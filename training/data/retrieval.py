@@ -16,7 +16,7 @@ class _Fact:
     questions: list[str]
     held_out_questions: list[str]
     prefix: str
-    kind: str  # of value: "code", "animal" or "name"
+    kind: str  # of value: "code", "animal", "name", "word" or "date"
 
 
 _FACTS = [
@@ -26,6 +26,9 @@ _FACTS = [
             "What is the access code of the {key}?",
             "Which access code belongs to the {key}? Answer with the code.",
             "Find the access code of the {key} in the text above.",
+            "I lost the access code of the {key}. It is mentioned somewhere; what is it?",
+            "{key}: access code?",
+            "Can you tell me how I get into the {key}? I need its access code.",
         ],
         [
             "I need to get into the {key}. Which digits do I type?",
@@ -40,6 +43,8 @@ _FACTS = [
             "What is the special magic number for the {key} mentioned in the text?",
             "Give me the magic number for the {key}.",
             "Look through the text above: which magic number is stated for the {key}?",
+            "There is a special magic number for the {key}. Please tell me which.",
+            "Extract the magic number of the {key}.",
         ],
         [
             "The {key} has a magic number. Quote it.",
@@ -53,6 +58,8 @@ _FACTS = [
         [
             "Which invoice was sent to the {key}?",
             "What is the number of the invoice that was sent to the {key}?",
+            "Please look up the invoice for the {key} and give me its number.",
+            "Do you see an invoice to the {key}? Tell me the number only.",
         ],
         ["An invoice went out to the {key}. What is its number?"],
         "The invoice sent to the {key} has the number",
@@ -63,6 +70,8 @@ _FACTS = [
         [
             "Which animal guards the {key}?",
             "According to the text, what animal is the guard of the {key}?",
+            "Name the animal that stands guard at the {key}.",
+            "The {key} is guarded by an animal. Can you find out which one it is?",
         ],
         ["Who keeps watch over the {key}? Name the animal."],
         "The animal that guards the {key} is the",
@@ -73,10 +82,46 @@ _FACTS = [
         [
             "Who is the keeper of the {key}?",
             "What is the name of the keeper of the {key}? Search the text above.",
+            "Please give me the full name of the keeper of the {key}.",
+            "I would like to write to the keeper of the {key}. What is the name?",
         ],
         ["Somebody keeps the {key}. What are they called?"],
         "The keeper of the {key} is called",
         "name",
+    ),
+    _Fact(
+        "The password for the {key} is {value}.",
+        [
+            "What is the password for the {key}?",
+            "Tell me the password that opens the {key}.",
+            "Somebody asks for the password of the {key}. What should I answer?",
+            "Quote the password for the {key} from the document.",
+        ],
+        ["Remind me of the secret word that lets one into the {key}."],
+        "The password for the {key} is",
+        "word",
+    ),
+    _Fact(
+        "Remember: the meeting at the {key} begins on {value}.",
+        [
+            "When does the meeting at the {key} begin?",
+            "On which day does the meeting at the {key} begin?",
+            "I want to attend the meeting at the {key}. What date is it?",
+        ],
+        ["People will gather at the {key}. On what date?"],
+        "The meeting at the {key} begins on",
+        "date",
+    ),
+    _Fact(
+        "The telephone number of the {key} is {value}.",
+        [
+            "What is the telephone number of the {key}?",
+            "How can I reach the {key} by telephone?",
+            "Give me the number I have to dial for the {key}.",
+        ],
+        ["I want to call the {key}. Which number is it?"],
+        "The telephone number of the {key} is",
+        "code",
     ),
 ]
 
@@ -87,6 +132,10 @@ def _value(request: Request, kind: str) -> str:
         return f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.ANIMALS)}"
     if kind == "name":
         return f"{rng.choice(words.NAMES)} {rng.choice(words.PLACES).title()}"
+    if kind == "word":
+        return rng.choice(words.CODE_NAMES).upper()
+    if kind == "date":
+        return f"{rng.choice(words.MONTHS)} {rng.randint(1, 28)}"
     return words.digits(rng)
 
 
@@ -151,6 +200,9 @@ def make_variable_tracking(request: Request) -> Sample:
         [
             "Which value does the variable {name} hold at the end?",
             "Follow the assignments in the text. What is the value of variable {name}?",
+            "What number is stored in {name}?",
+            "Work out what {name} is set to, and give the number.",
+            "{name} = ?",
         ],
         ["After all assignments above, {name} contains a number. Which one?"],
     )

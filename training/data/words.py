@@ -56,6 +56,12 @@ CODE_NAMES = _words(
     """
 )
 
+MONTHS = _words(
+    """
+    January February March April May June July August September October November December
+    """
+)
+
 
 def place(rng: random.Random) -> str:
     """Name a place, like `rusty lighthouse`: one of about 6,000."""
