@@ -9,7 +9,7 @@ D hidden size.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,10 @@ from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.route import Route
 from training.policies import Policy
 from training.pooling import ChunkPlan, pool
-from training.soft_attention import SparseAttention, full_attention, make_sparse_attention, mix
+from training.soft_attention import Attention, full_attention, make_sparse_attention, mix
+
+if TYPE_CHECKING:
+    from training.pattern_attention import PromptAttention
 
 INTERFACE_NAME = "flux_routed"
 
@@ -38,6 +41,7 @@ class _Step:
 
     plan: ChunkPlan
     policy: Policy
+    sparse: "PromptAttention | None"
     features: list[torch.Tensor] = field(default_factory=list)
     routes: list[torch.Tensor] = field(default_factory=list)
 
@@ -84,7 +88,10 @@ class RoutedModel:
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
         self.head_dim: int = model.model.layers[0].self_attn.head_dim
-        self.sparse_attention: SparseAttention = make_sparse_attention(
+        self.sink_tokens = sink_tokens
+        self.window_tokens = window_tokens
+        self.sparse_kernel = sparse_kernel
+        self.sparse_attention: Attention = make_sparse_attention(
             sparse_kernel, sink_tokens, window_tokens
         )
         self.step: _Step | None = None
@@ -111,18 +118,26 @@ class RoutedModel:
         """Where the model lies."""
         return self.model.device  # type: ignore[no-any-return]
 
-    def forward(self, token_ids: torch.Tensor, plan: ChunkPlan, policy: Policy) -> Routed:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        plan: ChunkPlan,
+        policy: Policy,
+        sparse: "PromptAttention | None" = None,
+    ) -> Routed:
         """Run the model once.
 
         Args:
             token_ids: [B, T] int64, padded at the end, on the model's device.
             plan: of this batch, on the model's device.
             policy: chooses the routes.
+            sparse: of this batch, what SPARSE means; None: sinks and window everywhere.
 
         Returns: Routed.
+        Raises: UnsupportedConfigurationError: `sparse` given, and routes that pass gradients.
         """
         # Kept until the next call: recomputing activations in the backward pass reads it again.
-        self.step = step = _Step(plan, policy)
+        self.step = step = _Step(plan, policy, sparse)
         hidden = self.model.model(input_ids=token_ids, use_cache=False).last_hidden_state
         return Routed(hidden, torch.stack(step.features), torch.stack(step.routes))
 
@@ -207,41 +222,52 @@ def _routed_attention(
             step.routes.append(features.new_full(features.shape[:2], float(decided)))
         else:
             step.routes.append(decided.detach())
-    sparse_attention = layer.owner.sparse_attention
     if isinstance(decided, Route):
-        attend = full_attention if decided == Route.FULL else sparse_attention
+        sparse = step.sparse or layer.owner.sparse_attention
+        attend = full_attention if decided == Route.FULL else sparse
         return attend(query, key, value, scaling).transpose(1, 2), None
     z_BT = decided.gather(1, step.plan.chunk_of_token)
     if torch.is_grad_enabled() and decided.requires_grad:
+        if step.sparse is not None:
+            raise UnsupportedConfigurationError(
+                "expected routers to be trained under the sparse pattern 'streaming', found "
+                "another attention for SPARSE layers in training; train without `sparse` and "
+                "evaluate the router under other patterns (--patterns)"
+            )
         full = full_attention(query, key, value, scaling)
-        out = mix(full, sparse_attention(query, key, value, scaling), z_BT)
+        out = mix(full, layer.owner.sparse_attention(query, key, value, scaling), z_BT)
     else:
-        out = _attend_as_needed(sparse_attention, query, key, value, scaling, z_BT)
+        out = _attend_as_needed(layer.owner, step, (query, key, value), scaling, z_BT)
     return out.transpose(1, 2), None
 
 
 def _attend_as_needed(
-    sparse_attention: SparseAttention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    owner: RoutedModel,
+    step: _Step,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scaling: float,
     z_BT: torch.Tensor,
 ) -> torch.Tensor:
     """Compute for each prompt only the kinds of attention its chunks chose: [B, N, T, H]."""
     is_full = z_BT > 0.5
     some = torch.stack([is_full.any(dim=1), (~is_full).any(dim=1)]).tolist()
-    out = torch.empty_like(query)
-    for chosen, attend, rows in (
+    out = torch.empty_like(states[0])
+    sparse = step.sparse or owner.sparse_attention
+    for chosen, attend, wanted in (
         (is_full, full_attention, some[0]),
-        (~is_full, sparse_attention, some[1]),
+        (~is_full, sparse, some[1]),
     ):
-        if all(rows):
-            result = attend(query, key, value, scaling)
-            out = torch.where(chosen[:, None, :, None], result, out)
-        elif any(rows):
-            index = torch.tensor(rows, device=query.device).nonzero()[:, 0]
-            result = attend(query[index], key[index], value[index], scaling)
-            kept = torch.where(chosen[index][:, None, :, None], result, out[index])
-            out = out.index_copy(0, index, kept)
+        if all(wanted):
+            out = torch.where(chosen[:, None, :, None], attend(*states, scaling), out)
+            continue
+        rows = [row for row, want in enumerate(wanted) if want]
+        if not rows:
+            continue
+        if attend is step.sparse:
+            attend = step.sparse.select(rows)
+        index = torch.tensor(rows, device=out.device)
+        query, key, value = (state[index] for state in states)
+        result = attend(query, key, value, scaling)
+        kept = torch.where(chosen[index][:, None, :, None], result, out[index])
+        out = out.index_copy(0, index, kept)
     return out

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from training.data.encoding import WRAPPERS
 from training.data.families import FAMILIES
 
@@ -249,6 +250,13 @@ class EvalConfig:
     question on the same context)."""
     variant_prompts: int = 100
     """Prompts a task and length for each of these."""
+    patterns: tuple[str, ...] = ()
+    """Sparse patterns under which the router at threshold 0.5 and all SPARSE are compared;
+    streaming, triangle or xattention; empty: the router's own, which all else is scored under."""
     system: SystemSettings = field(default_factory=SystemSettings)
     micro_batch_tokens: int = 65536
     """Tokens computed at once, padding included."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.patterns) - set(SPARSE_PATTERNS))
+        _check(not unknown, "patterns", f"among {list(SPARSE_PATTERNS)}", unknown)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-SparseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""Function of q [B, N, T, H], k and v [B, K, T, H] and the scale, to [B, N, T, H]."""
 
 
 def full_attention(
@@ -28,7 +29,7 @@ def full_attention(
     )
 
 
-def make_sparse_attention(kernel: str, sink_tokens: int, window_tokens: int) -> SparseAttention:
+def make_sparse_attention(kernel: str, sink_tokens: int, window_tokens: int) -> Attention:
     """Choose an implementation of sink+window attention.
 
     Args:
@@ -36,7 +37,7 @@ def make_sparse_attention(kernel: str, sink_tokens: int, window_tokens: int) -> 
         sink_tokens: S, at most W.
         window_tokens: W, the query's own key included.
 
-    Returns: function of q [B, N, T, H], k and v [B, K, T, H] and the scale, to [B, N, T, H].
+    Returns: Attention.
     Raises: ValueError: unknown kernel, or S > W.
     """
     if sink_tokens > window_tokens:

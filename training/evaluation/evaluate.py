@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from flux_vllm.errors import RouterCheckpointError
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig
 from training.data.encoding import WRAPPERS, Wrapper
 from training.distributed import World, start_world
+from training.evaluation.compare_patterns import compare, compare_pattern
 from training.evaluation.prompts import PromptSet, PromptSetting, make_prompts
 from training.evaluation.report import plot_report, write_json
 from training.evaluation.scoring import Condition, Scorer, Scores, group_of
@@ -25,6 +25,7 @@ from training.evaluation.stored_scores import StoredScorer
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import Policy, StaticPolicy, ThresholdPolicy
 from training.provenance import provenance
+from training.sparse_patterns import make_pattern
 
 _DEFAULT_THRESHOLD = 0.5
 
@@ -41,32 +42,31 @@ class Evaluation:
         self.config = config
         self.world = world
         router, self.info = read_router(Path(config.router))
-        if self.info.sparse_pattern != "streaming":
-            raise RouterCheckpointError(
-                f"{config.router}: expected a router with the sparse pattern 'streaming', the one "
-                f"that is trained and evaluated here, found {self.info.sparse_pattern!r}; measure "
-                "this router on the server"
-            )
         self.router: LayerRouter = router.to(world.device)
         self.tokenizer = load_tokenizer(config.model)
         self.routed = load_routed(
             config.model, self.info.sink_tokens, self.info.window_tokens, config.system, world
         )
-        computing = Scorer(self.routed, self.info.pool_tokens, config.micro_batch_tokens, world)
-        self.scorer = StoredScorer(
-            computing,
-            Path(config.scores or f"{config.out}/stored_scores"),
-            {
-                "model": config.model,
-                "sink_tokens": self.info.sink_tokens,
-                "window_tokens": self.info.window_tokens,
-                "dtype": config.system.dtype,
-            },
-        )
+        self.scorers = {
+            name: self._scorer(name)
+            for name in dict.fromkeys((self.info.sparse_pattern, *config.patterns))
+        }
+        # Of the router's own pattern.
+        self.scorer = self.scorers[self.info.sparse_pattern]
         self.limit: int = self.routed.model.config.max_position_embeddings
         self.started = time.monotonic()
         self.report: dict[str, Any] = {}
         self.test = self._prompts("test", config.prompts, config.lengths)
+
+    def _scorer(self, name: str) -> StoredScorer:
+        """Make what scores prompts whose SPARSE layers are prefilled under a pattern."""
+        config, info = self.config, self.info
+        sparse = make_pattern(name, info.sink_tokens, info.window_tokens)
+        return StoredScorer(
+            Scorer(self.routed, sparse, info.pool_tokens, config.micro_batch_tokens, self.world),
+            Path(config.scores or f"{config.out}/stored_scores"),
+            {"model": config.model, "dtype": config.system.dtype},
+        )
 
     def _prompts(self, split: str, count: int, lengths: tuple[int, ...], **more: Any) -> PromptSet:
         setting = PromptSetting(
@@ -95,11 +95,12 @@ class Evaluation:
             all_sparse_score=cells.overall(sparse.score),
             share_local=share.get("local"),
             share_retrieval=share.get("retrieval"),
-            default={"threshold": _DEFAULT_THRESHOLD} | self.compare(cells, full, default),
+            default={"threshold": _DEFAULT_THRESHOLD} | compare(cells, full, default),
             tasks=self._by_task(cells, {"full": full, "all_sparse": sparse, "router": default}),
             heat_map=heat_map(self.test, default),
             points=[],
         )
+        self._patterns(full)
         if self.config.shares:
             self._points(full, default)
         variants = {}
@@ -131,23 +132,24 @@ class Evaluation:
         """Tell how far the run is."""
         if self.world.is_main:
             spent = time.monotonic() - self.started
-            tokens = self.scorer.scorer.tokens / 1e6
+            tokens = sum(stored.scorer.tokens for stored in self.scorers.values()) / 1e6
             sys.stderr.write(f"[{spent:6.1f} s, {tokens:.1f} M tokens] {what}\n")
 
-    def compare(self, cells: Cells, full: Scores, other: Scores) -> dict[str, Any]:
-        """Compare one policy with full attention on the same prompts."""
-        share = other.sparse.mean(axis=1)
-        groups = cells.by_group(other.score)
-        values = {"full": full.score, "router": other.score}
-        return {
-            "share": cells.overall(share),
-            "share_by_group": cells.by_group(share),
-            "score": cells.overall(other.score),
-            "score_by_group": groups,
-            "full_by_group": cells.by_group(full.score),
-            "of_full": cells.overall(other.score) / max(cells.overall(full.score), 1e-9),
-            "intervals": interval(cells, values, "overall"),
-        }
+    def _patterns(self, full: Scores) -> None:
+        """Score the default threshold and all SPARSE under the config's patterns."""
+        prompts, cells = self.test.prompts, self.test.cells
+        found: dict[str, Any] = {}
+        for name in self.config.patterns or (self.info.sparse_pattern,):
+            scorer = self.scorers[name]
+            found[name] = compare_pattern(
+                cells,
+                full,
+                scorer.score(prompts, self.policy(_DEFAULT_THRESHOLD)),
+                scorer.score(
+                    prompts, pattern(self.routed.num_layers, range(self.routed.num_layers))
+                ),
+            )
+            self.store(f"pattern {name}", patterns=found)
 
     def _points(self, full: Scores, default: Scores) -> None:
         """Score thresholds chosen on validation, each beside the best static pattern."""
@@ -253,7 +255,7 @@ class Evaluation:
             condition = Condition(cached=self.scorer.score(twins.prompts, policy))
         full = self.scorer.score(made.prompts, StaticPolicy.all_full(self.routed.num_layers))
         scores = self.scorer.score(made.prompts, self.policy(_DEFAULT_THRESHOLD), condition)
-        return {"prompts": count} | self.compare(made.cells, full, scores)
+        return {"prompts": count} | compare(made.cells, full, scores)
 
     def _provenance(self) -> dict[str, Any]:
         return provenance(self.world.device, self.config.data.corpus) | {
@@ -265,6 +267,7 @@ class Evaluation:
                 "pool_tokens": self.info.pool_tokens,
                 "sink_tokens": self.info.sink_tokens,
                 "window_tokens": self.info.window_tokens,
+                "sparse_pattern": self.info.sparse_pattern,
                 "training": self.info.provenance,
             },
         }

@@ -1,4 +1,4 @@
-"""The quality/sparsity curve and the layer x task heat map."""
+"""The quality/sparsity curve, the layer x task heat map, and the bars of the sparse patterns."""
 
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,25 @@ def plot_heat_map(path: Path, report: dict[str, Any]) -> None:
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_xlabel("layer")
     figure.colorbar(image, label="share of SPARSE")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_patterns(path: Path, report: dict[str, Any]) -> None:
+    """Plot the scores of the router and of all SPARSE under each sparse pattern."""
+    patterns = report["patterns"]
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(patterns), 4))
+    for shift, kind, label in ((-0.2, "score", "router"), (0.2, "all_sparse_score", "all SPARSE")):
+        places = [place + shift for place in range(len(patterns))]
+        axes.bar(places, [found[kind] for found in patterns.values()], 0.4, label=label)
+    axes.axhline(report["full_score"], color="black", linewidth=0.8, label="all FULL")
+    axes.set_xticks(
+        range(len(patterns)),
+        [f"{name}\ndensity {found['all_sparse_density']:.2f}" for name, found in patterns.items()],
+    )
+    axes.set_ylabel("mean score")
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 _MEANS = ("full_score", "all_sparse_score", "share_local", "share_retrieval")
+_PATTERN_MEANS = ("share", "score", "of_full", "all_sparse_score", "all_sparse_density")
 _POINT_MEANS = (
     "share",
     "router_score",
@@ -24,12 +25,12 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def plot_report(folder: Path, report: dict[str, Any]) -> None:
-    """Plot one run's curve and heat map.
+    """Plot one run's curve, heat map and, where there are several, patterns.
 
     Raises: ValueError: matplotlib is not installed.
     """
     try:
-        from training.evaluation.plots import plot_curve, plot_heat_map
+        from training.evaluation.plots import plot_curve, plot_heat_map, plot_patterns
     except ImportError as error:
         raise ValueError(
             f"expected matplotlib for the plots, found none ({error}); install the extra `train`. "
@@ -37,12 +38,15 @@ def plot_report(folder: Path, report: dict[str, Any]) -> None:
         ) from error
     plot_curve(folder / "curve.png", report)
     plot_heat_map(folder / "heat_map.png", report)
+    if len(report["patterns"]) > 1:
+        plot_patterns(folder / "patterns.png", report)
 
 
 def join_runs(files: list[Path]) -> dict[str, Any]:
     """Join the reports of several seeds: their means in front, each run below `seeds`.
 
-    Points are averaged over the runs that have one at the same threshold, two at least.
+    Points are averaged over the runs that have one at the same threshold, two at least; patterns
+    over the runs that have them.
 
     Raises: ValueError: no file.
     """
@@ -62,6 +66,14 @@ def join_runs(files: list[Path]) -> dict[str, Any]:
         for threshold, points in sorted(by_threshold.items())
         if len(points) >= min(2, len(runs))
     ]
+    by_pattern: dict[str, list[dict[str, Any]]] = {}
+    for name, found in (item for run in runs for item in run["patterns"].items()):
+        by_pattern.setdefault(name, []).append(found)
+    joined["patterns"] = {
+        pattern: {"runs": len(rows)}
+        | {name: float(np.mean([row[name] for row in rows])) for name in _PATTERN_MEANS}
+        for pattern, rows in by_pattern.items()
+    }
     return joined | {"seeds": {_seed(run, at): run for at, run in enumerate(runs)}}
 
 

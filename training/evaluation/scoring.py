@@ -21,7 +21,9 @@ from training.data.encoding import Encoded
 from training.data.families import FAMILIES
 from training.distributed import World
 from training.losses import cross_entropy, mean_by_prompt
+from training.pattern_attention import PromptAttention, make_pattern_attention
 from training.policies import CachedContextPolicy, Policy
+from training.sparse_patterns import Streaming
 
 _LOGITS_AT_ONCE = 16384
 
@@ -36,6 +38,9 @@ class Scores:
     """[P] float32, nats an answer token."""
     sparse: np.ndarray
     """[P, L] float32, 1 where the layer's final route is SPARSE."""
+    density: np.ndarray
+    """[P] float32: of the pairs of a prompt's query and a key up to it, the share attended in a
+    SPARSE layer; NaN for a prompt without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,8 @@ class Condition:
     chunk_tokens: int | None = None
     """Prefill chunk; None: the prompt in one."""
     cached: "Scores | None" = None
-    """Routes under which another request computed the shared context beforehand."""
+    """Routes under which another request computed the shared context beforehand. Where its prompt
+    ended, and with it triangle's tail, is not looked at: the prompts differ by a question."""
 
 
 class Scorer:
@@ -53,19 +59,37 @@ class Scorer:
 
     Args:
         routed: the model.
+        pattern: what SPARSE means in a prompt, of the model's sinks and window.
         pool_tokens: of the router.
         token_budget: tokens computed at once.
         world: this process among the others.
+
+    Raises: ValueError: a pattern of other sizes than the model's.
     """
 
     def __init__(
-        self, routed: RoutedModel, pool_tokens: int, token_budget: int, world: World
+        self,
+        routed: RoutedModel,
+        pattern: Streaming,
+        pool_tokens: int,
+        token_budget: int,
+        world: World,
     ) -> None:
+        sizes = (routed.sink_tokens, routed.window_tokens)
+        if (pattern.sink_tokens, pattern.window_tokens) != sizes:
+            raise ValueError(
+                f"expected a pattern of the model's sink and window {sizes}, found {pattern}; make "
+                "it of these"
+            )
         self.routed = routed
+        self.pattern = pattern
         self.pool_tokens = pool_tokens
         self.token_budget = token_budget
         self.world = world
         self.tokens = 0
+        self._attend = make_pattern_attention(
+            pattern, routed.sparse_attention, routed.sparse_kernel
+        )
 
     def score(
         self, prompts: Sequence[Encoded], policy: Policy, condition: Condition | None = None
@@ -82,17 +106,17 @@ class Scorer:
         condition = condition or Condition()
         groups = list(group_by_length([len(prompt) for prompt in prompts], self.token_budget))
         layers = self.routed.num_layers
-        result = torch.zeros(len(prompts), 2 + layers, device=self.world.device)
+        result = torch.zeros(len(prompts), 3 + layers, device=self.world.device)
         for rows in groups[self.world.rank :: self.world.size]:
-            micro, used = self._prepare(prompts, rows, policy, condition)
-            result[rows] = self._run(micro, used)
+            micro, used, sparse = self._prepare(prompts, rows, policy, condition)
+            result[rows] = self._run(micro, used, sparse)
             self.tokens += micro.token_ids.numel()
         table = self.world.sum(result).cpu().numpy()
-        return Scores(table[:, 0], table[:, 1], table[:, 2:])
+        return Scores(table[:, 0], table[:, 1], table[:, 3:], table[:, 2])
 
     def _prepare(
         self, prompts: Sequence[Encoded], rows: list[int], policy: Policy, condition: Condition
-    ) -> tuple[MicroBatch, Policy]:
+    ) -> tuple[MicroBatch, Policy, PromptAttention]:
         chosen = [prompts[row] for row in rows]
         if condition.cached is None:
             ends = [fixed_chunk_ends(p.prompt_len, condition.chunk_tokens) for p in chosen]
@@ -101,12 +125,13 @@ class Scorer:
             full = 1 - torch.tensor(condition.cached.sparse[rows].T)
             policy = CachedContextPolicy(policy, full.to(self.world.device))
         micro = collate(chosen, rows, ends, self.pool_tokens, skip_prefix=True)
-        return micro.to(self.world.device), policy
+        sparse = PromptAttention(self._attend, ends, self.world.device)
+        return micro.to(self.world.device), policy, sparse
 
     @torch.inference_mode()
-    def _run(self, micro: MicroBatch, policy: Policy) -> torch.Tensor:
-        """Score one micro-batch: [B, 2 + L] of score, surprise, SPARSE by layer."""
-        routed = self.routed.forward(micro.token_ids, micro.plan, policy)
+    def _run(self, micro: MicroBatch, policy: Policy, attention: PromptAttention) -> torch.Tensor:
+        """Score one micro-batch: [B, 3 + L] of score, surprise, density, SPARSE by layer."""
+        routed = self.routed.forward(micro.token_ids, micro.plan, policy, attention)
         hidden = routed.hidden[micro.answer_rows, micro.answer_positions]
         count = len(micro.tasks)
         right, surprise = [], []
@@ -121,7 +146,8 @@ class Scorer:
         by_prompt = mean_by_prompt(torch.cat(surprise), micro.answer_rows, count)
         final = micro.plan.is_last.float()
         sparse = ((1 - routed.routes) * final).sum(dim=-1).T
-        return torch.cat([torch.stack([score, by_prompt], dim=1), sparse], dim=1)
+        columns = torch.stack([score, by_prompt, attention.density()], dim=1)
+        return torch.cat([columns, sparse], dim=1)
 
 
 def metric_of(task: str) -> str:

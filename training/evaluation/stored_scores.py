@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ _PIECE = 100
 """Prompts scored between two writes. A hundred prompts a task and length fill whole pieces, so that
 an evaluation of more of them begins with those."""
 
+_NAMES = [field.name for field in fields(Scores)]
+
 
 class StoredScorer:
     """A scorer that looks results up before it computes them.
@@ -23,14 +26,15 @@ class StoredScorer:
     Args:
         scorer: computes what is missing.
         folder: for the results; may be shared by evaluations of several routers.
-        setting: what else scores depend on: model, sink and window, dtype.
+        setting: what else scores depend on: model, dtype.
     """
 
     def __init__(self, scorer: Scorer, folder: Path, setting: dict[str, Any]) -> None:
         self.scorer = scorer
         self.routed = scorer.routed
         self.folder = folder
-        self.setting = setting | {"pool_tokens": scorer.pool_tokens}
+        own = {"pool_tokens": scorer.pool_tokens, "pattern": repr(scorer.pattern)}
+        self.setting = setting | own
         folder.mkdir(parents=True, exist_ok=True)
 
     def score(
@@ -54,11 +58,7 @@ class StoredScorer:
                 _write(path, parts[-1])
             # No process may look for a later piece before this one is there for all.
             self.scorer.world.wait()
-        return Scores(
-            np.concatenate([part.score for part in parts]),
-            np.concatenate([part.surprise for part in parts]),
-            np.concatenate([part.sparse for part in parts]),
-        )
+        return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
 
     def _key(self, prompts: Sequence[Encoded], policy: Policy, condition: Condition) -> str:
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode())
@@ -95,19 +95,17 @@ def _pieces(count: int) -> Iterator[slice]:
 def _cut(cached: Scores | None, piece: slice) -> Scores | None:
     if cached is None:
         return None
-    return Scores(cached.score[piece], cached.surprise[piece], cached.sparse[piece])
+    return Scores(*(getattr(cached, name)[piece] for name in _NAMES))
 
 
 def _write(path: Path, scores: Scores) -> None:
     """Write in one atomic step, so that a cut leaves no half file."""
     temporary = path.with_suffix(".writing")
     with temporary.open("wb") as file:
-        np.savez_compressed(
-            file, score=scores.score, surprise=scores.surprise, sparse=scores.sparse
-        )
+        np.savez_compressed(file, **{name: getattr(scores, name) for name in _NAMES})
     temporary.replace(path)
 
 
 def _read(path: Path) -> Scores:
     with np.load(path) as stored:
-        return Scores(stored["score"], stored["surprise"], stored["sparse"])
+        return Scores(*(stored[name] for name in _NAMES))

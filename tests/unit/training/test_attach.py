@@ -11,9 +11,11 @@ from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
 from training.attach import RoutedModel
+from training.pattern_attention import PromptAttention, make_pattern_attention
 from training.policies import CachedContextPolicy, RelaxedPolicy, StaticPolicy, ThresholdPolicy
 from training.pooling import ChunkPlan, plan_chunks
 from training.relaxation import logistic_noise
+from training.sparse_patterns import Triangle, make_pattern
 from training.standardize import StandardizedRouter
 
 SINK, WINDOW, TOKENS = 4, 16, 60
@@ -165,6 +167,41 @@ def test_gradients_reach_only_routers_and_weights_stay(tiny_model: Callable[...,
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_training_under_another_pattern_is_refused(tiny_model: Callable[..., Any]) -> None:
+    routed = RoutedModel(tiny_model(), SINK, WINDOW)
+    attend = make_pattern_attention(
+        make_pattern("triangle", SINK, WINDOW), routed.sparse_attention, "sdpa"
+    )
+    ids, plan = prompts()
+    sparse = PromptAttention(attend, [[TOKENS]] * 2, torch.device("cpu"))
+    policy = RelaxedPolicy(StandardizedRouter(LayerRouter(4, 8)), torch.zeros(4, 2, 1), 1.0)
+    with pytest.raises(UnsupportedConfigurationError, match="trained under .* 'streaming'"):
+        routed.forward(ids, plan, policy, sparse)
+
+
+def test_sparse_rows_attend_under_the_batchs_pattern(tiny_model: Callable[..., Any]) -> None:
+    """Rows that differ in their routes, against each prompt alone under a static policy."""
+    routed = RoutedModel(tiny_model(), SINK, WINDOW)
+    attend = make_pattern_attention(
+        Triangle(sink_tokens=SINK, window_tokens=WINDOW, tail_tokens=8),
+        routed.sparse_attention,
+        "sdpa",
+    )
+    ids, plan = prompts(3)
+    chunk_ends = [[40], [50], [30]]
+    routes = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 1, 1]]).float()[:, :, None]
+    with torch.no_grad():
+        sparse = PromptAttention(attend, chunk_ends, ids.device)
+        together = routed.forward(ids, plan, Constant(routes), sparse)
+        streamed = routed.forward(ids, plan, Constant(routes))
+        for row in range(3):
+            policy = StaticPolicy([Route(int(route)) for route in routes[:, row, 0]])
+            sparse = PromptAttention(attend, chunk_ends[row : row + 1], ids.device)
+            alone = routed.forward(ids[row : row + 1], prompts(1)[1], policy, sparse)
+            torch.testing.assert_close(together.hidden[row], alone.hidden[0], rtol=1e-4, atol=1e-4)
+    assert (together.hidden - streamed.hidden).abs().amax(dim=(1, 2)).min() > 0.1
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_model: Callable[..., Any]) -> None:

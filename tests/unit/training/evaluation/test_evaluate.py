@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.errors import RouterCheckpointError
 from flux_vllm.router.checkpoint import RouterInfo, read_router, write_router
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
@@ -27,6 +26,7 @@ from training.evaluation.scoring import Condition, Scorer
 from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
 from training.policies import StaticPolicy, ThresholdPolicy
+from training.sparse_patterns import make_pattern
 
 VARIANTS = ("plain", "begun", "wording", "wrapper:plain", "chunks:64", "cached")
 
@@ -100,11 +100,58 @@ def test_an_unknown_variant_is_refused(config: EvalConfig) -> None:
         evaluation.variant("sideways")
 
 
-def test_a_router_of_another_pattern_is_refused(config: EvalConfig) -> None:
+PATTERNS = ("streaming", "triangle", "xattention")
+
+
+def test_patterns_are_compared_on_the_same_prompts(config: EvalConfig) -> None:
+    pytest.importorskip("matplotlib")
+    config = dataclasses.replace(config, patterns=PATTERNS, variants=(), shares=())
+    report = evaluate(config)
+    assert tuple(report["patterns"]) == PATTERNS
+    own = report["patterns"]["streaming"]
+    assert own["score"] == report["default"]["score"]
+    assert own["all_sparse_score"] == report["all_sparse_score"]
+    for found in report["patterns"].values():
+        assert {"score", "score_by_group", "of_full", "share", "intervals"} <= found.keys()
+        assert 0 < found["all_sparse_density"] <= 1
+    densities = [report["patterns"][name]["all_sparse_density"] for name in PATTERNS]
+    assert densities[0] < densities[1] <= 1
+    assert (Path(config.out) / "patterns.png").exists()
+    joined = join_runs([Path(config.out) / "quality.json"] * 2)
+    assert joined["patterns"]["triangle"]["runs"] == 2
+    again = evaluate(dataclasses.replace(config, patterns=()))
+    assert again["patterns"] == {"streaming": own}
+
+
+@pytest.mark.parametrize("name", ["triangle", "xattention"])
+def test_a_router_is_evaluated_under_its_own_pattern(name: str, config: EvalConfig) -> None:
     router, info = read_router(Path(config.router))
-    write_router(Path(config.router), router, dataclasses.replace(info, sparse_pattern="triangle"))
-    with pytest.raises(RouterCheckpointError, match="expected .* 'streaming', .* found 'triangle'"):
-        module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    write_router(Path(config.router), router, dataclasses.replace(info, sparse_pattern=name))
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    prompts, policy = evaluation.test.prompts, pattern(4, [0, 1, 2, 3])
+    found = evaluation.scorer.score(prompts, policy)
+    routed = evaluation.routed
+    chosen = make_pattern(name, 8, 32)
+    expected = Scorer(routed, chosen, 16, 1024, evaluation.world).score(prompts, policy)
+    streaming = Scorer(routed, make_pattern("streaming", 8, 32), 16, 1024, evaluation.world)
+    np.testing.assert_allclose(found.surprise, expected.surprise, rtol=1e-3)
+    assert not np.allclose(found.surprise, streaming.score(prompts, policy).surprise, rtol=1e-3)
+
+
+def test_density_is_that_of_the_sparse_layers(config: EvalConfig) -> None:
+    scorer = module.Evaluation(config, World(0, 1, torch.device("cpu"))).scorer
+    prompts = module.Evaluation(config, scorer.scorer.world).test.prompts
+    assert np.isnan(scorer.score(prompts, StaticPolicy.all_full(4)).density).all()
+    found = scorer.score(prompts, pattern(4, [2])).density
+    for prompt, density in zip(prompts, found, strict=True):
+        keys = [min(position + 1, 8 + 32) for position in range(prompt.prompt_len)]
+        assert density == pytest.approx(sum(keys) * 2 / prompt.prompt_len / (prompt.prompt_len + 1))
+
+
+def test_a_pattern_of_other_sizes_is_refused(config: EvalConfig) -> None:
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"\(8, 32\), found .*window_tokens=64"):
+        Scorer(evaluation.routed, make_pattern("triangle", 8, 64), 16, 1, evaluation.world)
 
 
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
@@ -112,7 +159,8 @@ def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
     prompts = evaluation.test.prompts
     policy = ThresholdPolicy(evaluation.router, 0.5)
     together = evaluation.scorer.score(prompts, policy)
-    alone = Scorer(evaluation.routed, 16, 1, evaluation.world).score(prompts, policy)
+    streaming = make_pattern("streaming", 8, 32)
+    alone = Scorer(evaluation.routed, streaming, 16, 1, evaluation.world).score(prompts, policy)
     np.testing.assert_allclose(together.score, alone.score)
     np.testing.assert_allclose(together.surprise, alone.surprise, rtol=1e-3)
     np.testing.assert_array_equal(together.sparse, alone.sparse)
@@ -167,7 +215,7 @@ def test_open_prompts_are_routed_without_the_prefix_and_scored_after_it(
             other.token_ids[: other.prompt_len].tolist()
         )
     full = StaticPolicy.all_full(4)
-    micro, _ = evaluation.scorer.scorer._prepare(opened, list(range(12)), full, Condition())
+    micro, *_ = evaluation.scorer.scorer._prepare(opened, list(range(12)), full, Condition())
     for at, prompt in enumerate(opened):
         own = prompt.token_ids[prompt.prompt_len + prompt.prefix_len :].tolist()
         assert micro.answer_tokens[micro.answer_rows == at].tolist() == own

@@ -1,5 +1,6 @@
 """Stored scores against a plain scorer's; pins: scores of another policy or prompt reused."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.evaluation.scoring import Condition, Scorer
 from training.evaluation.static_patterns import pattern
 from training.evaluation.stored_scores import StoredScorer
 from training.policies import ThresholdPolicy
+from training.sparse_patterns import Triangle, make_pattern
 
 
 @pytest.fixture
@@ -31,7 +33,12 @@ def prompts() -> list[Encoded]:
 
 @pytest.fixture
 def scorer(tiny_model: Callable[..., Any]) -> Scorer:
-    return Scorer(RoutedModel(tiny_model(), 8, 32), 16, 1024, World(0, 1, torch.device("cpu")))
+    return make_scorer(tiny_model(), "streaming")
+
+
+def make_scorer(model: Any, name: str) -> Scorer:
+    world = World(0, 1, torch.device("cpu"))
+    return Scorer(RoutedModel(model, 8, 32), make_pattern(name, 8, 32), 16, 1024, world)
 
 
 def test_stored_scores_equal_computed_ones_and_are_not_computed_again(
@@ -53,6 +60,7 @@ def test_stored_scores_equal_computed_ones_and_are_not_computed_again(
         np.testing.assert_allclose(found.score, expected.score)
         np.testing.assert_allclose(found.surprise, expected.surprise, rtol=1e-3)
         np.testing.assert_array_equal(found.sparse, expected.sparse)
+        np.testing.assert_allclose(found.density, expected.density)
 
 
 def test_everything_that_changes_scores_changes_the_place(
@@ -73,11 +81,30 @@ def test_everything_that_changes_scores_changes_the_place(
         ([replace(prompts[0], prompt_len=91), *prompts[1:]], policy),
         ([replace(prompts[0], prefix_len=3), *prompts[1:]], policy),
     ]
-    for setting in ({"window_tokens": 32}, {"window_tokens": 64}):
+    for setting in ({"dtype": "float32"}, {"dtype": "bfloat16"}):
         stored = StoredScorer(scorer, tmp_path, setting)
         for call in calls:
             stored.score(*call)
     assert len(list(tmp_path.glob("*.npz"))) == 2 * len(calls)
+
+
+def test_each_pattern_and_size_has_a_place_of_its_own(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path
+) -> None:
+    policy = pattern(4, [0, 2])
+    found = []
+    for chosen in (
+        make_pattern("streaming", 8, 32),
+        make_pattern("triangle", 8, 32),
+        Triangle(sink_tokens=8, window_tokens=32, tail_tokens=9),
+        make_pattern("streaming", 4, 32),
+    ):
+        scorer.routed.detach()
+        routed = RoutedModel(scorer.routed.model, chosen.sink_tokens, chosen.window_tokens)
+        scorer = Scorer(routed, chosen, 16, 1024, scorer.world)
+        found.append(StoredScorer(scorer, tmp_path, {}).score(prompts, policy).surprise)
+    assert len(list(tmp_path.glob("*.npz"))) == len(found) == 4
+    assert all(not np.allclose(one, other) for one, other in itertools.combinations(found, 2))
 
 
 def test_a_policy_without_identity_is_refused(

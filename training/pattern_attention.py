@@ -1,0 +1,213 @@
+"""SPARSE attention under the server's sparse patterns, over whole prompts with their answers.
+
+A prompt's queries attend as the pattern says for the prompt's chunks. The answer's follow in the
+same forward pass, and attend as a server decodes them: to sinks and window. For evaluation alone:
+training is under `streaming`, without this file.
+
+Dimension legend: B prompts, N query heads, K kv heads, T padded tokens, H head dim.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from training.block_attention import ChosenBlocks, attend_blocks, choose_blocks, pad_to_blocks
+from training.soft_attention import Attention
+from training.sparse_patterns import Streaming, Triangle, XAttention
+
+ChunkEnds = Sequence[Sequence[int]]
+"""For each prompt, where its chunks end; the last is the prompt's length."""
+
+
+class PatternAttention(Protocol):
+    """One layer's SPARSE attention under a pattern."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        chunk_ends: ChunkEnds,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend whole prompts and their answers.
+
+        Args:
+            q: [B, N, T, H].
+            k: [B, K, T, H].
+            v: [B, K, T, H].
+            scale: of the scores.
+            chunk_ends: of the B prompts.
+
+        Returns: [B, N, T, H]; and the density [B] float32: the attended share of the pairs of a
+            prompt's query and a key up to it.
+        """
+        ...
+
+
+def make_pattern_attention(
+    pattern: Streaming, sink_window: Attention, kernel: str
+) -> PatternAttention:
+    """Choose the implementation of a pattern.
+
+    Args:
+        pattern: of `make_pattern`.
+        sink_window: attention to the pattern's sinks and window.
+        kernel: `flex` or `sdpa`, where a pattern has a choice.
+    """
+    if isinstance(pattern, Triangle):
+        return _TriangleAttention(pattern, sink_window)
+    if isinstance(pattern, XAttention):
+        return _XAttention(pattern, sink_window, kernel)
+    return _StreamingAttention(pattern, sink_window)
+
+
+class _StreamingAttention:
+    """Sinks and window, for prompts and answers alike."""
+
+    def __init__(self, pattern: Streaming, sink_window: Attention) -> None:
+        self._pattern = pattern
+        self._sink_window = sink_window
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        chunk_ends: ChunkEnds,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        density = _sink_window_density(self._pattern, _prompt_lens(chunk_ends))
+        return self._sink_window(q, k, v, scale), _float32(density, q.device)
+
+
+class _TriangleAttention:
+    """Sinks and window, and everything for each prompt's last queries, whatever the chunks."""
+
+    def __init__(self, pattern: Triangle, sink_window: Attention) -> None:
+        self._pattern = pattern
+        self._sink_window = sink_window
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        chunk_ends: ChunkEnds,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self._sink_window(q, k, v, scale)
+        tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
+        lens = _prompt_lens(chunk_ends)
+        tail = min(self._pattern.tail_tokens, int(lens.max()))
+        # A prompt shorter than the tail repeats its first query.
+        positions_BQ = torch.from_numpy((lens[:, None] - tail + np.arange(tail)).clip(0))
+        positions_BQ = positions_BQ.to(q.device)
+        index = positions_BQ[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        causal = torch.arange(tokens, device=q.device) <= positions_BQ[:, None, :, None]
+        # Not enable_gqa: with a mask it leaves the GPU only the slowest kernel.
+        attended = functional.scaled_dot_product_attention(
+            q.gather(2, index),
+            k.repeat_interleave(groups, dim=1),
+            v.repeat_interleave(groups, dim=1),
+            attn_mask=causal,
+            scale=scale,
+        )
+        head = (lens - tail).clip(0)
+        # The share of pairs in the head, attended as sinks and window; the tail's count whole.
+        in_head = head * (head + 1) / (lens * (lens + 1))
+        density = 1 - in_head * (1 - _sink_window_density(self._pattern, head))
+        return out.scatter(2, index, attended), _float32(density, q.device)
+
+
+class _XAttention:
+    """Key blocks chosen anew for each query block of each chunk; sinks and window for answers."""
+
+    def __init__(self, pattern: XAttention, sink_window: Attention, kernel: str) -> None:
+        self._pattern = pattern
+        self._sink_window = sink_window
+        self._kernel = kernel
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        chunk_ends: ChunkEnds,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self._sink_window(q, k, v, scale)
+        tokens = q.shape[2]
+        q, k, v = (pad_to_blocks(x) for x in (q, k, v))
+        visited = torch.zeros(len(q), device=q.device)
+        for chunk in range(max(map(len, chunk_ends))):
+            # A prompt with fewer chunks has an empty one at its end.
+            edges = [[0, *ends] + [ends[-1]] * chunk for ends in chunk_ends]
+            starts, ends = zip(*(row[chunk : chunk + 2] for row in edges), strict=True)
+            chosen: ChosenBlocks = choose_blocks(q, k, starts, ends, self._pattern, scale)
+            attended = attend_blocks(q, k, v, chosen.kept, scale, self._kernel)[:, :, :tokens]
+            out = torch.where(chosen.queries[:, None, :tokens, None], attended, out)
+            visited += chosen.visited_keys()
+        lens = torch.tensor(_prompt_lens(chunk_ends), device=q.device)
+        return out, visited / (lens * (lens + 1) / 2)
+
+
+def _prompt_lens(chunk_ends: ChunkEnds) -> np.ndarray:
+    """[B] int64."""
+    return np.array([ends[-1] for ends in chunk_ends])
+
+
+def _float32(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _sink_window_density(pattern: Streaming, tokens: np.ndarray) -> np.ndarray:
+    """Give the share of pairs that sinks and window have of the first tokens' [B]: float64."""
+    reach = pattern.sink_tokens + pattern.window_tokens
+    growing = tokens.clip(max=reach)
+    keys = growing * (growing + 1) / 2 + (tokens - growing) * reach
+    return keys / np.maximum(tokens * (tokens + 1) / 2, 1)
+
+
+class PromptAttention:
+    """A pattern's attention bound to the prompts of a batch; counts how dense it was.
+
+    Args:
+        attend: of the pattern.
+        chunk_ends: of the batch's prompts.
+        device: of the model.
+    """
+
+    def __init__(
+        self, attend: PatternAttention, chunk_ends: ChunkEnds, device: torch.device
+    ) -> None:
+        self._attend = attend
+        self._chunk_ends = chunk_ends
+        self._rows = torch.arange(len(chunk_ends), device=device)
+        self._sums = torch.zeros(len(chunk_ends), device=device)
+        self._layers = torch.zeros(len(chunk_ends), device=device)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend one layer: q [B, N, T, H], k and v [B, K, T, H], to [B, N, T, H]."""
+        out, density = self._attend(q, k, v, scale, self._chunk_ends)
+        self._sums.index_add_(0, self._rows, density)
+        self._layers.index_add_(0, self._rows, torch.ones_like(density))
+        return out
+
+    def select(self, rows: list[int]) -> "PromptAttention":
+        """Give the attention of some of the prompts; what it counts is counted here too."""
+        chosen = PromptAttention(
+            self._attend, [self._chunk_ends[row] for row in rows], self._rows.device
+        )
+        chosen._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
+        chosen._sums, chosen._layers = self._sums, self._layers
+        return chosen
+
+    def density(self) -> torch.Tensor:
+        """Average over the layers attended so far: [B] float32, NaN for a prompt without any."""
+        return self._sums / self._layers
