@@ -10,55 +10,44 @@ Rows are written after every turn: a run that is cut short keeps what it measure
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_process import Engine
-from benchmarks.provenance import provenance
-from benchmarks.serve_cases import PLANS, Decode, Prefill, Row, Shape
-
-
-class Results:
-    """Rows in a JSON file: a list of objects, each with the run's provenance.
-
-    Args:
-        path: of the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows: dict[tuple, Row] = {}
-        self._provenance = provenance()
-
-    def keep(self, row: Row) -> None:
-        """Add a row, or replace the same row with fewer turns."""
-        self._rows[row.metric, row.context, row.batch, row.sparse_share] = row
-        rows = [row.as_dict() | {"provenance": self._provenance} for row in self._rows.values()]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(rows, indent=1) + "\n")
-        sys.stdout.write(f"{row}\n")
-        sys.stdout.flush()
+from benchmarks.row_file import RowFile, say, time_limit
+from benchmarks.serve_cases import (
+    PLANS,
+    Decode,
+    Prefill,
+    Row,
+    Shape,
+    default_chunk,
+    longest_context,
+)
 
 
 def main() -> None:
     """Measure what the arguments ask for."""
     args = _parse()
     shape = Shape.of(json.loads((args.model / "config.json").read_text()))
-    results = Results(args.out)
+    rows = RowFile(args.out)
+
+    def keep(row: Row) -> None:
+        key = row.metric, row.context, row.batch, row.sparse_share
+        rows.keep(key, row.as_dict(), str(row))
+
     common = {"vocab_size": shape.vocab_size, **_arguments(args)}
     base = Engine(attention_backend=args.baseline, **common)
     flux = Engine(attention_backend="flux", additional_config=_flux(args), **common)
     with base, flux:
         for engine in (base, flux):
             engine.wait()
-        sys.stdout.write("both engines are loaded\n")
-        sys.stdout.flush()
+        say("both engines are loaded")
         while args.go is not None and not args.go.exists():
             time.sleep(0.2)
-        _measure(args, shape, base, flux, results.keep)
+        _measure(args, shape, base, flux, keep)
 
 
 def _measure(
@@ -68,15 +57,10 @@ def _measure(
     flux: Engine,
     keep: Callable[[Row], None],
 ) -> None:
-    begin = time.monotonic()
-
-    def in_time() -> bool:
-        return args.seconds is None or time.monotonic() - begin < args.seconds
-
-    longest = max(case.context for case in PLANS[args.plan])
+    in_time = time_limit(args.seconds)
     flux.fix_routes(shape.spread(0.5))
     for engine in (base, flux):  # compiles what only a second chunk uses
-        engine.prefill_seconds(min(args.chunk + args.chunk // 2, longest))
+        engine.prefill_seconds(min(args.chunk + args.chunk // 2, longest_context(args.plan)))
     shortest: dict[int, float] = {}
     for case in PLANS[args.plan]:
         if isinstance(case, Prefill):
@@ -101,12 +85,17 @@ def _measure_prefill(
         if not in_time():
             return
         base_values.append(base.prefill_seconds(case.context))
+        base_memory = base.peak_memory()
+        memory = {}
         for share in case.shares:
             flux.fix_routes(shape.spread(share))
             values[share].append(flux.prefill_seconds(case.context))
+            memory[share] = flux.peak_memory()
         for share in case.shares:
             ideal = None if saved is None else statistics.median(base_values) - share * saved
-            keep(Row("ttft_s", case.context, 1, share, ideal, values[share], base_values))
+            row = Row("ttft_s", case.context, 1, share, ideal, values[share], base_values)
+            row.flux_memory, row.flash_attn_memory = memory[share], base_memory
+            keep(row)
 
 
 def _most_saved(shape: Shape, base: Engine, flux: Engine, context: int) -> float | None:
@@ -177,7 +166,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
         "model": str(args.model),
         "load_format": args.load_format,
         "dtype": args.dtype,
-        "max_model_len": max(case.context for case in cases) + 4352,  # and what decodes
+        "max_model_len": longest_context(args.plan) + 4352,  # and what decodes
         "max_num_batched_tokens": args.chunk,
         "max_num_seqs": max([case.batch for case in cases if isinstance(case, Decode)], default=1),
         "kv_cache_memory_bytes": int(args.kv_gib * 2**30),
@@ -199,7 +188,7 @@ def _parse() -> argparse.Namespace:
     add("--baseline", default="FLASH_ATTN", help="attention backend to compare with")
     add("--sink-tokens", type=int, default=128)
     add("--window-tokens", type=int, default=2048)
-    add("--chunk", type=int, default=8192, help="max_num_batched_tokens (default 8192)")
+    add("--chunk", type=int, help="max_num_batched_tokens (default 8192; one_chunk: the prompt)")
     add("--steps", type=int, default=24, help="decode steps a turn (default 24)")
     add("--kv-gib", type=float, default=44, help="KV cache of each engine, GiB (default 44)")
     add("--gpu-memory-utilization", type=float, default=0.45)
@@ -207,7 +196,9 @@ def _parse() -> argparse.Namespace:
     add("--eager", action="store_true", help="without CUDA graphs")
     add("--seconds", type=float, help="begin no turn after so many seconds")
     add("--go", type=Path, help="wait for this file once both engines are loaded")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.chunk = args.chunk or default_chunk(args.plan)
+    return args
 
 
 if __name__ == "__main__":

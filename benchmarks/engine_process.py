@@ -16,7 +16,7 @@ class Engine:
 
     Args:
         vocab_size: of the model; prompts are random tokens.
-        arguments: of `vllm.LLM`.
+        arguments: of `vllm.LLM`; a `worker_extension_cls` extends `BenchmarkWorker`.
     """
 
     def __init__(self, vocab_size: int, **arguments: Any) -> None:
@@ -47,6 +47,13 @@ class Engine:
         """
         return self._call("prefill_seconds", tokens, times)
 
+    def peak_memory(self) -> tuple[int, int] | None:
+        """Return bytes of tensors on the GPU: (the most during the latest `prefill_seconds`, now).
+
+        None on a CPU.
+        """
+        return self._call("peak_memory")
+
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:
         """List the GPU kernels of one prefill: name, calls, total milliseconds; longest first."""
         return self._call("profile", tokens)
@@ -74,6 +81,10 @@ class Engine:
     def fix_routes(self, layers: Sequence[int] | None) -> None:
         """Make these layers SPARSE and the others FULL (flux engines)."""
         self._call("fix_routes", layers)
+
+    def call_worker(self, method: str) -> Any:
+        """Call a method without arguments on the worker."""
+        return self._call("call_worker", method)
 
     def __enter__(self) -> "Engine":
         return self
@@ -131,19 +142,26 @@ class _Driver:
 
         self._vocab_size = vocab_size
         self._next = 0
-        self._llm = LLM(
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            worker_extension_cls="benchmarks.worker_extension.BenchmarkWorker",
-            **arguments,
-        )
+        defaults = {
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+            "worker_extension_cls": "benchmarks.worker_extension.BenchmarkWorker",
+        }
+        self._llm = LLM(**(defaults | arguments))
         self._core = self._llm.llm_engine
 
     def fix_routes(self, layers: Sequence[int] | None) -> None:
         self._llm.collective_rpc("flux_fix_routes", args=(layers,))
 
+    def call_worker(self, method: str) -> Any:
+        return self._llm.collective_rpc(method)[0]
+
+    def peak_memory(self) -> tuple[int, int] | None:
+        return self.call_worker("peak_memory")
+
     def prefill_seconds(self, tokens: int, times: int) -> float:
         seconds = []
+        self.call_worker("forget_peak_memory")
         for _ in range(times):
             prompt = self._random_prompt(tokens)
             begin = time.perf_counter()

@@ -63,6 +63,7 @@ class Decode:
 
 
 K = 1024
+CHUNK = 8192
 PLANS: dict[str, list[Prefill | Decode]] = {
     # One H200 of 139 GiB, both engines with 44 GiB of KV cache: 360,000 tokens of Llama-3.1-8B.
     # Repeats are turns: what a time limit cuts off is the last turns of the longest prompt.
@@ -79,11 +80,27 @@ PLANS: dict[str, list[Prefill | Decode]] = {
         Decode(256 * K, 1),
         Prefill(256 * K, (0.25, 0.5, 0.75, 0.8, 1.0)),
     ],
+    # Whole prompts at once: --chunk is the longest prompt's length.
+    "one_chunk": [
+        Prefill(32 * K, (0.5, 0.75, 1.0)),
+        Prefill(64 * K, (0.5, 0.75, 1.0)),
+        Prefill(128 * K, (0.5, 0.75, 1.0), 3),
+    ],
     # Two rows and more of 256K, which only one engine at a time has memory for.
     "8b_one_by_one": [Decode(256 * K, 3, (0.75,))],
     # Does it run at all; for any small model, also on a CPU.
     "smoke": [Prefill(512, (0.5, 1.0), 2), Decode(512, 2, (0.5,), 2)],
 }
+
+
+def longest_context(plan: str) -> int:
+    """Return the tokens of a plan's longest prompt."""
+    return max(case.context for case in PLANS[plan])
+
+
+def default_chunk(plan: str) -> int:
+    """Return the tokens of a step (`max_num_batched_tokens`) that a plan is meant for."""
+    return longest_context(plan) if plan == "one_chunk" else CHUNK
 
 
 @dataclass(slots=True)
@@ -98,6 +115,10 @@ class Row:
     ideal: float | None
     flux_values: list[float]
     flash_attn_values: list[float]
+    flux_memory: tuple[int, int] | None = None
+    """Of a prefill: bytes of tensors on the GPU, (the most during it, after it)."""
+    flash_attn_memory: tuple[int, int] | None = None
+    """Likewise."""
 
     @property
     def flux(self) -> float:
@@ -111,10 +132,16 @@ class Row:
 
     def __str__(self) -> str:
         ideal = f"{self.ideal / self.flux:.3f} of ideal" if self.ideal is not None else ""
+        memory = ""
+        if self.flux_memory and self.flash_attn_memory:
+            taken = [
+                (most - now) / 2**30 for most, now in (self.flux_memory, self.flash_attn_memory)
+            ]
+            memory = f", {taken[0]:.2f} and {taken[1]:.2f} GiB beside what stays"
         return (
             f"{self.metric} {self.context:7d} x {self.batch:2d} f={self.sparse_share:.2f}: flux "
             f"{self.flux:.4f}, FLASH_ATTN {self.flash_attn:.4f}, "
-            f"{self.flash_attn / self.flux:.3f}x {ideal} ({len(self.flux_values)} turns)"
+            f"{self.flash_attn / self.flux:.3f}x {ideal} ({len(self.flux_values)} turns{memory})"
         )
 
     def as_dict(self) -> dict[str, Any]:

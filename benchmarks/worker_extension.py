@@ -1,6 +1,8 @@
-"""What benchmarks add to vLLM's workers (`worker_extension_cls`): filling a KV cache quickly."""
+"""What benchmarks add to vLLM's workers (`worker_extension_cls`)."""
 
 from typing import Any
+
+import torch
 
 
 class BenchmarkWorker:
@@ -19,6 +21,17 @@ class BenchmarkWorker:
                 layer.impl.forward = _leave_output
             else:
                 vars(layer.impl).pop("forward", None)
+
+    def forget_peak_memory(self) -> None:
+        """Begin anew to look for the most memory that tensors take."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_memory(self) -> tuple[int, int] | None:
+        """Return bytes: (the most that tensors took since, what they take now); None on a CPU."""
+        if not torch.cuda.is_available():
+            return None
+        return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
 
 
 def _leave_output(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,42 @@
+"""Rows of a benchmark in a JSON file, written anew after each: a run cut short keeps them."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance
+
+
+class RowFile:
+    """A JSON list of objects, each with the run's provenance.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[Hashable, dict[str, Any]] = {}
+        self._provenance = provenance()
+
+    def keep(self, key: Hashable, row: dict[str, Any], line: str) -> None:
+        """Add a row, or replace the one of the same key, and print a line about it."""
+        self._rows[key] = row | {"provenance": self._provenance}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(list(self._rows.values()), indent=1) + "\n")
+        say(line)
+
+
+def say(line: str) -> None:
+    """Print a line of progress at once, also into a pipe."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def time_limit(seconds: float | None) -> Callable[[], bool]:
+    """Return what tells whether so many seconds from now have not passed yet; None for ever."""
+    begin = time.monotonic()
+    return lambda: seconds is None or time.monotonic() - begin < seconds

@@ -1,0 +1,62 @@
+"""The benchmarks' head split on the real builder and layers, in Triton's interpreter."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
+from tests.unit.attention_backend.test_kernels_interpreter import _run
+
+pytestmark = pytest.mark.vllm
+
+SHAPE = Shape(heads=12, kv_heads=4)
+BATCHES = {
+    "decode": [Row(1, 70, SPARSE, False), Row(1, 97, FULL, False), Row(0, 0)],
+    "mixed": [Row(1, 92, SPARSE, False), Row(1, 40, FULL, False), Row(5, 88, SPARSE), Row(5, 56)],
+    "short_prefill": [Row(8, 40, SPARSE), Row(1, 90, SPARSE, False)],
+}
+in_interpreter = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="this process is the interpreter's")
+def test_in_the_interpreter() -> None:
+    done = _run(Path(__file__))
+    assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
+    assert f"{len(BATCHES) + 1} passed" in done.stdout, done.stdout
+
+
+@in_interpreter
+@pytest.mark.parametrize("name", BATCHES)
+def test_batch(
+    name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.helpers.head_split import check_head_split
+
+    _fake_gpu(monkeypatch)
+    check_head_split(
+        tmp_path_factory.getbasetemp(), make_batch(BATCHES[name], SHAPE, "cpu"), "triton"
+    )
+
+
+@in_interpreter
+def test_odd_number_of_kv_heads_is_refused() -> None:
+    from benchmarks.head_split import halves
+
+    call = SimpleNamespace(query=torch.zeros(1, 6, 8), keys=torch.zeros(2, 16, 3, 8))
+    with pytest.raises(ValueError, match="even number of KV heads, found 3"):
+        halves(call)  # type: ignore[arg-type]
+
+
+def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
+        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
