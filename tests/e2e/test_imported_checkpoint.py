@@ -3,7 +3,7 @@
 Oracle: tests/helpers/reference.py over the model and the router that the checkpoint was made of,
 not over what the import wrote: transformers' layers in float32; the mean of the first and last
 `pool_size` queries before RoPE and after q/k-norm, then over heads; the greater logit (or the sign
-of the only one); sink and window at prefill for SPARSE layers.
+of the only one); at prefill, sink and window, triangle or XAttention for SPARSE layers.
 """
 
 from pathlib import Path
@@ -20,12 +20,14 @@ from tests.helpers.models import (
     write_tiny_qwen3,
 )
 from tests.helpers.paw import write_paw_model
-from tests.helpers.reference import ReferenceModel, ReferenceRouter, SparsePattern
-from tests.helpers.replay import assert_routed
+from tests.helpers.reference import SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
+from tests.helpers.replay import LOGPROB_TOLERANCE, assert_routed, logprob_errors, replay
 
 pytestmark = pytest.mark.vllm
 
 BLOCK_SIZE = 32
+# By the authors' `toggle_type`.
+KINDS = {"streaming": "streaming", "triangle": "triangle", "xattn": "xattention"}
 SINK, WINDOW, POOL = 128, 256, 100
 
 
@@ -35,8 +37,20 @@ SINK, WINDOW, POOL = 128, 256, 100
         (write_tiny_llama, {}),
         (write_tiny_qwen3, {}),
         (write_tiny_qwen3, {"use_softmax": False}),
+        (write_tiny_llama, {"toggle_type": "triangle"}),
+        (write_tiny_qwen3, {"toggle_type": "triangle"}),
+        (write_tiny_llama, {"toggle_type": "xattn"}),
+        (write_tiny_qwen3, {"toggle_type": "xattn"}),
     ],
-    ids=["llama", "qwen3", "qwen3-one-logit"],
+    ids=[
+        "llama",
+        "qwen3",
+        "qwen3-one-logit",
+        "llama-triangle",
+        "qwen3-triangle",
+        "llama-xattn",
+        "qwen3-xattn",
+    ],
 )
 def test_served_as_the_authors_compute(
     write_model: Any, fields: dict[str, Any], tmp_path: Path
@@ -60,8 +74,15 @@ def test_served_as_the_authors_compute(
     with Engine(served, {}, block_size=BLOCK_SIZE) as engine:
         answers = [engine.generate([prompt], 16, prompt_logprobs=True)[0] for prompt in prompts]
     reference, reference_router = ReferenceModel(model), ReferenceRouter.load(router)
-    pattern = SparsePattern(SINK, WINDOW, BLOCK_SIZE)
+    kind = KINDS[fields.get("toggle_type", "streaming")]
+    pattern = SparsePattern(SINK, WINDOW, BLOCK_SIZE, kind)
     for answer in answers:
         assert answer.steps[0][:2] == (0, len(answer.prompt))
         assert_routed(answer, reference, reference_router, pattern)
     assert len({tuple(answer.routes or ()) for answer in answers}) > 1
+    # The longest prompt would show a pattern that was lost on the way.
+    assert SPARSE in (answers[-1].routes or ())
+    if kind != "streaming":
+        streaming = SparsePattern(SINK, WINDOW, BLOCK_SIZE)
+        other = replay(reference, answers[-1], streaming, answers[-1].routes, follow_tokens=True)
+        assert logprob_errors(answers[-1], other)[0] > 10 * LOGPROB_TOLERANCE
