@@ -30,11 +30,7 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
     pack_prompt_rows,
     update_counts,
 )
-from flux_vllm.attention_backend.kernels.query_sums import (
-    InverseRotary,
-    update_and_pool,
-    update_sums,
-)
+from flux_vllm.attention_backend.kernels.query_sums import InverseRotary, update_sums
 from flux_vllm.attention_backend.kernels.router_mlp import (
     RouteTables,
     RowSwitch,
@@ -48,7 +44,6 @@ from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import choose_route, full_probability
 
 LAYERS = 32
-BEYOND = {"sparse_beyond_tokens": SINK + WINDOW}
 
 
 class Step:
@@ -60,14 +55,13 @@ class Step:
         packed = pack_prompt_rows(
             [PromptSpan(0, tokens, tokens)] * rows, np.ones(rows, bool), np.arange(rows)
         )
-        self.router, self.rows, self.programs = router, rows, packed.num_programs
+        self.router, self.rows, self.packed = router, rows, packed
         self.table = (1 + torch.arange(rows * blocks)).view(rows, blocks).int().cuda()
         slots = self.table[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE).cuda()
         self.mapping = slots.flatten().long()
         self.step = PooledStep(
             torch.from_numpy(packed.rows).reshape(-1, COLUMNS).cuda(),
             torch.zeros(rows, dtype=torch.int32, device=cuda),
-            torch.zeros(rows, device=cuda),
         )
         granules = rows * blocks + 1
         self.sums = torch.zeros(LAYERS, granules, HEAD_DIM, dtype=DTYPE, device=cuda)
@@ -77,6 +71,7 @@ class Step:
         self.queries = [
             torch.randn(rows * tokens, HEADS, HEAD_DIM, device=cuda).to(DTYPE) for _ in range(sets)
         ]
+        self.means = torch.zeros(LAYERS, rows * tokens, HEAD_DIM, device=cuda)
         frequencies = 5e5 ** (-torch.arange(HEAD_DIM // 2, device=cuda) / (HEAD_DIM // 2))
         self.rotary = InverseRotary(HEAD_DIM, False, inv_freq=frequencies)
         self.space = pooling_workspace(LAYERS * rows, POOL, HEAD_DIM, cuda)
@@ -90,35 +85,34 @@ class Step:
         )
         lens = torch.full((rows,), tokens, dtype=torch.int32, device=cuda)
         starts = (torch.arange(rows + 1) * tokens).int().cuda()
-        switches = torch.zeros(2, LAYERS, rows, dtype=torch.int32, device=cuda)
-        self.switch = RowSwitch(lens, starts, *switches)
-        self.switch_of_one = RowSwitch(lens, starts, *switches[:, 0])
+        switches = torch.zeros(2, rows, dtype=torch.int32, device=cuda)
+        self.switch = RowSwitch(lens, starts, *switches, SINK + WINDOW)
         self.slots = torch.arange(rows, device=cuda)
         self.sizes = {"block_size": BLOCK_SIZE, "pool_tokens": POOL}
 
     def count(self, _: int) -> None:
-        update_counts(
-            self.counts, self.mapping, len(self.mapping), self.table, self.step, self.rows,
-            self.programs, **self.sizes,
+        update_counts(self.counts, self.mapping, len(self.mapping), self.packed, self.step)
+
+    def update(self, layer: int) -> None:
+        update_sums(
+            self.queries[layer % len(self.queries)][None], self.sums[layer : layer + 1],
+            self.mapping, self.step, self.space, self.rotary, self.packed, pool_tokens=POOL,
         )  # fmt: skip
 
-    def update(self, layer: int, entry: int = 0) -> None:
-        update_sums(
-            self.queries[layer % len(self.queries)], self.sums[layer], self.mapping, self.step,
-            self.space, self.rotary, self.rows, self.programs, pool_tokens=POOL, entry=entry,
+    def pool(self, sums: torch.Tensor) -> None:
+        pool_rows(
+            sums, self.counts, self.table, self.step, self.space, self.pooled, self.rows,
+            **self.sizes,
         )  # fmt: skip
 
     def update_and_pool(self, layer: int) -> None:
-        update_and_pool(
-            self.queries[layer % len(self.queries)], self.sums[layer], self.counts, self.mapping,
-            self.table, self.step, self.space, self.rotary, self.pooled, self.rows, self.programs,
-            **self.sizes,
-        )  # fmt: skip
+        self.update(layer)
+        self.pool(self.sums[layer : layer + 1])
 
     def decide(self, layer: int) -> None:
         decide_routes(
             self.pooled, self.step.rows, self.rows, self.weights, layer, layer, 0.5, self.tables,
-            self.switch_of_one, self.hidden, **BEYOND,
+            self.switch, self.hidden,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -131,19 +125,24 @@ class Step:
         self.update_and_pool(layer)
         self.decide(layer)
 
+    def keep_mean(self, layer: int) -> None:
+        query = self.queries[layer % len(self.queries)]
+        torch.mean(query, dim=1, dtype=torch.float32, out=self.means[layer])
+
     def at_once(self, layer: int) -> None:
-        self.update(layer, layer * self.rows)
+        self.keep_mean(layer)
         if layer == LAYERS - 1:
             self.end(0)
 
     def end(self, _: int) -> None:
-        pool_rows(
-            self.sums, self.counts, self.table, self.step, self.space, self.pooled, self.rows,
-            **self.sizes,
+        update_sums(
+            self.means[:, :, None], self.sums, self.mapping, self.step, self.space, self.rotary,
+            self.packed, pool_tokens=POOL,
         )  # fmt: skip
+        self.pool(self.sums)
         decide_layers(
             self.pooled, self.step.rows, self.rows, self.weights, self.columns, 0.5, self.tables,
-            self.switch, self.hidden, **BEYOND,
+            self.hidden,
         )  # fmt: skip
 
 
@@ -168,7 +167,8 @@ def main() -> None:
             record("router by torch, a layer", case, step.decide_by_torch, LAYERS)
             record("pool and route, each layer", case, step.in_turn, LAYERS)
             record("pool and route, layers at once", case, step.at_once, LAYERS)
-            record("pool_rows + decide_layers", case, step.end, 4)
+            record("mean over heads, a layer", case, step.keep_mean, LAYERS)
+            record("all layers' sums, pools and routes", case, step.end, 4)
     finally:
         write_rows(args.out)
 

@@ -129,10 +129,21 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         except BaseException:
             runtime.abandon_step()
             raise
+        if output is not None:
+            runtime.end_step()  # nothing was run, so nothing is sampled
+        return output
+
+    def sample_tokens(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        try:
+            output = original(*args, **kwargs)
+        except BaseException:
+            runtime.abandon_step()
+            raise
         runtime.end_step()
         return output
 
     _wrap_object(worker, "execute_model", execute_model)
+    _wrap_object(worker, "sample_tokens", sample_tokens)
     # For `collective_rpc`.
     worker.flux_status = runtime.status
     worker.flux_fix_routes = runtime.fix_routes

@@ -156,6 +156,7 @@ class FluxRuntime:
         self.journal: RouteJournal | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
         self._finished: deque[FinishedStep] = deque()
+        self._deferred: list[Callable[[], None]] = []
         self._known_routes = np.empty((0, num_layers), dtype=np.int8)
         self.reduce_mean = reduce_mean
         self.fixed_routes: list[int] | None = None
@@ -164,6 +165,7 @@ class FluxRuntime:
             sparse = {"sparse": routed_layers, "static": config.sparse_layers}.get(config.policy)
             self.fix_routes(sparse or ())
 
+    @torch.inference_mode()
     def fix_routes(self, sparse_layers: Iterable[int]) -> None:
         """Make these layers SPARSE and the other routed ones FULL, for all requests.
 
@@ -183,6 +185,8 @@ class FluxRuntime:
 
     def begin_step(self, context: StepContext) -> None:
         """Take up the rows of the step that is about to run."""
+        if self.step is not None:
+            self.end_step()  # a step that nobody sampled from
         is_new = np.array([self.table.slot(name) is None for name in context.request_ids], bool)
         slots = self.table.acquire(context.request_ids)
         settled = self.table.settled_prompt_len[slots] == context.prompt_lens
@@ -203,12 +207,27 @@ class FluxRuntime:
         self.table.full_probability[slots, layer] = probability
         self.table.routes[slots, layer] = choose_route(probability, self.config.threshold)
 
+    def defer(self, work: Callable[[], None]) -> None:
+        """Leave work on the device to `do_deferred`: nothing in the step waits for it."""
+        self._deferred.append(work)
+
+    # vLLM's steps make tensors in inference mode, which nothing else may write to.
+    @torch.inference_mode()
+    def do_deferred(self) -> None:
+        """Launch what the step left for later; then all its routes are decided."""
+        deferred, self._deferred = self._deferred, []
+        for work in deferred:
+            work()
+
+    @torch.inference_mode()
     def end_step(self) -> None:
         """Settle the routes of prompts that are complete, and count the step.
 
-        On a GPU the routes come back without waiting for them, so counting lags behind by the
-        steps in flight.
+        Called when the step's tokens are sampled, so that the device has work meanwhile. On a GPU
+        the routes come back without waiting for them, so counting lags behind by the steps in
+        flight.
         """
+        self.do_deferred()
         step, self.step = self.step, None
         if step is None:
             # vLLM's empty step after the last request: nothing else may come for long.
@@ -261,6 +280,7 @@ class FluxRuntime:
     def abandon_step(self) -> None:
         """Drop the current step after an error in it."""
         self.step = None
+        self._deferred.clear()
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """Forget requests that ended."""

@@ -31,12 +31,13 @@ from flux_vllm.attention_backend.cuda_kernels import (
     choose_kernels,
     split_cache,
 )
-from flux_vllm.attention_backend.cuda_pooling import GroupPooling, StepSizes
+from flux_vllm.attention_backend.cuda_pooling import GroupPooling, PromptStep
 from flux_vllm.attention_backend.cuda_views import RowFacts, ViewBuffers
 from flux_vllm.attention_backend.pattern import CudaPrefill
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.route import Route
 from flux_vllm.runtime import FluxRuntime
+from flux_vllm.step import StepContext
 
 compat.install_worker_hooks()
 
@@ -95,21 +96,21 @@ class CudaStep:
     """The routes' side of one batch's attention metadata."""
 
     views: ViewBuffers
-    num_rows: int
-    """R, padding included."""
-    pooling: GroupPooling | None
-    """Where prompt rows' queries go; None in a step without, and for fixed policies."""
-    sizes: StepSizes
-    has_prefill: bool
+    """Not written in a step that is `by_vllm`."""
     full_pass: list[bool]
     """By layer of the group: whether any row may need the full pass."""
     sparse_pass: list[bool]
     """By layer of the group: whether any row may need the sparse pass."""
+    has_prefill: bool = False
+    by_vllm: bool = False
+    """Whether vLLM's own call serves the batch: all rows are prefill within the SPARSE pattern's
+    reach, where both routes attend alike, and its kernel is the one that we would call."""
+    prompt: PromptStep | None = None
+    """None in a step without prompt tokens, and for fixed policies."""
+    pooling: GroupPooling | None = None
+    """Where the queries of `prompt` go."""
     sparse_prefill: CudaPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
-    is_short: bool = False
-    """Whether all rows are prefill within the SPARSE pattern's reach, where both routes attend
-    alike."""
 
 
 class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -132,6 +133,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self._pooling: GroupPooling | None = None
         self._bound: tuple[int, int] | None = None
         self._capacity = most_rows(self.vllm_config)
+        self._max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
     def build(
         self,
@@ -145,47 +147,55 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         if self._layers:
             runtime = self._layers[0].impl.binding.runtime
             if runtime.config.policy != "full":
-                metadata.flux = self._step(runtime, metadata, common_attn_metadata.num_reqs)
+                metadata.flux = self._step(runtime, metadata)
         return metadata
 
-    def _step(self, runtime: FluxRuntime, metadata: FlashAttentionMetadata, rows: int) -> CudaStep:
+    def _step(self, runtime: FluxRuntime, metadata: FlashAttentionMetadata) -> CudaStep:
         active = runtime.step
+        layers = len(self._layers)
+        views = self._view_buffers(runtime, metadata.block_table.shape[1])
+        step = CudaStep(views, [True] * layers, [False] * layers)
         facts = None
         if active is not None:
             facts = RowFacts(active.slots, active.context.is_prefill)
-        views = self._view_buffers(runtime, metadata.block_table.shape[1])
-        views.write(
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            facts,
-            runtime.table.routes,
-        )
-        layers = len(self._layers)
-        if active is None:
-            return CudaStep(
-                views, rows, None, StepSizes(0, 0), False, [True] * layers, [False] * layers
+            self._plan_passes(step, runtime, active.context)
+        if not step.by_vllm:
+            views.write(
+                metadata.block_table,
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                facts,
+                runtime.table.routes,
             )
-        pooling = self._group_pooling(runtime)
-        # Every step resets granules whose first slot it writes, also one that only decodes.
-        sizes = pooling.begin_step(active, metadata) if pooling else StepSizes(0, 0)
-        context = active.context
-        has_prefill, is_short = bool(context.is_prefill.any()), False
-        full, sparse = [True] * layers, [False] * layers
-        if has_prefill:
-            end = context.computed + context.scheduled
-            beyond = context.is_prefill & (end > runtime.pattern.reach)
-            is_short = bool(context.is_prefill.all() and not beyond.any())
-            is_short &= not context.is_warmup
-            # vLLM's warm-up has short prompts only: let it compile the sparse pass all the same.
-            sparse = [bool(beyond.any()) or context.is_warmup] * layers
-            fixed = runtime.fixed_routes
-            if fixed is not None:
-                by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
-                sparse = [bool(beyond.any()) and route == Route.SPARSE for route in by_layer]
-                full = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
-        prefill = runtime.pattern.cuda_prefill(context, self.device) if any(sparse) else None
-        return CudaStep(views, rows, pooling, sizes, has_prefill, full, sparse, prefill, is_short)
+        if active is not None:
+            step.pooling = self._group_pooling(runtime)
+            if step.pooling is not None:
+                step.prompt = step.pooling.begin_step(active, metadata)
+        return step
+
+    def _plan_passes(self, step: CudaStep, runtime: FluxRuntime, context: StepContext) -> None:
+        """Say which passes the layers of a batch may need."""
+        step.has_prefill = bool(context.is_prefill.any())
+        if not step.has_prefill:
+            return
+        layers = len(self._layers)
+        end = context.computed + context.scheduled
+        beyond = context.is_prefill & (end > runtime.pattern.reach)
+        any_beyond = bool(beyond.any())
+        # vLLM's warm-up has short prompts only: let it compile all passes all the same.
+        step.by_vllm = (
+            not (any_beyond or context.is_warmup)
+            and bool(context.is_prefill.all())
+            and isinstance(self._layers[0].impl._kernels, FA3Kernels)
+        )
+        step.sparse_pass = [any_beyond or context.is_warmup] * layers
+        fixed = runtime.fixed_routes
+        if fixed is not None:
+            by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
+            step.sparse_pass = [any_beyond and route == Route.SPARSE for route in by_layer]
+            step.full_pass = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
+        if any(step.sparse_pass):
+            step.sparse_prefill = runtime.pattern.cuda_prefill(context, self.device)
 
     def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
         if self._views is None:
@@ -209,11 +219,11 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         bound = (kv_cache.data_ptr(), kv_cache.shape[0])
         if self._pooling is None or self._bound != bound:
             self._pooling = GroupPooling(
-                runtime,
+                [layer.impl.binding for layer in self._layers],
                 kv_cache,
-                [layer.impl.binding.layer for layer in self._layers],
                 self.block_size,
                 self._capacity,
+                self._max_tokens,
             )
             self._bound = bound
         return self._pooling
@@ -242,7 +252,12 @@ class FluxCUDAImpl(FlashAttentionImpl):
                 "layer routes on CUDA: expected plain causal attention over a KV cache, found "
                 f"{', '.join(found)}; serve with --attention-backend FLASH_ATTN"
             )
-        self._kernels: Kernels | None = None
+
+    @functools.cached_property
+    def _kernels(self) -> Kernels:
+        """The kernels that this layer calls, once it is bound."""
+        assert self.binding is not None
+        return choose_kernels(self, self.binding.runtime)
 
     def forward(
         self,
@@ -257,21 +272,22 @@ class FluxCUDAImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; shapes as in vLLM's `FlashAttentionImpl.forward`."""
-        by_vllm = functools.partial(
-            super().forward, layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
-        )  # fmt: skip
-        if attn_metadata is None or attn_metadata.flux is None or self.binding is None:
-            return by_vllm()
-        step: CudaStep = attn_metadata.flux
-        tokens, index = attn_metadata.num_actual_tokens, self.group_index
-        query = query[:tokens]
-        if step.pooling is not None and step.sizes.num_rows:
-            step.pooling.route(self.binding, index, query, attn_metadata, step.views, step.sizes)
-        if self._kernels is None:
-            self._kernels = choose_kernels(self, self.binding.runtime)
-        if step.is_short and isinstance(self._kernels, FA3Kernels):
-            return by_vllm()  # the same FA3 call, with the work planned ahead
+        step: CudaStep | None = None
+        if attn_metadata is not None and self.binding is not None:
+            step = attn_metadata.flux
+        if step is not None:
+            assert attn_metadata is not None
+            tokens, index = attn_metadata.num_actual_tokens, self.group_index
+            query = query[:tokens]
+            if step.prompt is not None:
+                assert step.pooling is not None
+                step.pooling.route(index, query, attn_metadata, step.views, step.prompt)
+        if step is None or step.by_vllm:
+            # For a step of ours the same FA3 call, with the work planned ahead.
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
         keys, values = split_cache(kv_cache, self.head_size)
         out = output[:tokens].view(query.shape)
         call = LayerCall(query, keys, values, out, attn_metadata, step.views, index)
@@ -313,6 +329,6 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> in
         width = -(-vllm_config.model_config.max_model_len // block_size) + 128
         total += ViewBuffers.nbytes(rows, width, len(runtime.routed_layers))
         if runtime.router is not None:
-            assert runtime.info is not None
-            total += GroupPooling.fixed_nbytes(runtime.router, rows, runtime.info.pool_tokens)
+            tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            total += GroupPooling.fixed_nbytes(runtime, rows, tokens)
     return total

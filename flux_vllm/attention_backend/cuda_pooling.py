@@ -1,8 +1,17 @@
 """Pooling and routing on the GPU: one KV cache group's query sums, and a step's decisions.
 
-Dimension legend: P prompt rows, G granules of the KV cache, H head dim.
+In a step whose routes matter to the step itself, each layer adds its queries to the sums, pools and
+decides before it attends. Short prompts attend alike under both routes: there a layer only keeps
+its queries' mean over heads, and the rest is done for all layers together once the step's tokens
+are sampled.
+
+Dimension legend: L layers, P prompt rows, T tokens of the step, G granules of the KV cache, H head
+dim.
 """
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +21,7 @@ from flux_vllm.attention_backend.cuda_views import ViewBuffers
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
+    PackedRows,
     PooledStep,
     pack_prompt_rows,
     pool_slots,
@@ -30,7 +40,6 @@ from flux_vllm.attention_backend.kernels.router_mlp import (
 )
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.router.features import GRANULE_TOKENS
-from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.state import to_device
 from flux_vllm.runtime import ActiveStep, FluxRuntime
 
@@ -41,38 +50,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StepSizes:
-    """A step's numbers of prompt rows and of granules that it writes to."""
+class PromptStep:
+    """The prompt rows of a step, and how they are routed."""
 
-    num_rows: int
-    num_programs: int
-    at_once: bool = False
-    """Whether no route matters to the step itself, so that all layers are decided after the last:
-    two launches instead of two a layer."""
+    packed: PackedRows
+    mean_query: Sequence[torch.Tensor] | None
+    """Of each layer [T, H] float32, where its queries' mean over heads is kept; None where each
+    layer routes before it attends."""
 
 
 class GroupPooling:
     """Query sums of one KV cache group's routed layers, and the routers' work on them.
 
     Args:
-        runtime: of this worker; its policy is `router`.
+        bindings: of the group's routed layers, in the order in which they run; the policy is
+            `router`.
         kv_cache: of any layer of the group, for its number of blocks.
-        layers: routed layers of the group, in the order in which they run.
         block_size: tokens a block.
         max_rows: most rows of a batch.
+        max_tokens: most tokens of a batch.
     """
 
     def __init__(
         self,
-        runtime: FluxRuntime,
+        bindings: Sequence["LayerBinding"],
         kv_cache: torch.Tensor,
-        layers: list[int],
         block_size: int,
         max_rows: int,
+        max_tokens: int,
     ) -> None:
+        runtime = bindings[0].runtime
         assert runtime.router is not None
         assert runtime.info is not None
         device, head_dim = kv_cache.device, runtime.router.head_dim
+        layers = [binding.layer for binding in bindings]
         granules = kv_cache.shape[0] * (block_size // GRANULE_TOKENS)
         self._runtime = runtime
         self._block_size = block_size
@@ -84,110 +95,156 @@ class GroupPooling:
         self._step = PooledStep(
             torch.zeros(max_rows, COLUMNS, dtype=torch.int32, device=device),
             torch.zeros(max_rows, dtype=torch.int32, device=device),
-            torch.ones(max_rows, device=device),
         )
         # One entry a prompt row; with few rows, one a row and layer.
         self._entries = max(max_rows, len(layers))
         self._pooled = torch.zeros(self._entries, head_dim, device=device)
         self._workspace = pooling_workspace(self._entries, self._pool_tokens, head_dim, device)
         self._router_workspace = router_workspace(self._entries, head_dim, device)
-        self._layers = torch.tensor(layers, dtype=torch.int32, device=device)
+        self._mean_query = torch.zeros(
+            len(layers), _kept_tokens(runtime, max_tokens), head_dim, device=device
+        )
+        self._layers = layers
+        self._columns = torch.tensor(layers, dtype=torch.int32, device=device)
         self._weights: RouterWeights = router_weights(runtime.router, device)
+        self._rotary = [inverse_rotary(binding.rotary) for binding in bindings]
+        self._alike = [
+            list(group)
+            for _, group in itertools.groupby(
+                range(len(layers)), key=lambda index: id(bindings[index].rotary)
+            )
+        ]
+        """Runs of layers with the same rotary embedding."""
 
     @staticmethod
-    def fixed_nbytes(router: LayerRouter, max_rows: int, pool_tokens: int) -> int:
+    def fixed_nbytes(runtime: FluxRuntime, max_rows: int, max_tokens: int) -> int:
         """Return the memory that does not grow with the KV cache: workspaces and weights."""
+        router, info = runtime.router, runtime.info
+        assert router is not None
+        assert info is not None
         head_dim = router.head_dim
-        floats = 2 * pool_slots(pool_tokens) * head_dim + 2 * head_dim  # pooling_workspace, pooled
+        floats = 2 * pool_slots(info.pool_tokens) * head_dim + 2 * head_dim  # pooling and pooled
         floats += SLICES * 4 * head_dim  # router_workspace
         weights = sum(parameter.numel() for parameter in router.parameters())
         joint = router.num_layers * 32 * head_dim**2
         entries = max(max_rows, router.num_layers)
-        return 4 * (entries * floats + max_rows * (COLUMNS + 2) + weights + joint)
+        kept = router.num_layers * _kept_tokens(runtime, max_tokens) * head_dim
+        return 4 * (entries * floats + max_rows * (COLUMNS + 1) + weights + joint + kept)
 
-    def begin_step(self, active: ActiveStep, metadata: "FlashAttentionMetadata") -> StepSizes:
-        """Upload the step's prompt rows and update the token counts, before the first layer."""
-        context = active.context
+    def begin_step(
+        self, active: ActiveStep, metadata: "FlashAttentionMetadata"
+    ) -> PromptStep | None:
+        """Take up the step's rows before the first layer.
+
+        Args:
+            active: the step.
+            metadata: vLLM's for the batch.
+
+        Returns: PromptStep, for `route` of every layer; None for a step without prompt tokens.
+        Host sync: none.
+        """
+        context, kept = active.context, metadata.num_actual_tokens
         packed = pack_prompt_rows(context.spans(), active.to_route, active.slots)
-        rows = len(packed.rows)
-        if rows:
-            self._step.rows[:rows] = to_device(packed.rows, self._sums.device)
-        update_counts(
-            self._counts,
-            metadata.slot_mapping,
-            int(context.scheduled.sum()),
-            metadata.block_table,
-            self._step,
-            rows,
-            packed.num_programs,
-            block_size=self._block_size,
-            pool_tokens=self._pool_tokens,
-        )
+        rows, tokens = len(packed.rows), int(context.scheduled.sum())
         is_short = context.computed + context.scheduled <= self._runtime.pattern.reach
-        return StepSizes(
-            rows,
-            packed.num_programs,
-            at_once=bool((is_short | ~context.is_prefill).all())
-            and rows * len(self._layers) <= self._entries,
-        )
+        fits = rows * len(self._layers) <= self._entries and kept <= self._mean_query.shape[1]
+        if rows and fits and (is_short | ~context.is_prefill).all():
+            work = functools.partial(self._route_layers, packed, tokens, metadata)
+            self._runtime.defer(work)
+            return PromptStep(packed, self._mean_query[:, :kept].unbind())
+        # Every step resets granules whose first slot it writes, also one that only decodes.
+        self._count(packed, tokens, metadata)
+        return PromptStep(packed, None) if rows else None
+
+    def _count(self, packed: PackedRows, tokens: int, metadata: "FlashAttentionMetadata") -> None:
+        """Upload the prompt rows and update the token counts."""
+        if len(packed.rows):
+            self._step.rows[: len(packed.rows)] = to_device(packed.rows, self._sums.device)
+        update_counts(self._counts, metadata.slot_mapping, tokens, packed, self._step)
 
     def route(
         self,
-        binding: "LayerBinding",
-        group_index: int,
+        index: int,
         query: torch.Tensor,
         metadata: "FlashAttentionMetadata",
         views: ViewBuffers,
-        sizes: StepSizes,
+        step: PromptStep,
     ) -> None:
-        """Update one layer's sums and decide its open routes.
+        """Update one layer's sums and decide its open routes, or keep what that needs.
 
         Args:
-            binding: the layer.
-            group_index: its index in the group.
+            index: the layer's, in the group.
             query: [T, N, H] after RoPE.
             metadata: vLLM's for the batch.
             views: the decided rows change passes in them.
-            sizes: of `begin_step`.
+            step: of `begin_step`.
 
         Host sync: none.
         """
-        rows, last = sizes.num_rows, group_index == len(self._layers) - 1
+        if step.mean_query is not None:
+            torch.mean(query, dim=1, dtype=torch.float32, out=step.mean_query[index])
+            return
+        sums = self._sums[index : index + 1]
+        self._update(query[None], sums, metadata, step.packed, index, 0)
+        switch = RowSwitch(
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            views.full_seqused_q[index],
+            views.sparse_seqused_q[index],
+            self._runtime.pattern.reach,
+        )
+        layer, rows = self._layers[index], len(step.packed.rows)
+        decide_routes(
+            self._pool(sums, metadata, rows),
+            self._step.rows,
+            rows,
+            self._weights,
+            layer,
+            layer,
+            switch=switch,
+            **self._shared(),
+        )
+
+    def _route_layers(
+        self, packed: PackedRows, tokens: int, metadata: "FlashAttentionMetadata"
+    ) -> None:
+        """Update all layers' sums from the means that they kept, and decide all open routes."""
+        self._count(packed, tokens, metadata)
+        rows = len(packed.rows)
+        for run in self._alike:
+            part = slice(run[0], run[-1] + 1)
+            # As queries of a single head.
+            query = self._mean_query[part, :, None]
+            self._update(query, self._sums[part], metadata, packed, run[0], run[0] * rows)
+        decide_layers(
+            self._pool(self._sums, metadata, rows),
+            self._step.rows,
+            rows,
+            self._weights,
+            self._columns,
+            **self._shared(),
+        )
+
+    def _update(
+        self,
+        query: torch.Tensor,
+        sums: torch.Tensor,
+        metadata: "FlashAttentionMetadata",
+        packed: PackedRows,
+        index: int,
+        entry: int,
+    ) -> None:
+        """Update the sums of layers alike, of which `index` is one; workspace from `entry` on."""
         update_sums(
             query,
-            self._sums[group_index],
+            sums,
             metadata.slot_mapping,
             self._step,
-            self._workspace,
-            inverse_rotary(binding.rotary),
-            rows,
-            sizes.num_programs,
+            self._workspace.from_entry(entry) if entry else self._workspace,
+            self._rotary[index],
+            packed,
             pool_tokens=self._pool_tokens,
-            entry=group_index * rows if sizes.at_once else 0,
         )
-        if sizes.at_once and last:
-            pooled = self._pool(self._sums, metadata, rows)
-            decide_layers(
-                pooled,
-                self._step.rows,
-                rows,
-                self._weights,
-                self._layers,
-                switch=self._switch(metadata, views, slice(None)),
-                **self._shared(),
-            )
-        elif not sizes.at_once:
-            pooled = self._pool(self._sums[group_index : group_index + 1], metadata, rows)
-            decide_routes(
-                pooled,
-                self._step.rows,
-                rows,
-                self._weights,
-                binding.layer,
-                binding.layer,
-                switch=self._switch(metadata, views, group_index),
-                **self._shared(),
-            )
 
     def _pool(
         self, sums: torch.Tensor, metadata: "FlashAttentionMetadata", rows: int
@@ -206,16 +263,6 @@ class GroupPooling:
         )
         return self._runtime.reduce_mean(self._pooled[: len(sums) * rows])
 
-    def _switch(
-        self, metadata: "FlashAttentionMetadata", views: ViewBuffers, index: int | slice
-    ) -> RowSwitch:
-        return RowSwitch(
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            views.full_seqused_q[index],
-            views.sparse_seqused_q[index],
-        )
-
     def _shared(self) -> dict[str, Any]:
         """Return what both ways of deciding take."""
         runtime = self._runtime
@@ -223,8 +270,15 @@ class GroupPooling:
             "threshold": runtime.config.threshold,
             "tables": RouteTables(runtime.table.routes, runtime.table.full_probability),
             "workspace": self._router_workspace,
-            "sparse_beyond_tokens": runtime.pattern.reach,
         }
+
+
+def _kept_tokens(runtime: FluxRuntime, max_tokens: int) -> int:
+    """Return the most tokens whose means a step keeps: one prompt as long as the pattern reaches.
+
+    With more, the GPU is busy long enough for a layer's own launches.
+    """
+    return min(runtime.pattern.reach, max_tokens)
 
 
 def inverse_rotary(rotary: RotaryInverse) -> InverseRotary:

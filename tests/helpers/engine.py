@@ -136,6 +136,7 @@ class Engine:
 
         def logged() -> None:
             if runtime.step is not None:
+                runtime.do_deferred()
                 names = runtime.step.context.request_ids
                 for name, slot in zip(names, runtime.step.slots, strict=True):
                     routes = runtime.table.routes[int(slot)].tolist()

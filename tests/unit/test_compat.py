@@ -252,6 +252,7 @@ class TestWorkerHooks:
         runtime.abandon_step.side_effect = lambda: events.append("abandon")
         worker = SimpleNamespace(model_runner=runner, events=events)
         worker.execute_model = lambda output: runner.execute(output)
+        worker.sample_tokens = lambda grammar: events.append(f"sample {grammar}")
         compat.hook_worker(worker, runtime)
         return worker, runtime, events
 
@@ -259,18 +260,43 @@ class TestWorkerHooks:
         runner = SimpleNamespace(input_batch=FakeBatch(computed, prompt))
         runner._build_attention_metadata = lambda *args, **kwargs: (args, kwargs)
         runner._is_uniform_decode = lambda *args, **kwargs: True
-        runner.execute = lambda output: runner._build_attention_metadata(
-            num_reqs=1, num_scheduled_tokens=output.num_scheduled_tokens
-        )
+
+        def execute(output: Any) -> None:
+            found = runner._build_attention_metadata(
+                num_reqs=1, num_scheduled_tokens=output.num_scheduled_tokens
+            )
+            assert found == ((), {"num_reqs": 1, "num_scheduled_tokens": {"a": 9}})
+
+        runner.execute = execute
         return runner
 
     OUTPUT = SimpleNamespace(finished_req_ids={"z"}, num_scheduled_tokens={"a": 9})
 
     def test_order_of_a_step(self) -> None:
         worker, _, events = self.make(self.runner_v1())
-        result = worker.execute_model(self.OUTPUT)
-        assert result == ((), {"num_reqs": 1, "num_scheduled_tokens": {"a": 9}})
-        assert events == ["finish ['z']", "begin ('a',)", "end"]
+        assert worker.execute_model(self.OUTPUT) is None
+        assert worker.sample_tokens("grammar") is None
+        assert events == ["finish ['z']", "begin ('a',)", "sample grammar", "end"]
+
+    def test_step_without_tokens_ends_at_once(self) -> None:
+        runner = self.runner_v1()
+        worker, _, events = self.make(runner)
+        runner.execute = lambda output: "nothing to sample"
+        assert worker.execute_model(self.OUTPUT) == "nothing to sample"
+        assert events == ["finish ['z']", "end"]
+
+    def test_error_in_sampling_abandons_the_step(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        del worker.sample_tokens
+
+        def fail(grammar: Any) -> None:
+            raise KeyboardInterrupt
+
+        worker.sample_tokens = fail
+        compat.hook_worker(worker, runtime)
+        with pytest.raises(KeyboardInterrupt):
+            worker.sample_tokens(None)
+        assert events == ["abandon"]
 
     def test_warm_up_is_no_step(self) -> None:
         runner = self.runner_v1()

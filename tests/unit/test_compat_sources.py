@@ -38,6 +38,7 @@ SIGNATURES = {
     ("v1/worker/gpu_worker.py", "Worker", "determine_available_memory"): ["self"],
     ("v1/worker/cpu_worker.py", "CPUWorker", "determine_available_memory"): ["self"],
     ("v1/worker/gpu_worker.py", "Worker", "execute_model"): ["self", "scheduler_output"],
+    ("v1/worker/gpu_worker.py", "Worker", "sample_tokens"): ["self", "grammar_output"],
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner", "_is_uniform_decode"): [
         "max_num_scheduled_tokens",
         "uniform_decode_query_len",

@@ -218,20 +218,37 @@ class TestSlots:
     def test_more_requests_than_slots(self) -> None:
         """Preempted requests keep their slots, so more may live than run."""
         runtime = make(max_requests=1)
-        names = [f"r{i}" for i in range(9)]
-        for index, name in enumerate(names):
-            run(runtime, step((name, 0, 9, 9)), {name: [index % 2] * 3})
-        run(runtime, step(*((name, 9, 1, 9) for name in names)), {})
-        assert recorded(runtime)[-1][1] == [[index % 2] * 3 for index in range(9)]
-
-    def test_row_without_a_route_in_a_used_slot(self) -> None:
-        """The numbers show it as unrouted, not with the routes of the slot's former owner."""
-        runtime = make(max_requests=1)
-        run(runtime, step(("a", 0, 9, 9)), {"a": [SPARSE] * 3})
+        with torch.inference_mode():
+            runtime.begin_step(step(("a", 0, 5, 5), ("b", 0, 5, 5)))
+            decide(runtime, {"a": [FULL, FULL, SPARSE]})
+        runtime.end_step()
+        slot = runtime.table.slot("a")
         runtime.finish(["a"])
-        run(runtime, step(("b", 9, 1, 9)), {})
-        assert runtime.table.slot("b") == 0
-        assert recorded(runtime)[-1] == (("b",), [[OPEN] * 3], [False])
+        with torch.inference_mode():
+            runtime.begin_step(step(("b", 5, 1, 5)))
+        runtime.end_step()
+        assert (runtime.table.routes[slot] == OPEN).all()
+
+    def test_deferred_work_is_done_once_before_the_step_ends(self) -> None:
+        runtime = make()
+        runtime.begin_step(step(("a", 0, 5, 5)))
+        calls: list[bool] = []
+        runtime.defer(lambda: calls.append(runtime.step is not None))
+        runtime.do_deferred()
+        assert calls == [True]
+        runtime.defer(lambda: decide(runtime, {"a": [FULL, SPARSE, FULL]}))
+        runtime.end_step()
+        assert calls == [True]
+        assert recorded(runtime) == [(("a",), [[FULL, SPARSE, FULL]], [True])]
+
+    def test_step_that_was_not_sampled_from_ends_before_the_next(self) -> None:
+        runtime = make()
+        runtime.begin_step(step(("a", 0, 5, 5)))
+        runtime.defer(lambda: decide(runtime, {"a": [FULL, SPARSE, FULL]}))
+        runtime.begin_step(step(("a", 5, 1, 5)))
+        assert not runtime.step.to_route.any()
+        runtime.end_step()
+        assert [routes for _, routes, _ in recorded(runtime)] == [[[FULL, SPARSE, FULL]]] * 2
 
     def test_abandoned_step(self) -> None:
         runtime = make()

@@ -32,6 +32,10 @@ class PoolingWorkspace(NamedTuple):
     straddled: torch.Tensor
     """[E, H] float32: sum, before this step, of the granule that a row's chunk begins within."""
 
+    def from_entry(self, entry: int) -> "PoolingWorkspace":
+        """View the entries from one on."""
+        return PoolingWorkspace(self.parts[entry:], self.straddled[entry:])
+
 
 def pooling_workspace(
     entries: int, pool_tokens: int, head_dim: int, device: torch.device
@@ -81,7 +85,6 @@ def pool_rows(
         block_table,
         step.rows,
         step.straddle_counts,
-        step.pooled_tokens,
         workspace.parts,
         workspace.straddled,
         pooled,
@@ -103,7 +106,6 @@ def _pool_kernel(
     block_table,
     rows,
     straddle_counts,
-    pooled_tokens,
     parts,
     straddled,
     pooled,
@@ -127,14 +129,18 @@ def _pool_kernel(
     d = tl.arange(0, BLOCK_D)
     in_head = d < HEAD_DIM
     total = tl.zeros([BLOCK_D], tl.float32)
+    tokens = 0
     for which in tl.static_range(2):
         begin, stop = pooled_range(end, which, POOL_TOKENS)
+        tokens += tl.maximum(stop - tl.maximum(begin, computed), 0)
         slot = tl.arange(0, SLOTS)
         granule = begin // _GRANULE + slot
         earlier = tl.minimum(stop, computed)
         whole = (granule < computed // _GRANULE) & (granule * _GRANULE < earlier)
         physical = physical_granule(table, granule, whole, GRANULES_PER_BLOCK)
-        whole &= tl.load(counts + physical, mask=whole, other=0) > 0
+        count = tl.load(counts + physical, mask=whole, other=0).to(tl.int32)
+        tokens += tl.sum(count, axis=0)
+        whole &= count > 0
         source = sums + physical[:, None] * HEAD_DIM + d[None, :]
         old = tl.load(source, mask=whole[:, None] & in_head[None, :], other=0.0)
         total += tl.sum(old.to(tl.float32), axis=0)
@@ -146,5 +152,6 @@ def _pool_kernel(
         total += tl.sum(new, axis=0)
         if (earlier > begin) & (earlier > computed // _GRANULE * _GRANULE):
             total += tl.load(straddled + entry * HEAD_DIM + d, mask=in_head, other=0.0)
-    total = total / tl.load(pooled_tokens + row)
+            tokens += tl.load(straddle_counts + row)
+    total = total / tl.maximum(tokens, 1).to(tl.float32)
     tl.store(pooled + entry * HEAD_DIM + d, total, mask=in_head)

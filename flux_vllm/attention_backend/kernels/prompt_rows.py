@@ -30,6 +30,8 @@ class PackedRows(NamedTuple):
     """[P, COLUMNS] int32, for the device."""
     num_programs: int
     """Granules that the step writes to, over all rows."""
+    num_tokens: int
+    """Prompt tokens of the step."""
 
 
 class PooledStep(NamedTuple):
@@ -39,8 +41,6 @@ class PooledStep(NamedTuple):
     """[P, COLUMNS] int32: PackedRows.rows."""
     straddle_counts: torch.Tensor
     """[P] int32: tokens, before this step, of the granule that a row's chunk begins within."""
-    pooled_tokens: torch.Tensor
-    """[P] float32: tokens that make up each routed row's pooled vector, at least 1."""
 
 
 def pack_prompt_rows(spans: list[PromptSpan], routed: np.ndarray, slots: np.ndarray) -> PackedRows:
@@ -54,7 +54,7 @@ def pack_prompt_rows(spans: list[PromptSpan], routed: np.ndarray, slots: np.ndar
     Returns: PackedRows, on the host.
     """
     packed = []
-    token = program = 0
+    token = program = total = 0
     for row, span in enumerate(spans):
         prompt = max(0, span.known_end - span.computed)
         if prompt:
@@ -63,8 +63,9 @@ def pack_prompt_rows(spans: list[PromptSpan], routed: np.ndarray, slots: np.ndar
             )
             last = (span.computed + prompt - 1) // GRANULE_TOKENS
             program += last - span.computed // GRANULE_TOKENS + 1
+            total += prompt
         token += span.scheduled
-    return PackedRows(np.array(packed, dtype=np.int32).reshape(-1, COLUMNS), program)
+    return PackedRows(np.array(packed, dtype=np.int32).reshape(-1, COLUMNS), program, total)
 
 
 def pool_slots(pool_tokens: int) -> int:
@@ -76,15 +77,10 @@ def update_counts(
     counts: torch.Tensor,
     slot_mapping: torch.Tensor,
     num_tokens: int,
-    block_table: torch.Tensor,
+    packed: PackedRows,
     step: PooledStep,
-    num_rows: int,
-    num_programs: int,
-    *,
-    block_size: int,
-    pool_tokens: int,
 ) -> None:
-    """Count this step's prompt tokens by granule, and each routed row's pooled tokens.
+    """Count this step's prompt tokens by granule.
 
     To be called for every step, also those that only decode: a granule whose first slot is
     written starts anew. A granule with count 0 holds no sum, whatever its memory says.
@@ -93,36 +89,20 @@ def update_counts(
         counts: [G] uint8, in and out: prompt tokens in each granule's sum.
         slot_mapping: [>= T] int64: KV slot of each token, -1 for padding.
         num_tokens: T, tokens that slot_mapping covers (host).
-        block_table: [rows of the batch, M] int32.
-        step: `rows` is read, the others are written.
-        num_rows: P.
-        num_programs: of PackedRows.
-        block_size: tokens a block, a multiple of 16.
-        pool_tokens: tokens pooled at each end of a prompt.
+        packed: of the step.
+        step: `rows` are those of `packed`; `straddle_counts` is written.
 
     Host sync: none.
     """
-    if num_tokens:
+    # Prompt tokens reset their own granules as they are counted.
+    if num_tokens > packed.num_tokens:
         _reset_kernel[(triton.cdiv(num_tokens, 1024),)](
             counts, slot_mapping, num_tokens, BLOCK=1024
         )
-    if num_rows == 0:
-        return
-    _count_kernel[(num_programs,)](
-        counts, slot_mapping, step.rows, step.straddle_counts, num_rows, num_warps=1
-    )
-    _pooled_tokens_kernel[(num_rows,)](
-        counts,
-        block_table,
-        step.rows,
-        step.straddle_counts,
-        step.pooled_tokens,
-        block_table.stride(0),
-        GRANULES_PER_BLOCK=block_size // GRANULE_TOKENS,
-        POOL_TOKENS=pool_tokens,
-        SLOTS=pool_slots(pool_tokens),
-        num_warps=1,
-    )
+    if packed.num_programs:
+        _count_kernel[(packed.num_programs,)](
+            counts, slot_mapping, step.rows, step.straddle_counts, len(packed.rows), num_warps=1
+        )
 
 
 @triton.jit
@@ -178,39 +158,8 @@ def _count_kernel(counts, slot_mapping, rows, straddle_counts, num_rows):
     slot = tl.load(slot_mapping + tl.load(rows + row * 8) + begin - computed)
     before = 0
     if slot >= 0:
-        before = tl.load(counts + slot // _GRANULE).to(tl.int32)
+        if begin % _GRANULE != 0:
+            before = tl.load(counts + slot // _GRANULE).to(tl.int32)
         tl.store(counts + slot // _GRANULE, (before + added).to(tl.uint8))
     if granule == computed // _GRANULE:
         tl.store(straddle_counts + row, before)
-
-
-@triton.jit
-def _pooled_tokens_kernel(
-    counts,
-    block_table,
-    rows,
-    straddle_counts,
-    pooled_tokens,
-    stride_table,
-    GRANULES_PER_BLOCK: tl.constexpr,
-    POOL_TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    row = tl.program_id(0)
-    if tl.load(rows + row * 8 + 4) == 0:
-        return
-    computed = tl.load(rows + row * 8 + 1)
-    end = computed + tl.load(rows + row * 8 + 2)
-    table = block_table + tl.load(rows + row * 8 + 3).to(tl.int64) * stride_table
-    tokens = 0
-    for which in tl.static_range(2):
-        begin, stop = pooled_range(end, which, POOL_TOKENS)
-        tokens += tl.maximum(stop - tl.maximum(begin, computed), 0)
-        earlier = tl.minimum(stop, computed)
-        granule = begin // _GRANULE + tl.arange(0, SLOTS)
-        whole = (granule < computed // _GRANULE) & (granule * _GRANULE < earlier)
-        physical = physical_granule(table, granule, whole, GRANULES_PER_BLOCK)
-        tokens += tl.sum(tl.load(counts + physical, mask=whole, other=0).to(tl.int32), axis=0)
-        if (earlier > begin) & (earlier > computed // _GRANULE * _GRANULE):
-            tokens += tl.load(straddle_counts + row)
-    tl.store(pooled_tokens + row, tl.maximum(tokens, 1).to(tl.float32))

@@ -1,24 +1,22 @@
-"""Query sums on the GPU, one layer: this step's queries, rotated back and averaged over heads.
+"""Query sums on the GPU: this step's queries, averaged over heads and rotated back.
 
 They are added to the sums of their granules; what the routed rows pool of them is noted apart,
 because tokens of the step count exactly. `flux_vllm.router.state` does the same on the CPU.
 
-Dimension legend: P prompt rows, T packed tokens, N query heads, H head dim, G granules of the KV
-cache, M block-table width.
+Dimension legend: L layers, P prompt rows, T packed tokens, N query heads, H head dim, G granules of
+the KV cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from flux_vllm.attention_backend.kernels.pooling import (
-    PoolingWorkspace,
-    pool_rows,
-)
-from flux_vllm.attention_backend.kernels.pooling import pooling_workspace as pooling_workspace
+from flux_vllm.attention_backend.kernels.pooling import PoolingWorkspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
+    PackedRows,
     PooledStep,
     find_granule,
     pooled_range,
@@ -48,57 +46,6 @@ class InverseRotary(NamedTuple):
     sin: torch.Tensor | None = None
 
 
-def update_and_pool(
-    query: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    block_table: torch.Tensor,
-    step: PooledStep,
-    workspace: PoolingWorkspace,
-    rotary: InverseRotary,
-    pooled: torch.Tensor,
-    num_rows: int,
-    num_programs: int,
-    *,
-    block_size: int,
-    pool_tokens: int,
-) -> None:
-    """Add this step's prompt queries to a layer's sums, then pool the routed rows.
-
-    Args:
-        query: see `update_sums`.
-        sums: [G, H] bfloat16, in and out.
-        counts: [G] uint8, after `update_counts`.
-        slot_mapping: [>= T] int64.
-        block_table: [rows of the batch, M] int32.
-        step: after `update_counts`.
-        workspace: of at least P entries.
-        rotary: of the layer.
-        pooled: [>= P, H] float32, out: mean query before RoPE over this rank's heads; written for
-            routed rows only.
-        num_rows: P.
-        num_programs: of PackedRows.
-        block_size: tokens a block, a multiple of 16.
-        pool_tokens: tokens pooled at each end of a prompt.
-
-    Host sync: none; allocates nothing.
-    """
-    sizes = {"pool_tokens": pool_tokens}
-    update_sums(query, sums, slot_mapping, step, workspace, rotary, num_rows, num_programs, **sizes)
-    pool_rows(
-        sums[None],
-        counts,
-        block_table,
-        step,
-        workspace,
-        pooled,
-        num_rows,
-        block_size=block_size,
-        **sizes,
-    )
-
-
 def update_sums(
     query: torch.Tensor,
     sums: torch.Tensor,
@@ -106,37 +53,36 @@ def update_sums(
     step: PooledStep,
     workspace: PoolingWorkspace,
     rotary: InverseRotary,
-    num_rows: int,
-    num_programs: int,
+    packed: PackedRows,
     *,
     pool_tokens: int,
-    entry: int = 0,
 ) -> None:
-    """Add this step's prompt queries to a layer's sums, and note what is pooled of them.
+    """Add this step's prompt queries to the sums of some layers, and note what is pooled of them.
 
     Args:
-        query: [>= T, N, H] after RoPE, any float type, last dimension contiguous.
-        sums: [G, H] bfloat16, in and out: this layer's query sums.
+        query: [L, >= T, N, H] after RoPE, any float type, last dimension contiguous; N is 1 for
+            queries that were averaged over heads before, which a rotation does not mind.
+        sums: [L, G, H] bfloat16, in and out.
         slot_mapping: [>= T] int64.
         step: after `update_counts`.
-        workspace: prompt row p's part goes to entry `entry` + p.
-        rotary: of the layer.
-        num_rows: P.
-        num_programs: of PackedRows.
+        workspace: what layer l's prompt row p adds goes to entry l * P + p.
+        rotary: of these layers.
+        packed: of the step.
         pool_tokens: tokens pooled at each end of a prompt.
-        entry: the layer's index times P, to pool several layers at once.
 
     Host sync: none; allocates nothing.
     """
+    num_rows = len(packed.rows)
     if num_rows == 0:
         return
-    heads, head_dim = query.shape[1:]
+    layers, _, heads, head_dim = query.shape
     assert sums.is_contiguous()
+    assert workspace.straddled.shape[0] >= layers * num_rows, "workspace too small"
     pairs = rotary.rotary_dim // 2
     block_pairs = min(_PAIRS_AT_ONCE, triton.next_power_of_2(pairs))
     pair_parts = triton.cdiv(pairs, block_pairs)
     rest_parts = triton.cdiv(head_dim - 2 * pairs, block_pairs)
-    _write_kernel[(num_programs, pair_parts + rest_parts)](
+    _write_kernel[(packed.num_programs, pair_parts + rest_parts, layers)](
         query,
         sums,
         slot_mapping,
@@ -150,10 +96,10 @@ def update_sums(
         1.0 / rotary.attention_scaling,
         1.0 / heads,
         num_rows,
-        entry,
-        *query.stride()[:2],
+        *query.stride()[:3],
+        sums.stride(0),
         HEADS=heads,
-        AT_ONCE=max(n for n in range(1, _HEADS_AT_ONCE + 1) if heads % n == 0),
+        AT_ONCE=_heads_at_once(heads),
         HEAD_DIM=head_dim,
         PAIRS=pairs,
         BLOCK_PAIRS=block_pairs,
@@ -163,6 +109,11 @@ def update_sums(
         SLOTS=workspace.parts.shape[2],
         num_warps=max(1, block_pairs // 16),  # 16 bytes a thread and load
     )
+
+
+@functools.cache
+def _heads_at_once(heads: int) -> int:
+    return max(n for n in range(1, _HEADS_AT_ONCE + 1) if heads % n == 0)
 
 
 @triton.jit
@@ -216,7 +167,7 @@ def _keep(
                    POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_entry"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _write_kernel(
     query,
     sums,
@@ -231,9 +182,10 @@ def _write_kernel(
     turn_scale,
     head_weight,
     num_rows,
-    first_entry,
+    stride_layer,
     stride_t,
     stride_n,
+    stride_sums,
     HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -255,7 +207,10 @@ def _write_kernel(
     slot = tl.load(slot_mapping + tl.load(rows + row * 8) + begin - computed)
     continues = begin % _GRANULE != 0
     has_sum = tl.load(straddle_counts + row) > 0
-    entry = first_entry + row
+    layer = tl.program_id(2)
+    entry = layer * num_rows + row
+    query += layer.to(tl.int64) * stride_layer
+    sums += layer.to(tl.int64) * stride_sums
 
     lane = tl.arange(0, BLOCK_PAIRS)
     if tl.program_id(1) >= PAIR_PARTS:  # dimensions that are not rotated

@@ -51,16 +51,18 @@ class RouteTables(NamedTuple):
 
 
 class RowSwitch(NamedTuple):
-    """What the rows of the batch need to change passes, for the layers that are decided."""
+    """What the rows of the batch need to change passes in the layer that is decided."""
 
     seq_lens: torch.Tensor
     """[R] int32."""
     query_start_loc: torch.Tensor
     """[R + 1] int32."""
     full_seqused_q: torch.Tensor
-    """[R] (one layer) or [L, R] int32, out for decided rows: queries in the full pass."""
+    """[R] int32, out for decided rows: queries in the full pass."""
     sparse_seqused_q: torch.Tensor
-    """[R] or [L, R] int32 of the same layout, out: queries in the sparse pass."""
+    """[R] int32, likewise: queries in the sparse pass."""
+    sparse_beyond_tokens: int
+    """Up to so many keys both routes are the same and the row stays in the full pass."""
 
 
 def router_weights(router: LayerRouter, device: torch.device) -> RouterWeights:
@@ -99,8 +101,6 @@ def decide_routes(
     tables: RouteTables,
     switch: RowSwitch,
     workspace: torch.Tensor,
-    *,
-    sparse_beyond_tokens: int,
 ) -> None:
     """Route the rows that are to be routed, in one layer.
 
@@ -116,14 +116,12 @@ def decide_routes(
         tables: written for the routed rows' slots.
         switch: written for the routed rows.
         workspace: of `router_workspace`.
-        sparse_beyond_tokens: sink_tokens + window_tokens; up to so many keys both routes are the
-            same and the row stays in the full pass.
 
     Host sync: none; allocates nothing.
     """
     _launch(
         pooled, rows, (num_rows, 1), weights, None, layer, column, threshold, tables, switch,
-        workspace, sparse_beyond_tokens,
+        workspace,
     )  # fmt: skip
 
 
@@ -135,15 +133,12 @@ def decide_layers(
     layer_columns: torch.Tensor,
     threshold: float,
     tables: RouteTables,
-    switch: RowSwitch,
     workspace: torch.Tensor,
-    *,
-    sparse_beyond_tokens: int,
 ) -> None:
     """Route the rows that are to be routed in several layers at once, after the last of them.
 
-    For steps in which no route matters to the step itself: every prefill row has at most
-    `sparse_beyond_tokens` keys. Two launches then serve all layers.
+    For steps in which no route matters to the step itself: no row has to change passes. Two
+    launches then serve all layers.
 
     Args:
         pooled: [L * P, H] float32, as `pool_rows` leaves it.
@@ -153,16 +148,13 @@ def decide_layers(
         layer_columns: [L] int32 on the device: the layers, as indices into `weights` and `tables`.
         threshold: see `decide_routes`.
         tables: written for the routed rows' slots.
-        switch: [L, R] buffers.
         workspace: of L * P entries.
-        sparse_beyond_tokens: see `decide_routes`.
 
     Host sync: none; allocates nothing.
     """
     grid = (num_rows, layer_columns.shape[0])
     _launch(
-        pooled, rows, grid, weights, layer_columns, 0, 0, threshold, tables, switch, workspace,
-        sparse_beyond_tokens,
+        pooled, rows, grid, weights, layer_columns, 0, 0, threshold, tables, None, workspace
     )  # fmt: skip
 
 
@@ -176,9 +168,8 @@ def _launch(
     column: int,
     threshold: float,
     tables: RouteTables,
-    switch: RowSwitch,
+    switch: RowSwitch | None,
     workspace: torch.Tensor,
-    sparse_beyond_tokens: int,
 ) -> None:
     num_rows, layers = grid
     if num_rows == 0:
@@ -210,15 +201,13 @@ def _launch(
         *weights.head_4,
         tables.routes,
         tables.full_probability,
-        *switch,
+        *(switch or (None, None, None, None, 0)),
         layer_columns,
         layer,
         column,
         threshold,
-        sparse_beyond_tokens,
         tables.routes.stride(0),
         tables.full_probability.stride(0),
-        switch.full_seqused_q.stride(0) if switch.full_seqused_q.ndim == 2 else 0,
         PARTS=parts,
         UNITS=units,
         CHUNK=min(triton.next_power_of_2(units), 8_192 // width),
@@ -297,14 +286,13 @@ def _decide_kernel(
     query_start_loc,
     full_seqused_q,
     sparse_seqused_q,
+    sparse_beyond,
     layer_columns,
     layer,
     column,
     threshold,
-    sparse_beyond,
     stride_routes,
     stride_probability,
-    stride_switch,
     H: tl.constexpr,
     W: tl.constexpr,
     PARTS: tl.constexpr,
@@ -366,9 +354,9 @@ def _decide_kernel(
     slot = tl.load(rows + row * 8 + 5).to(tl.int64)
     tl.store(full_probability + slot * stride_probability + column, probability)
     tl.store(routes + slot * stride_routes + column, route.to(tl.int8))
-    batch_row = tl.load(rows + row * 8 + 3)
-    queries = tl.load(query_start_loc + batch_row + 1) - tl.load(query_start_loc + batch_row)
-    apart = (route == _SPARSE) & (tl.load(seq_lens + batch_row) > sparse_beyond)
-    switched = tl.program_id(1) * stride_switch + batch_row
-    tl.store(full_seqused_q + switched, tl.where(apart, 0, queries))
-    tl.store(sparse_seqused_q + switched, tl.where(apart, queries, 0))
+    if full_seqused_q is not None:
+        batch_row = tl.load(rows + row * 8 + 3)
+        queries = tl.load(query_start_loc + batch_row + 1) - tl.load(query_start_loc + batch_row)
+        apart = (route == _SPARSE) & (tl.load(seq_lens + batch_row) > sparse_beyond)
+        tl.store(full_seqused_q + batch_row, tl.where(apart, 0, queries))
+        tl.store(sparse_seqused_q + batch_row, tl.where(apart, queries, 0))

@@ -31,10 +31,10 @@ pytestmark = [
     ),
 ]
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 4, 2, 64, 16
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 4, 2, 64, 16
 SINK_TOKENS, WINDOW_TOKENS, POOL_TOKENS = 20, 24, 32
 PATTERN = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
-PROMPTS = {"a": 66, "b": 21, "c": 90}
+PROMPTS = {"a": 66, "b": 21, "c": 90, "d": 20}
 
 
 class _NoRotation:
@@ -87,17 +87,18 @@ class _Server:
         }
         self.builder = FluxCUDAMetadataBuilder.__new__(FluxCUDAMetadataBuilder)
         self.layers = []
+        rotaries = [_NoRotation(), _NoRotation()]
         for index, cache in enumerate(self.caches):
             impl = FluxCUDAImpl.__new__(FluxCUDAImpl)
             impl.num_heads, impl.num_kv_heads, impl.head_size = HEADS, KV_HEADS, HEAD_DIM
             impl.scale, impl.vllm_flash_attn_version = HEAD_DIM**-0.5, 2
-            impl.binding = LayerBinding(self.runtime, index, _NoRotation())
-            impl.group_index, impl._kernels = index, None
+            impl.binding = LayerBinding(self.runtime, index, rotaries[index // 2])
+            impl.group_index = index
             self.layers.append(SimpleNamespace(impl=impl, kv_cache=cache))
         self.builder._layers = self.layers
         self.builder.block_size, self.builder.device = BLOCK_SIZE, torch.device("cpu")
         self.builder._views = self.builder._pooling = self.builder._bound = None
-        self.builder._capacity = 4
+        self.builder._capacity, self.builder._max_tokens = 6, 1000
         self.history = {name: [[] for _ in range(LAYERS)] for name in PROMPTS}
 
     def step(
@@ -115,7 +116,7 @@ class _Server:
             )
         )
         metadata = self._metadata(rows, computed, padding)
-        metadata.flux = self.builder._step(self.runtime, metadata, len(rows) + padding)
+        metadata.flux = self.builder._step(self.runtime, metadata)
         slots = self.runtime.step.slots
         for index, layer in enumerate(self.layers):
             tokens = metadata.num_actual_tokens
@@ -131,15 +132,18 @@ class _Server:
                 kept = self.history[name][index]
                 kept.append((query[part], key[part], value[part]))
                 route = int(self.runtime.table.routes[int(slots[row]), index])
-                # A step of short prompts may decide after its last layer: either route will do.
+                # A step of short prompts decides after its last layer: either route will do.
                 self._check(name, index, count, route, prefill, out[part])
                 start += count
+        self.runtime.do_deferred()
         for row, (name, _, prefill) in enumerate(rows):
             for index in range(LAYERS):
                 if prefill and self.runtime.router is not None:
                     route = int(self.runtime.table.routes[int(slots[row]), index])
                     assert route == self._expected_route(name, index, computed[row])
-        assert metadata.flux.sizes.at_once == (at_once and self.runtime.router is not None)
+        prompt = metadata.flux.prompt
+        found = prompt is not None and prompt.mean_query is not None
+        assert found == (at_once and self.runtime.router is not None)
         self.runtime.end_step()
 
     def _queries(self, name: str) -> torch.Tensor:
@@ -208,15 +212,17 @@ class _Server:
 @pytest.mark.parametrize("policy", ["router", "static"])
 def test_steps(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server = _Server(policy, monkeypatch)
-    server.step([("a", 40, True), ("b", 21, True)], at_once=True)
-    server.step([("b", 1, False), ("c", 50, True), ("a", 25, True)])
+    server.step([("a", 23, True), ("b", 21, True)], at_once=True)
+    server.step([("b", 1, False), ("c", 50, True), ("a", 42, True)])
     server.step([("a", 1, True), ("c", 39, True)])  # a prompt's one-token tail
     server.step([("c", 1, True), ("a", 1, False), ("b", 2, False)])
-    server.step([("b", 1, False), ("a", 1, False), ("c", 1, False)], padding=1, at_once=True)
+    server.step([("b", 1, False), ("a", 1, False), ("c", 1, False)], padding=1)
+    server.step([("b", 1, False), ("d", 20, True), ("a", 1, False)], at_once=True)
+    server.step([("d", 1, False), ("b", 1, False)])
     assert server.builder._views.unrouted.item() == 0
     settled = {decision["request_id"] for decision in server.runtime.status()["recent"]}
     assert settled == set(PROMPTS)
-    server.runtime.finish(["a", "b", "c"])
+    server.runtime.finish(PROMPTS)
     assert server.runtime.status()["live_requests"] == 0
 
 
@@ -226,7 +232,7 @@ def test_dummy_batch_attends_full(monkeypatch: pytest.MonkeyPatch) -> None:
     server.step([("a", 60, True)])
     metadata = server._metadata([("a", 1, False)], [60], padding=1)
     server.caches[1][server.tables["a"][60 // BLOCK_SIZE], :, 60 % BLOCK_SIZE] = 0.5
-    metadata.flux = server.builder._step(server.runtime, metadata, 2)
+    metadata.flux = server.builder._step(server.runtime, metadata)
     query = torch.randn(1, HEADS, HEAD_DIM)
     out = torch.full((1, HEADS * HEAD_DIM), float("nan"))
     layer = server.layers[1]

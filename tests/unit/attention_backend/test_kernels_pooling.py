@@ -21,11 +21,7 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
     pack_prompt_rows,
     update_counts,
 )
-from flux_vllm.attention_backend.kernels.query_sums import (
-    InverseRotary,
-    update_and_pool,
-    update_sums,
-)
+from flux_vllm.attention_backend.kernels.query_sums import InverseRotary, update_sums
 from flux_vllm.attention_backend.kernels.router_mlp import (
     RouterWeights,
     RouteTables,
@@ -113,7 +109,6 @@ class Story:
         self.pooled_step = PooledStep(
             torch.zeros(8, COLUMNS, dtype=torch.int32, device=device),
             torch.full((8,), 99, dtype=torch.int32, device=device),
-            torch.full((8,), float("nan"), device=device),
         )
 
     def step(self, requests: list[Request], scheduled: list[int], routed: list[bool]) -> None:
@@ -157,32 +152,30 @@ class Story:
         packed = pack_prompt_rows(spans, routed, slots)
         rows = len(packed.rows)
         self.pooled_step.rows[:rows] = torch.from_numpy(packed.rows).to(device)
-        sizes = {"block_size": model.block_size, "pool_tokens": POOL}
         slot_mapping, table = slot_mapping.to(device), table.to(device)
-        update_counts(
-            self.counts,
-            slot_mapping,
-            len(slot_mapping),
-            table,
-            self.pooled_step,
-            rows,
-            packed.num_programs,
-            **sizes,
-        )
+        tokens = sum(span.scheduled for span in spans)
+        update_counts(self.counts, slot_mapping, tokens, packed, self.pooled_step)
         pooled = torch.full((8, model.head_dim), float("nan"), device=device)
-        update_and_pool(
-            query.to(device),
-            self.sums,
-            self.counts,
+        update_sums(
+            query[None].to(device),
+            self.sums[None],
             slot_mapping,
-            table,
             self.pooled_step,
             self.workspace,
             model.inverse(device),
+            packed,
+            pool_tokens=POOL,
+        )
+        pool_rows(
+            self.sums[None],
+            self.counts,
+            table,
+            self.pooled_step,
+            self.workspace,
             pooled,
             rows,
-            packed.num_programs,
-            **sizes,
+            block_size=model.block_size,
+            pool_tokens=POOL,
         )
         order = packed.rows[:, 4].astype(bool)
         assert pooled[:rows][torch.from_numpy(~order)].isnan().all()
@@ -210,7 +203,7 @@ class Story:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_update_and_pool_over_several_steps(device: str, model: Model) -> None:
+def test_update_then_pool_over_several_steps(device: str, model: Model) -> None:
     story = Story(model, device)
     size = model.block_size
 
@@ -243,7 +236,7 @@ def test_update_and_pool_over_several_steps(device: str, model: Model) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_update_and_pool_of_a_prefix_computed_in_the_same_step(device: str) -> None:
+def test_update_then_pool_of_a_prefix_computed_in_the_same_step(device: str) -> None:
     """The row that reads the shared block comes first; its sums are another row's of this step."""
     story = Story(Model(), device)
     first = Request(70, [3, 4, 5])
@@ -283,6 +276,7 @@ def test_decide_routes_matches_the_layer_router(device: str, head_dim: int) -> N
         lens.cumsum(0).int().to(device),
         torch.full((6,), -7, dtype=torch.int32, device=device),
         torch.full((6,), -7, dtype=torch.int32, device=device),
+        25,
     )
     weights = router_weights(router, torch.device(device))
     assert isinstance(weights, RouterWeights)
@@ -302,7 +296,6 @@ def test_decide_routes_matches_the_layer_router(device: str, head_dim: int) -> N
             tables,
             switch,
             space,
-            sparse_beyond_tokens=25,
         )
         assert torch.equal(packed_rows.cpu(), torch.from_numpy(packed.rows))
         assert (tables.routes[[5, 4, 1, 0], column] >= 0).all()
@@ -339,11 +332,12 @@ def test_decide_routes_makes_logits_that_are_not_finite_full(device: str, bias: 
     switch = RowSwitch(
         *(torch.tensor(values, dtype=torch.int32, device=device) for values in ([9], [0, 9])),
         *(torch.full((1,), -7, dtype=torch.int32, device=device) for _ in range(2)),
+        4,
     )
     decide_routes(
         pooled.to(device), torch.from_numpy(packed.rows).to(device), 1,
         router_weights(router, torch.device(device)), 0, 0, 0.5, tables, switch,
-        router_workspace(1, 64, torch.device(device)), sparse_beyond_tokens=4,
+        router_workspace(1, 64, torch.device(device)),
     )  # fmt: skip
     assert tables.full_probability.isnan().all()
     assert tables.routes.item() == Route.FULL
@@ -370,68 +364,63 @@ def test_cos_sin_of_large_angles(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_layers_pooled_and_decided_at_once_equal_layers_in_turn(device: str) -> None:
+@pytest.mark.parametrize("model", [MODELS[0], MODELS[4]], ids=str)
+def test_layers_at_once_from_mean_queries_equal_layers_in_turn(device: str, model: Model) -> None:
+    """Averaging over heads before the rotation is undone changes the last bits, no more."""
     torch.manual_seed(0)
-    layers, heads, head_dim, cuda = 3, 5, 64, torch.device(device)
+    layers, heads, head_dim, cuda = 3, 5, model.head_dim, torch.device(device)
     spans = [PromptSpan(0, 23, 40), PromptSpan(8, 1, 9), PromptSpan(16, 30, 46)]
     packed = pack_prompt_rows(spans, np.array([True, False, True]), np.array([2, 0, 1]))
-    rows, programs = len(packed.rows), packed.num_programs
+    rows = len(packed.rows)
     table = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 5, 6]], dtype=torch.int32, device=device)
     positions = [torch.arange(span.computed, span.computed + span.scheduled) for span in spans]
     mapping = torch.cat(
         [table[row].cpu().long()[p // 16] * 16 + p % 16 for row, p in enumerate(positions)]
     ).to(device)
-    query = torch.randn(layers, len(mapping), heads, head_dim, device=device)
+    # An offset, so that a mean that lost or gained a head shows.
+    query = 1 + torch.randn(layers, len(mapping), heads, head_dim, device=device)
     step = PooledStep(
         torch.from_numpy(packed.rows).to(device),
         torch.zeros(rows, dtype=torch.int32, device=device),
-        torch.zeros(rows, device=device),
     )
     counts = torch.zeros(7, dtype=torch.uint8, device=device)
-    sizes = {"block_size": 16, "pool_tokens": POOL}
-    update_counts(counts, mapping, len(mapping), table, step, rows, programs, **sizes)
+    update_counts(counts, mapping, len(mapping), packed, step)
     sums = torch.zeros(2, layers, 7, head_dim, dtype=torch.bfloat16, device=device)
     pooled = torch.full((2, layers * rows, head_dim), float("nan"), device=device)
-    spaces = [pooling_workspace(n * rows, POOL, head_dim, cuda) for n in (1, layers)]
-    rotary = Model(head_dim=64).inverse(device)
-    router = LayerRouter(layers, head_dim)
-    weights = router_weights(router, cuda)
+    rotary, router = model.inverse(device), LayerRouter(layers, head_dim)
+    weights, hidden = router_weights(router, cuda), router_workspace(layers * rows, head_dim, cuda)
     results = []
     for at_once in (False, True):
         tables = RouteTables(
             torch.full((4, layers), -1, dtype=torch.int8, device=device),
             torch.full((4, layers), float("nan"), device=device),
         )
-        switches = torch.full((2, layers, 3), -7, dtype=torch.int32, device=device)
+        space = pooling_workspace(layers * rows if at_once else rows, POOL, head_dim, cuda)
+        for buffer in space:
+            buffer.fill_(float("nan"))
         lens = torch.tensor([[23, 10, 46], [23, 24, 54]], dtype=torch.int32, device=device)
-        starts = torch.nn.functional.pad(lens[1], (1, 0))
-        both, space = pooled[int(at_once)], spaces[int(at_once)]
-        hidden = router_workspace(layers * rows, head_dim, cuda)
-        for layer in range(layers):
-            args = (query[layer], sums[int(at_once), layer])
+        switch = RowSwitch(lens[0], torch.nn.functional.pad(lens[1], (1, 0)), *lens.clone(), 30)
+        for part in [slice(0, 3)] if at_once else [slice(n, n + 1) for n in range(layers)]:
+            some = query[part].mean(dim=2, keepdim=True) if at_once else query[part]
+            update_sums(some, sums[int(at_once), part], mapping, step, space, rotary, packed,
+                        pool_tokens=POOL)  # fmt: skip
+            out = pooled[int(at_once), part.start * rows :]
+            pool_rows(sums[int(at_once), part], counts, table, step, space, out, rows,
+                      block_size=16, pool_tokens=POOL)  # fmt: skip
             if at_once:
-                update_sums(*args, mapping, step, space, rotary, rows, programs, pool_tokens=POOL,
-                            entry=layer * rows)  # fmt: skip
-                continue
-            part = both[layer * rows : (layer + 1) * rows]
-            update_and_pool(*args, counts, mapping, table, step, space, rotary, part, rows,
-                            programs, **sizes)  # fmt: skip
-            switch = RowSwitch(lens[0], starts, *switches[:, layer])
-            decide_routes(part, step.rows, rows, weights, layer, layer, 0.5, tables, switch,
-                          hidden, sparse_beyond_tokens=30)  # fmt: skip
-        if at_once:
-            pool_rows(sums[1], counts, table, step, space, both, rows, **sizes)
-            columns = torch.arange(layers, dtype=torch.int32, device=device)
-            decide_layers(both, step.rows, rows, weights, columns, 0.5, tables,
-                          RowSwitch(lens[0], starts, *switches), hidden,
-                          sparse_beyond_tokens=30)  # fmt: skip
-        results.append((tables, switches))
+                columns = torch.arange(layers, dtype=torch.int32, device=device)
+                decide_layers(out, step.rows, rows, weights, columns, 0.5, tables, hidden)
+            else:
+                decide_routes(out, step.rows, rows, weights, part.start, part.start, 0.5, tables,
+                              switch, hidden)  # fmt: skip
+        results.append(tables)
     routed = [0, 2, 3, 5, 6, 8]
-    assert torch.equal(pooled[0][routed], pooled[1][routed])
-    assert torch.equal(sums[0], sums[1])
-    (tables, switches), (tables_at_once, switches_at_once) = results
-    assert torch.equal(tables.routes, tables_at_once.routes)
-    assert (tables.routes[1:3] >= 0).all()
-    assert (tables.routes[[0, 3]] == -1).all()
-    assert torch.equal(tables.full_probability[1:3], tables_at_once.full_probability[1:3])
-    assert torch.equal(switches, switches_at_once)
+    torch.testing.assert_close(pooled[0][routed], pooled[1][routed], rtol=2**-7, atol=2e-3)
+    torch.testing.assert_close(sums[0], sums[1], rtol=2**-7, atol=1e-2)
+    in_turn, at_once = results
+    assert torch.equal(in_turn.routes, at_once.routes)
+    assert (in_turn.routes[1:3] >= 0).all()
+    assert (in_turn.routes[[0, 3]] == -1).all()
+    torch.testing.assert_close(
+        in_turn.full_probability[1:3], at_once.full_probability[1:3], rtol=1e-3, atol=1e-3
+    )
