@@ -318,15 +318,16 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> in
     """
     if runtime.config.policy == "full":
         return 0
-    rows = most_rows(vllm_config)
+    rows, model = most_rows(vllm_config), vllm_config.model_config
     total = runtime.pattern.cuda_nbytes(
-        vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
+        model.get_num_attention_heads(vllm_config.parallel_config),
         vllm_config.scheduler_config.max_num_batched_tokens,
-        vllm_config.model_config.max_model_len,
+        model.max_model_len,
+        model.get_head_size() * model.dtype.itemsize,
     )
     for block_size in {spec.block_size for spec in specs}:
         # vLLM rounds a table's width up to whole 128 tokens.
-        width = -(-vllm_config.model_config.max_model_len // block_size) + 128
+        width = -(-model.max_model_len // block_size) + 128
         total += ViewBuffers.nbytes(rows, width, len(runtime.routed_layers))
         if runtime.router is not None:
             tokens = vllm_config.scheduler_config.max_num_batched_tokens

@@ -119,13 +119,14 @@ class SparsePattern(ABC):
     def cuda_prefill(self, step: StepContext, device: torch.device) -> CudaPrefill:
         """Plan a batch on CUDA; rows with decode, FULL or short prefill are in it too."""
 
-    def cuda_nbytes(self, num_heads: int, max_tokens: int, max_len: int) -> int:
+    def cuda_nbytes(self, num_heads: int, max_tokens: int, max_len: int, head_nbytes: int) -> int:
         """Return the most memory that a `CudaPrefill` holds beside the KV cache, if not little.
 
         Args:
             num_heads: query heads of this rank.
             max_tokens: of a step.
             max_len: tokens of the longest request.
+            head_nbytes: of one head's vector.
         """
         return 0
 

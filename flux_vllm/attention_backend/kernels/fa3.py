@@ -39,7 +39,7 @@ def attend(
     value_cache: torch.Tensor,
     out: torch.Tensor,
     block_table: torch.Tensor,
-    kv_batch_idx: torch.Tensor,
+    kv_batch_idx: torch.Tensor | None,
     query_start_loc: torch.Tensor,
     seqused_k: torch.Tensor,
     *,
@@ -63,7 +63,7 @@ def attend(
         value_cache: [B, block_size, K, H], likewise.
         out: [T, N, H]; rows with `seqused_q` 0 are left as they are.
         block_table: [any, M] int32.
-        kv_batch_idx: [R] int32 contiguous.
+        kv_batch_idx: [R] int32 contiguous; None where row r's table row is r, of R.
         query_start_loc: [R + 1] int32.
         seqused_k: [R] int32 contiguous: keys of the table row; the last is the last query's own.
         max_query_len: most queries a row has (host).

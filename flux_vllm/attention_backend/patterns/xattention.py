@@ -32,6 +32,7 @@ from flux_vllm.step import StepContext
 if TYPE_CHECKING:
     from flux_vllm.attention_backend.cpu_pages import PageLayout
     from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall
+    from flux_vllm.attention_backend.kernels.block_rows import BlockRows
 
 BLOCK = 128
 
@@ -108,14 +109,19 @@ class Pattern(SparsePattern):
         return _CpuBlocks(self, chunk)
 
     def cuda_prefill(self, step: StepContext, device: torch.device) -> CudaPrefill:
-        """Plan a batch by query blocks, for three kernels: estimate, choose, attend."""
+        """Plan a batch by query blocks: estimate, choose, attend."""
         return _CudaBlocks(self, step, device)
 
-    def cuda_nbytes(self, num_heads: int, max_tokens: int, max_len: int) -> int:
+    def cuda_nbytes(self, num_heads: int, max_tokens: int, max_len: int, head_nbytes: int) -> int:
         """Return what a step of one prompt takes at its end, twice over for chunks of several."""
-        tasks = 2 * (-(-max_tokens // BLOCK) + 1)
-        entry = 4 * (BLOCK // self.stride) + 4
-        return num_heads * tasks * -(-max_len // BLOCK) * entry
+        from flux_vllm.attention_backend.kernels import block_rows, fa3
+
+        tasks, blocks = 2 * (-(-max_tokens // BLOCK) + 1), -(-max_len // BLOCK)
+        lists = num_heads * tasks * blocks * (4 * (BLOCK // self.stride) + 4)
+        if not fa3.is_available():
+            return lists
+        heads = block_rows.heads_a_slice(num_heads, tasks, blocks, head_nbytes)
+        return lists + block_rows.slice_nbytes(heads, tasks, blocks, head_nbytes)
 
 
 class _CpuBlocks:
@@ -208,13 +214,15 @@ class _CudaBlocks:
         self._buffers: _Buffers | None = None
 
     def attend(self, call: "LayerCall", kernels: "Kernels") -> None:
+        from flux_vllm.attention_backend.cuda_kernels import FA3Kernels
         from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
+        from flux_vllm.attention_backend.kernels.block_rows import BlockLists, attend_block_rows
         from flux_vllm.attention_backend.kernels.block_sparse import attend_blocks
         from flux_vllm.attention_backend.kernels.strided_scores import score_blocks
 
         buffers = self._buffers
         if buffers is None:
-            buffers = self._buffers = self._make_buffers(call)
+            buffers = self._buffers = self._make_buffers(call, isinstance(kernels, FA3Kernels))
         metadata, pattern = call.metadata, self._pattern
         seqused_q = call.row(call.views.sparse_seqused_q)
         rows = (metadata.block_table, metadata.query_start_loc, seqused_q, metadata.seq_lens)
@@ -239,20 +247,16 @@ class _CudaBlocks:
             threshold=pattern.threshold,
             stride=pattern.stride,
         )
-        attend_blocks(
-            call.query,
-            call.keys,
-            call.values,
-            call.out,
-            *rows,
-            buffers.tasks,
-            buffers.chosen,
-            buffers.counts,
-            scale=kernels.scale,
-        )
+        lists = (*rows, buffers.tasks, buffers.chosen, buffers.counts)
+        caches = (call.query, call.keys, call.values, call.out)
+        if buffers.rows is None:
+            attend_blocks(*caches, *lists, scale=kernels.scale)
+        else:
+            attend_block_rows(*caches, BlockLists(*lists), buffers.rows, scale=kernels.scale)
 
-    def _make_buffers(self, call: "LayerCall") -> "_Buffers":
+    def _make_buffers(self, call: "LayerCall", by_fa3: bool) -> "_Buffers":
         """Plan the step, in its first layer that needs it."""
+        from flux_vllm.attention_backend.kernels.block_rows import make_block_rows
         from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
         from flux_vllm.attention_backend.kernels.strided_scores import tasks_a_program
 
@@ -262,12 +266,14 @@ class _CudaBlocks:
         )
         packed = pack_block_tasks(step.computed, step.scheduled, step.is_prefill, group)
         rows, entries = BLOCK // self._pattern.stride, packed.num_entries
+        block_size, most_blocks = call.keys.shape[1], packed.most_blocks
         return _Buffers(
             to_device(packed.tasks, self._device),
             torch.empty(heads, entries * rows, device=self._device),
             torch.empty(heads, entries, dtype=torch.int32, device=self._device),
             torch.empty(heads, len(packed.tasks), dtype=torch.int32, device=self._device),
-            packed.most_blocks,
+            most_blocks,
+            make_block_rows(packed.tasks, call.query, block_size, most_blocks) if by_fa3 else None,
         )
 
 
@@ -280,3 +286,5 @@ class _Buffers:
     chosen: torch.Tensor
     counts: torch.Tensor
     most_blocks: int
+    rows: "BlockRows | None"
+    """Of FlashAttention-3; None where Triton attends."""

@@ -13,14 +13,14 @@ import pytest
 import torch
 import triton
 
-from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels import block_sparse, fa3
 from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.attention_backend.naive import gather_pages
 from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.step import StepContext
-from tests.helpers import reference_attention
+from tests.helpers import fa3_emulation, reference_attention
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
@@ -79,11 +79,27 @@ def check(
 ) -> None:
     from tests.helpers.cuda_backend import BackendWorker
 
-    batch = make_batch(rows, shape, device)
+    # FA3 reads whole blocks where its tiles divide them, and masks by scores: NaN would spread.
+    whole_blocks = kernels == "fa3" and shape.block_size >= 64
+    batch = make_batch(rows, shape, device, poison=3e4 if whole_blocks else float("nan"))
     sizes = (shape.sink_tokens, shape.window_tokens)
     batch.pattern = make_pattern(pattern["sparse_pattern"], *sizes, pattern["pattern_options"])
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, kernels, **pattern)
+    if kernels == "fa3" and device == "cpu":
+        for layer in worker.layers:
+            layer.impl.vllm_flash_attn_version = 3
     worker.check(batch, worker.step(batch))
+
+
+@pytest.fixture
+def _emulated_fa3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter stand for a GPU with FlashAttention-3 in plain torch, Triton barred."""
+    monkeypatch.setattr(block_sparse, "attend_blocks", lambda *_, **__: pytest.fail("by Triton"))
+    if triton.knobs.runtime.interpret:
+        monkeypatch.setattr(fa3, "is_available", lambda: True)
+        monkeypatch.setattr(fa3, "attend", fa3_emulation.attend)
+    elif not fa3.is_available():
+        pytest.skip("needs a Hopper GPU and FA3")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -127,6 +143,13 @@ XATTENTION_SHAPES = [
     Shape(head_dim=96, dtype=torch.float32),
 ]
 FEW = [Row(70, 450, SPARSE), Row(300, 300, FULL), Row(5, 700, SPARSE)]
+LONG = [
+    Row(1, 5000, SPARSE, False),
+    Row(1500, 6000, SPARSE),
+    Row(130, 8000, SPARSE),
+    Row(300, 1300, SPARSE),
+]
+LONG_SHAPE = Shape(heads=8, head_dim=128, dtype=torch.bfloat16, sink_tokens=128, window_tokens=1024)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -147,22 +170,34 @@ def test_xattention_shapes(
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_xattention_long(device: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """More blocks than one tile of scores holds, and queries of many blocks."""
-    shape = Shape(heads=8, head_dim=128, dtype=torch.bfloat16, sink_tokens=128, window_tokens=1024)
-    rows = [
-        Row(1, 5000, SPARSE, False),
-        Row(1500, 6000, SPARSE),
-        Row(130, 8000, SPARSE),
-        Row(300, 1300, SPARSE),
-    ]
     pattern = {"sparse_pattern": "xattention", "pattern_options": {"threshold": 0.3}}
-    check(tmp_path_factory, rows, shape, device, pattern)
+    check(tmp_path_factory, LONG, LONG_SHAPE, device, pattern)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not fa3.is_available(), reason="needs a Hopper GPU and FA3")
+@pytest.mark.usefixtures("_emulated_fa3")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", XATTENTION_ROWS)
-def test_xattention_with_fa3(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    check(tmp_path_factory, XATTENTION_ROWS[name], Shape(), "cuda", XATTENTION, "fa3")
+def test_xattention_with_fa3(
+    name: str, device: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    check(tmp_path_factory, XATTENTION_ROWS[name], Shape(), device, XATTENTION, "fa3")
+
+
+@pytest.mark.usefixtures("_emulated_fa3")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", XATTENTION_SHAPES[1:-1], ids=str)
+def test_xattention_shapes_with_fa3(
+    shape: Shape, device: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    check(tmp_path_factory, FEW, shape, device, XATTENTION, "fa3")
+
+
+@pytest.mark.usefixtures("_emulated_fa3")
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_xattention_long_with_fa3(device: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pattern = {"sparse_pattern": "xattention", "pattern_options": {"threshold": 0.3}}
+    check(tmp_path_factory, LONG, LONG_SHAPE, device, pattern, "fa3")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -227,9 +262,13 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
             assert (counts[:, mine] == -7).all()
 
 
+@pytest.mark.parametrize("has_fa3", [False, True])
 @pytest.mark.parametrize("stride", [8, 16])
-def test_memory_is_bounded_before_it_is_needed(stride: int) -> None:
+def test_memory_is_bounded_before_it_is_needed(
+    stride: int, has_fa3: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One prompt's last chunk at the longest context takes at most half of what is set aside."""
+    monkeypatch.setattr(fa3, "is_available", lambda: has_fa3)
     tokens, length, heads = 1000, 20_000, 9
     pattern = make_pattern("xattention", 32, 128, {"stride": stride})
     one = [np.array([n]) for n in (length, length - tokens, tokens)]
@@ -238,7 +277,8 @@ def test_memory_is_bounded_before_it_is_needed(stride: int) -> None:
         query=torch.empty(tokens, heads, 64, dtype=torch.float16),
         keys=torch.empty(1, 16, 3, 64, dtype=torch.float16),
     )
-    buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call)
+    buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call, has_fa3)
     taken = buffers.lse.nbytes + buffers.chosen.nbytes + buffers.counts.nbytes
-    reserved = pattern.cuda_nbytes(heads, tokens, length)
+    taken += sum(buffer.nbytes for buffer in buffers.rows or ())
+    reserved = pattern.cuda_nbytes(heads, tokens, length, 2 * 64)
     assert reserved / 4 < taken <= reserved / 2

@@ -1,0 +1,72 @@
+"""FlashAttention-3's operator in plain float32 torch, over the same views.
+
+It takes what `flux_vllm.attention_backend.kernels.fa3.attend` takes, checks what the operator
+checks (hopper/flash_api.cpp), and reads no table entry and no key that the operator would not.
+"""
+
+import torch
+
+from flux_vllm.attention_backend.kernels.fa3 import Descales
+
+
+def attend(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_batch_idx: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seqused_k: torch.Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    seqused_q: torch.Tensor | None = None,
+    window_tokens: int | None = None,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
+    descales: Descales | None = None,
+) -> torch.Tensor:
+    """Attend as `fa3.attend` says; no window, no work plan, no float8."""
+    assert window_tokens is None
+    assert scheduler_metadata is None
+    assert descales is None
+    rows, (tokens, heads, head_dim) = len(query_start_loc) - 1, query.shape
+    pages, page_tokens, kv_heads, _ = key_cache.shape
+    assert key_cache.shape == value_cache.shape
+    assert page_tokens % 16 == 0
+    assert head_dim % 8 == 0
+    assert out.shape == query.shape
+    assert query.dtype == key_cache.dtype == value_cache.dtype == out.dtype
+    assert query.dtype in (torch.float16, torch.bfloat16)
+    assert all(t.stride(-1) == 1 for t in (query, key_cache, value_cache, out, block_table))
+    assert kv_batch_idx is not None or len(block_table) == rows
+    for lengths, size in ((query_start_loc, rows + 1), (seqused_k, rows), (seqused_q, rows)):
+        if lengths is not None:
+            assert lengths.shape == (size,)
+            assert lengths.is_contiguous()
+            assert lengths.dtype == torch.int32
+    lse = torch.full((heads, tokens), float("nan"))
+    starts = query_start_loc.tolist()
+    for row in range(rows):
+        start, keys = starts[row], int(seqused_k[row])
+        queries = starts[row + 1] - start if seqused_q is None else int(seqused_q[row])
+        if queries == 0:
+            continue
+        assert 0 < queries <= max_query_len
+        assert queries <= keys <= max_seq_len
+        assert start + queries <= tokens
+        mine = block_table[row if kv_batch_idx is None else int(kv_batch_idx[row])]
+        used = mine[: -(-keys // page_tokens)].long()
+        assert ((used >= 0) & (used < pages)).all(), f"row {row}: a page outside the cache"
+        k, v = (cache[used].flatten(0, 1)[:keys].float() for cache in (key_cache, value_cache))
+        q = query[start : start + queries].float()
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        scores = torch.einsum("qnh,knh->nqk", q, k) * scale
+        later = torch.arange(keys) > torch.arange(keys - queries, keys)[:, None]
+        scores.masked_fill_(later, float("-inf"))
+        attended = torch.einsum("nqk,knh->qnh", scores.softmax(dim=-1), v)
+        out[start : start + queries] = attended.to(out.dtype)
+        lse[:, start : start + queries] = scores.logsumexp(dim=-1)
+    return lse
