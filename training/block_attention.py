@@ -55,7 +55,7 @@ def choose_blocks(
         q: [B, N, T, H].
         k: [B, K, T, H].
         starts: B positions where the chunks begin.
-        ends: B positions where they end; start == end for none.
+        ends: B positions where they end; start == end for none, but not for all.
         pattern: threshold and stride.
         scale: of the scores.
 
@@ -63,7 +63,9 @@ def choose_blocks(
     """
     stride, rows = pattern.stride, BLOCK // pattern.stride
     batch, heads, tokens, _ = q.shape
-    first, last = min(starts) // BLOCK, -(-max(ends) // BLOCK)
+    # Prompts without this chunk do not widen what is looked at.
+    first = min(s for s, e in zip(starts, ends, strict=True) if s < e) // BLOCK
+    last = -(-max(ends) // BLOCK)
     begin, end = (torch.tensor(edge, device=q.device)[:, None] for edge in (starts, ends))
     position = torch.arange(tokens, device=q.device)
     inside = (position >= begin) & (position < end)

@@ -31,11 +31,13 @@ BATCHES: list[list[list[int]]] = [
 ]
 
 
-def states(batch: int, tokens: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
+def states(
+    batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int = 16
+) -> list[torch.Tensor]:
     """Draw queries that look for few keys, so that few blocks hold most of the attention."""
-    q = torch.randn(batch, heads, tokens, 16)
-    k, v = torch.randn(2, batch, kv_heads, tokens, 16)
-    topics = torch.randn(6, 16)
+    q = torch.randn(batch, heads, tokens, head_dim)
+    k, v = torch.randn(2, batch, kv_heads, tokens, head_dim)
+    topics = torch.randn(6, head_dim)
     for x, strength in ((q, 2.0), (k, 1.5)):
         # A topic lasts for 64 tokens.
         drawn = torch.randint(0, 6, (*x.shape[:2], tokens // 64 + 1))
@@ -177,7 +179,7 @@ def test_flex_blocks_match_sdpa_on_the_cpu() -> None:
 def test_patterns_match_sdpa_on_a_gpu(name: str, rows: int, tokens: int) -> None:
     pattern = make_pattern(name, SINK, 256)
     sparse = {kernel: make_sparse_attention(kernel, SINK, 256) for kernel in ("flex", "sdpa")}
-    drawn = [x.cuda().bfloat16() for x in states(rows, tokens, 6, 2)]
+    drawn = [x.cuda().bfloat16() for x in states(rows, tokens, 6, 2, head_dim=64)]
     chunk_ends = [[tokens - 60], [100, tokens - 20]][:rows]
     with torch.inference_mode():
         found, density = make_pattern_attention(pattern, sparse["flex"], "flex")(
