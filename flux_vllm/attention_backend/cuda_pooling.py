@@ -55,8 +55,10 @@ class PromptStep:
 
     packed: PackedRows
     mean_query: Sequence[torch.Tensor] | None
-    """Of each layer [T, H] float32, where its queries' mean over heads is kept; None where each
-    layer routes before it attends."""
+    """Of each layer [T, H] float32: where its queries' mean over heads is kept, for all layers to
+    be routed at once; None where the step does not wait for that."""
+    in_turn: bool
+    """Whether each layer routes before it attends."""
 
 
 class GroupPooling:
@@ -148,13 +150,17 @@ class GroupPooling:
         rows, tokens = len(packed.rows), int(context.scheduled.sum())
         is_short = context.computed + context.scheduled <= self._runtime.pattern.reach
         fits = rows * len(self._layers) <= self._entries and kept <= self._mean_query.shape[1]
-        if rows and fits and (is_short | ~context.is_prefill).all():
+        at_once = bool(rows and fits and (is_short | ~context.is_prefill).all())
+        # vLLM's warm-up has short prompts only: let it compile both ways.
+        in_turn = not at_once or context.is_warmup
+        if in_turn:
+            # Every step resets granules whose first slot it writes, also one that only decodes.
+            self._count(packed, tokens, metadata)
+        if at_once:
             work = functools.partial(self._route_layers, packed, tokens, metadata)
             self._runtime.defer(work)
-            return PromptStep(packed, self._mean_query[:, :kept].unbind())
-        # Every step resets granules whose first slot it writes, also one that only decodes.
-        self._count(packed, tokens, metadata)
-        return PromptStep(packed, None) if rows else None
+        mean_query = self._mean_query[:, :kept].unbind() if at_once else None
+        return PromptStep(packed, mean_query, in_turn) if rows else None
 
     def _count(self, packed: PackedRows, tokens: int, metadata: "FlashAttentionMetadata") -> None:
         """Upload the prompt rows and update the token counts."""
@@ -183,6 +189,7 @@ class GroupPooling:
         """
         if step.mean_query is not None:
             torch.mean(query, dim=1, dtype=torch.float32, out=step.mean_query[index])
+        if not step.in_turn:
             return
         sums = self._sums[index : index + 1]
         self._update(query[None], sums, metadata, step.packed, index, 0)
