@@ -27,6 +27,8 @@ from benchmarks.serve_cases import Shape
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
 
+_TIMED_PREFILLS = 20
+
 
 def main() -> None:
     """Measure, print the rows and write them with the raw figures."""
@@ -70,6 +72,13 @@ def _profile(engines: dict[str, Engine], args: argparse.Namespace) -> None:
     for context in args.contexts:
         for name, engine in engines.items():
             engine.prefill_seconds(context, 3)
+            engine.call_worker("begin_host_times")
+            engine.prefill_seconds(context, _TIMED_PREFILLS)
+            times = engine.call_worker("end_host_times")
+            print(f"{name}, {context} tokens: host time of a prefill, each with what it calls")
+            for function, (calls, seconds) in times.items():
+                calls, micros = calls / _TIMED_PREFILLS, 1e6 * seconds / _TIMED_PREFILLS
+                print(f"  {micros:9.0f} us {calls:5.0f} x  {function}")
             kernels = engine.profile(context)
             print(f"{name}, {context} tokens: {sum(ms for _, _, ms in kernels):.3f} ms of kernels")
             for kernel, calls, ms in kernels[:14]:
@@ -104,6 +113,7 @@ def _engine(args: argparse.Namespace, shape: Shape, flux: dict[str, Any] | None)
         max_model_len=max(args.contexts) + 4352,
         max_num_batched_tokens=args.chunk,
         max_num_seqs=16,
+        worker_extension_cls="benchmarks.host_times.TimedWorker",
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.eager,
@@ -175,7 +185,7 @@ def _parse() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=0.25)
     add("--dtype", default="bfloat16")
     add("--eager", action="store_true", help="without CUDA graphs")
-    add("--profile", action="store_true", help="print the GPU kernels of a prefill too")
+    add("--profile", action="store_true", help="print a prefill's host times and GPU kernels too")
     add("--go", type=Path, help="wait for this file once the engines are loaded")
     return parser.parse_args()
 
