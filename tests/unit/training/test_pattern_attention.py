@@ -144,6 +144,25 @@ def test_chosen_rows_attend_and_count_as_in_the_batch() -> None:
     assert apart.density()[0].isnan()
 
 
+@pytest.mark.parametrize("threshold", [0.6, 0.9])
+@pytest.mark.parametrize(("begin", "end"), [(0, 650), (300, 521), (387, 650)])
+def test_choice_is_the_definitions_for_noise(begin: int, end: int, threshold: float) -> None:
+    """Noise makes close choices: the order along anti-diagonals shows, and one key too many."""
+    pattern = XAttention(sink_tokens=SINK, window_tokens=WINDOW, threshold=threshold)
+    q, k = 2 * torch.randn(2, 2, 16, 650, 16)
+    k = k[:, ::2]
+    chosen = choose_blocks(*map(pad_to_blocks, (q, k)), [begin] * 2, [end] * 2, pattern, SCALE)
+    for row in range(2):
+        queries, keys = q[row, :, begin:end].transpose(0, 1), k[row, :, :end].transpose(0, 1)
+        mask = served(pattern).visible(queries, keys, 650, SCALE)
+        # Every block holds a key that the chunk's last query in the query block sees.
+        for block in range(begin // BLOCK, -(-end // BLOCK)):
+            last = min(end, (block + 1) * BLOCK) - 1
+            seen = mask[:, last - begin, ::BLOCK]
+            assert torch.equal(chosen.kept[row, :, block, : seen.shape[1]], seen)
+    assert torch.equal(chosen.queries[0].nonzero()[:, 0], torch.arange(begin, end))
+
+
 def test_block_mask_holds_the_kept_blocks() -> None:
     """flex_attention visits its lists; what they hold is what was kept, and no more."""
     q, k, _ = map(pad_to_blocks, states(2, 1000, 4, 2))
