@@ -118,6 +118,9 @@ class LossSettings:
     """Step of the multipliers' gradient ascent, per training step."""
     penalty: float = 2.0
     """The constant c of the lagrangian form."""
+    spread_penalty: float = 0.0
+    """Weight of the variance of shares among prompts of one task: with it each prompt reaches the
+    target, and not the average of some that stay FULL and some that go SPARSE."""
     target_ramp: float = 0.5
     """Share of the run over which targets rise from 0, so that layers go SPARSE one after
     another, those first that cost least."""

@@ -49,6 +49,22 @@ def excess_confidence(router_logits: torch.Tensor, bound: float) -> torch.Tensor
     return torch.relu(lead.abs() - bound).square().sum(dim=0).mean()
 
 
+def share_spread(
+    shares: torch.Tensor, constraint_of_prompt: torch.Tensor, found: "Shares"
+) -> torch.Tensor:
+    """Give the variance of shares within each task, summed over tasks.
+
+    Args:
+        shares: [R] float32, of this process's prompts.
+        constraint_of_prompt: [R] int64.
+        found: means and counts over all processes.
+
+    Returns: this process's part, a scalar.
+    """
+    away = shares - found.mean.detach()[constraint_of_prompt]
+    return (away.square() / found.count[constraint_of_prompt].clamp(min=1)).sum()
+
+
 def targets_by_task(tasks: Sequence[str], settings: LossSettings) -> dict[str, float]:
     """Resolve the target share of each task, and of early chunks.
 

@@ -32,6 +32,7 @@ from training.losses import (
     distillation,
     excess_confidence,
     mean_by_prompt,
+    share_spread,
     targets_by_task,
 )
 from training.model_loading import load_routed, load_tokenizer
@@ -253,7 +254,9 @@ class Trainer:
         slope = torch.autograd.grad(self.constraints.loss(shares).sum(), mean)[0]
         settings = self.config.loss
         excess = settings.logit_penalty * excess_confidence(logits, settings.logit_bound)
-        ((slope * sums / both[1].clamp(min=1)).sum() + excess / self.world.size).backward()
+        spread = settings.spread_penalty * share_spread(sparse, groups, shares)
+        pull = (slope * sums / both[1].clamp(min=1)).sum()
+        (pull + spread + excess / self.world.size).backward()
         return Shares(mean.detach(), both[1])
 
     def _collate(

@@ -10,6 +10,7 @@ from training.losses import (
     distillation,
     excess_confidence,
     mean_by_prompt,
+    share_spread,
     targets_by_task,
 )
 
@@ -69,6 +70,20 @@ def test_absent_tasks_add_no_loss_and_keep_their_multiplier() -> None:
     constraints.ascend(absent)
     assert constraints.loss(absent).item() == 0
     assert constraints.multipliers.abs().sum() == 0
+
+
+def test_share_spread_is_the_variance_within_tasks() -> None:
+    values = torch.tensor([0.2, 0.6, 0.9, 0.5], requires_grad=True)
+    groups = torch.tensor([0, 0, 1, 0])
+    found = Shares(torch.tensor([1.3 / 3, 0.9]), torch.tensor([3.0, 1.0]))
+    spread = share_spread(values, groups, found)
+    assert spread.item() == pytest.approx(torch.tensor([0.2, 0.6, 0.5]).var(correction=0).item())
+    spread.backward()
+    assert values.grad is not None
+    # It moves prompts towards each other and leaves the mean where it is.
+    assert values.grad.sum().abs() < 1e-6
+    assert values.grad[0] < 0 < values.grad[1]
+    assert values.grad[2] == 0
 
 
 def test_targets_rise_with_the_run() -> None:
