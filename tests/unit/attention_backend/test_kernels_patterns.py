@@ -282,3 +282,22 @@ def test_memory_is_bounded_before_it_is_needed(
     taken += sum(buffer.nbytes for buffer in buffers.rows or ())
     reserved = pattern.cuda_nbytes(heads, tokens, length, 2 * 64)
     assert reserved / 4 < taken <= reserved / 2
+
+
+def test_memory_is_taken_before_the_cache_is_sized(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the sizes of the model and of a step that vLLM's configuration gives."""
+    from flux_vllm.attention_backend.cuda import fixed_nbytes
+    from tests.helpers.cuda_backend import MAX_LEN, _runtime, engine_config
+
+    monkeypatch.setattr(fa3, "is_available", lambda: True)
+    shape = Shape(heads=6, kv_heads=2, head_dim=128)
+    config = engine_config(tmp_path_factory.mktemp("model"), shape)
+    specs = [SimpleNamespace(block_size=shape.block_size)]
+    runtime = _runtime(shape, "triton", torch.device("cpu"), **XATTENTION)
+    tokens = config.scheduler_config.max_num_batched_tokens
+    stated = runtime.pattern.cuda_nbytes(6, tokens, MAX_LEN, 2 * 128)
+    total = fixed_nbytes(runtime, config, specs)
+    monkeypatch.setattr(type(runtime.pattern), "cuda_nbytes", lambda *_: 0)
+    assert fixed_nbytes(runtime, config, specs) == total - stated < total
