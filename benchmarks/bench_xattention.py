@@ -191,15 +191,15 @@ def bench(length: int, sweep: bool, write: Callable[[], None]) -> None:
     flop = 2 * HEADS * HEAD_DIM * CHUNK * (length - CHUNK / 2) / STRIDE
     record("score_blocks", case, score, layers, tflop=round(flop / 1e12, 3))
     record("choose_blocks", case, choose, layers)
+    record("block_rows: gather_queries", case, by_fa3.gather, layers)
+    record("block_rows: scatter_outputs", case, by_fa3.scatter, layers)
     write()
     for density in DENSITIES:
         share = lists.draw(density)
         what, floor_us = f"{case}, {density:.0%}", full_us * share
         record_share("block_rows", what, by_fa3.attend, layers, share, floor_us)
         record("block_rows: write_tables", what, by_fa3.tables, layers)
-        record("block_rows: gather_queries", what, by_fa3.gather, layers)
         record_share("block_rows: fa3 call", what, by_fa3.call, layers, share, floor_us)
-        record("block_rows: scatter_outputs", what, by_fa3.scatter, layers)
         record_share("xattention layer", what, whole_layer, layers, share, floor_us)
         record_share("attend_blocks", what, attend(), layers, share, floor_us)
         for tile in TILES if sweep else ():
