@@ -34,6 +34,7 @@ def main() -> None:
     args = _parse()
     rows = RowFile(args.out)
     config = json.loads((args.model / "config.json").read_text())
+    config["max_position_embeddings"] = args.max_model_len
     for ranks in (1, 2, 8):
         for dtype in (torch.bfloat16, torch.float8_e4m3fn):
             row = side_tables(config, ranks, dtype, args.gpu_gib, args.other_gib, args.rows)
@@ -63,7 +64,7 @@ def side_tables(
     """Return a row: what `reserve_side_tables` takes on one rank.
 
     Args:
-        config: the model's config.json; its dtype is bfloat16.
+        config: the model's config.json; its dtype is bfloat16, and it is served to its full length.
         ranks: of tensor parallelism.
         kv_dtype: of the KV cache.
         gpu_gib: memory of the GPU.
@@ -100,6 +101,7 @@ def side_tables(
         "gpu_gib": gpu_gib,
         "gpu_memory_utilization": share,
         "max_rows": max_rows,
+        "max_model_len": config["max_position_embeddings"],
         "available_gib": available / 2**30,
         "side_mib": (available - left) / 2**20,
         "fixed_mib": fixed / 2**20,  # views and workspaces: they do not grow with the KV cache
@@ -186,6 +188,7 @@ def engine_side_tables(args: argparse.Namespace) -> dict[str, Any]:
             model=str(args.model),
             load_format=args.load_format,
             dtype=args.dtype,
+            max_model_len=args.max_model_len,
             skip_tokenizer_init=True,
             distributed_executor_backend="uni",  # likewise the worker's
             attention_backend="flux",
@@ -194,7 +197,7 @@ def engine_side_tables(args: argparse.Namespace) -> dict[str, Any]:
         )
     [(available, left)] = asked
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    tokens = min(args.prompt_tokens, llm.llm_engine.vllm_config.model_config.max_model_len - 64)
+    tokens = min(args.prompt_tokens, args.max_model_len - 64)
     say(f"{blocks} KV blocks; answering {args.prompts} prompts of {tokens} tokens")
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, shape.vocab_size, (args.prompts, tokens), generator=generator)
@@ -228,6 +231,7 @@ def _parse() -> argparse.Namespace:
     add("--gpu-gib", type=float, default=79.6, help="memory of the GPU (default 79.6, an H100)")
     add("--other-gib", type=float, default=3, help="beside weights and KV cache (default 3)")
     add("--rows", type=int, default=1024, help="max_num_seqs (default 1024, vLLM's on such a GPU)")
+    add("--max-model-len", type=int, default=128 * K, help="tokens of a request (default 131072)")
     add("--engine", action="store_true", help="load the model too")
     add("--load-format", default="auto", help="`dummy` for random weights (default auto)")
     add("--dtype", default="bfloat16")
