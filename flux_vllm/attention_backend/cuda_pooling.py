@@ -188,7 +188,8 @@ class GroupPooling:
         Host sync: none.
         """
         if step.mean_query is not None:
-            torch.mean(query, dim=1, dtype=torch.float32, out=step.mean_query[index])
+            # By position: a keyword costs the host 2 us more.
+            torch.mean(query, 1, dtype=torch.float32, out=step.mean_query[index])
         if not step.in_turn:
             return
         sums = self._sums[index : index + 1]
