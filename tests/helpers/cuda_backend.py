@@ -169,9 +169,7 @@ class BackendWorker:
     def forward(self, batch: Batch, metadata: Any, outputs: list[torch.Tensor]) -> None:
         """Run all layers over the same queries."""
         for layer, out in zip(self.layers, outputs, strict=True):
-            layer.impl.forward(
-                layer, batch.query, None, None, layer.kv_cache, metadata, out.flatten(1)
-            )
+            layer.impl.forward(layer, batch.query, None, None, layer.kv_cache, metadata, out)
 
     def step(self, batch: Batch) -> list[torch.Tensor]:
         """Run one step. Returns: of each layer [T, N, H]."""

@@ -31,12 +31,10 @@ class SparseTile(NamedTuple):
     num_stages: int
 
 
-def default_tile(head_dim: int, element_size: int) -> SparseTile:
+def default_tile(head_dim: int) -> SparseTile:
     """Choose a tile that fits the shared memory of Hopper, or elsewhere that of Ada, 99 KiB."""
     if INTERPRETED:
         return SparseTile(64, 4, 1)
-    if element_size == 4:
-        return SparseTile(16, 8, 1)
     if torch.cuda.get_device_capability()[0] == 9:
         return SparseTile(64, 8, 3 if head_dim <= 128 else 2)
     return SparseTile(64, 8, 2) if head_dim <= 128 else SparseTile(16, 8, 1)
@@ -61,7 +59,7 @@ def attend_blocks(
     """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
 
     Args:
-        query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
+        query: [T, N, H] float16 or bfloat16, last dimension contiguous.
         key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
         value_cache: [B, block_size, K, H], likewise.
         out: [T, N, H], written for attended rows only.
@@ -79,7 +77,7 @@ def attend_blocks(
     """
     heads, head_dim = query.shape[1:]
     assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
-    tile = tile or default_tile(head_dim, query.element_size())
+    tile = tile or default_tile(head_dim)
     _sparse_kernel[(len(tasks), heads)](
         query,
         key_cache,

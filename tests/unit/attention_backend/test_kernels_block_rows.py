@@ -180,7 +180,7 @@ def test_rows_switched_by_the_device_in_a_graph(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [*SHAPES[:5], Shape(head_dim=96, dtype=torch.float32)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:5], Shape(head_dim=96, block_size=32)], ids=str)
 def test_attend_blocks(shape: Shape, device: str) -> None:
     """Triton's kernel, over the same lists."""
     batch = make_batch(ROWS, shape, device)
