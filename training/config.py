@@ -121,6 +121,9 @@ class LossSettings:
     spread_penalty: float = 0.0
     """Weight of the variance of shares among prompts of one task: with it each prompt reaches the
     target, and not the average of some that stay FULL and some that go SPARSE."""
+    recent_steps: int = 0
+    """Earlier steps whose prompts the share constraint sees beside the running one's, by their
+    pooled queries."""
     target_ramp: float = 0.5
     """Share of the run over which targets rise from 0, so that layers go SPARSE one after
     another, those first that cost least."""

@@ -31,6 +31,14 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a small value of every process, tensors on the CPU, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
     def sum_gradients(self, module: nn.Module) -> None:
         """Sum the gradients of a module's parameters over all processes."""
         if self.size == 1:

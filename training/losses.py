@@ -55,11 +55,11 @@ def share_spread(
     """Give the variance of shares within each task, summed over tasks.
 
     Args:
-        shares: [R] float32, of this process's prompts.
+        shares: [R] float32, by prompt.
         constraint_of_prompt: [R] int64.
-        found: means and counts over all processes.
+        found: means and counts of these.
 
-    Returns: this process's part, a scalar.
+    Returns: a scalar.
     """
     away = shares - found.mean.detach()[constraint_of_prompt]
     return (away.square() / found.count[constraint_of_prompt].clamp(min=1)).sum()
@@ -93,7 +93,7 @@ def targets_by_task(tasks: Sequence[str], settings: LossSettings) -> dict[str, f
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Shares of SPARSE layers in one step, over all processes."""
+    """Shares of SPARSE layers, over all processes and the steps that the constraint sees."""
 
     mean: torch.Tensor
     """[K] float32, mean P(SPARSE); meaningless where the count is 0."""

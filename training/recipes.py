@@ -63,6 +63,7 @@ def smollm2_long(model: str = "", out: str = "") -> TrainConfig:
             base.loss,
             targets=("retrieval=0.70", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
             spread_penalty=6.0,
+            recent_steps=20,
         ),
         optimizer=replace(base.optimizer, steps=1200),
     )

@@ -23,7 +23,7 @@ from training.data.batching import MicroBatch, collate, group_by_length, random_
 from training.data.encoding import Encoded
 from training.data.stream import PromptStream
 from training.distributed import World, start_world
-from training.logs import RunLog
+from training.logs import RunLog, named
 from training.losses import (
     EARLY_CHUNKS,
     ShareConstraints,
@@ -38,6 +38,7 @@ from training.losses import (
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import RelaxedPolicy, StaticPolicy
 from training.provenance import provenance
+from training.recent_prompts import RecentPrompts
 from training.relaxation import logistic_noise, temperature
 from training.schedule import rate_scale
 from training.standardize import StandardizedRouter
@@ -78,6 +79,7 @@ class Trainer:
         )
         targets = targets_by_task(stream.task_names, config.loss)
         self.constraints = ShareConstraints(targets, config.loss, world.device)
+        self.recent = RecentPrompts(config.loss.recent_steps, world)
         self.teacher = StaticPolicy.all_full(routed.num_layers)
         self.step = 0
         self.elapsed = 0.0
@@ -154,8 +156,8 @@ class Trainer:
             "learning_rate": rate,
             "gradient_norm": float(norm),
             "tokens": tokens,
-            "shares": _named(names, shares.mean, shares.count),
-            "multipliers": _named(names, self.constraints.multipliers[0], shares.count),
+            "shares": named(names, shares.mean, shares.count),
+            "multipliers": named(names, self.constraints.multipliers[0], shares.count),
         }
 
     def _accumulate(self, prompts: list[Encoded], heat: float) -> tuple[torch.Tensor, Shares, int]:
@@ -240,24 +242,22 @@ class Trainer:
             features: [L, R, H] of this process's prompts.
             groups: [R] int64, the constraint each counts for.
 
-        Returns: Shares over all processes.
+        Returns: Shares over all processes and the steps kept.
         """
+        features, groups = self.recent.extend(features, groups)
         logits = self.router.forward_all(features)
         sparse = logits.softmax(dim=-1)[..., Route.SPARSE].mean(dim=0)
         size = len(self.constraints.names)
         sums = sparse.new_zeros(size).index_add(0, groups, sparse)
         count = torch.bincount(groups, minlength=size).to(sparse.dtype)
-        both = self.world.sum(torch.stack([sums.detach(), count]))
-        mean = (both[0] / both[1].clamp(min=1)).requires_grad_()
-        shares = Shares(mean, both[1])
-        # d loss / d mean is the same everywhere; each process adds its own prompts' part.
-        slope = torch.autograd.grad(self.constraints.loss(shares).sum(), mean)[0]
+        shares = Shares(sums / count.clamp(min=1), count)
         settings = self.config.loss
         excess = settings.logit_penalty * excess_confidence(logits, settings.logit_bound)
         spread = settings.spread_penalty * share_spread(sparse, groups, shares)
-        pull = (slope * sums / both[1].clamp(min=1)).sum()
-        (pull + spread + excess / self.world.size).backward()
-        return Shares(mean.detach(), both[1])
+        # Every process computes all of it, and their gradients are summed.
+        loss = self.constraints.loss(shares).sum() + spread + excess
+        (loss / self.world.size).backward()
+        return Shares(shares.mean.detach(), count)
 
     def _collate(
         self, prompts: list[Encoded], rows: list[int], ends: list[list[int]]
@@ -332,6 +332,7 @@ class Trainer:
                 "router": self.router.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "constraints": self.constraints.state_dict(),
+                "recent": self.recent.state_dict(),
                 "elapsed": self.elapsed,
             }
             save_state(self.folder / "checkpoints", self.step, state)
@@ -340,6 +341,7 @@ class Trainer:
         self.router.load_state_dict(state["router"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.constraints.load_state_dict(state["constraints"])
+        self.recent.load_state_dict(state["recent"])
         self.step = state["step"]
         self.elapsed = state["elapsed"]
 
@@ -366,11 +368,6 @@ class Trainer:
             write_router(self.folder, folded, info, STORED_DTYPES)
         self.world.wait()
         return self.folder / "flux_router.safetensors"
-
-
-def _named(names: list[str], values: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
-    rows = zip(names, values.tolist(), counts.tolist(), strict=True)
-    return {name: round(value, 4) for name, value, count in rows if count}
 
 
 def train(config: TrainConfig) -> Path:

@@ -47,6 +47,8 @@ def make_trainer(
                 multiplier_rate=0.3,
                 penalty=10.0,
                 target_ramp=0.3,
+                spread_penalty=0.5,
+                recent_steps=3,
             ),
             optimizer=OptimizerSettings(steps=steps, batch_size=4, learning_rate=5e-3),
             system=SystemSettings(device="cpu", dtype="float32", save_every=10),
