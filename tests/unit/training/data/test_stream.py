@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from training.config import DataSettings
 from training.data.batching import collate, fixed_chunk_ends, group_by_length, random_chunk_ends
@@ -75,7 +76,7 @@ def test_files_of_both_kinds_are_read(suffix: str, tmp_path: Path, tokenizer: An
     if suffix == "jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
-        pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(str(path))
+        Dataset.from_list(rows).to_parquet(str(path))
     own = DataSettings(tasks=(), files=(str(path),), workers=0)
     streams = {s: PromptStream(own, tokenizer, s, 0) for s in ("train", "validation")}  # type: ignore[arg-type]
     seen = {s: {key(stream[at]) for at in range(60)} for s, stream in streams.items()}
