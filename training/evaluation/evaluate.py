@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_vllm.router.checkpoint import read_router
+from flux_vllm.router.checkpoint import RouterInfo, read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig
 from training.data.encoding import WRAPPERS, Wrapper
@@ -56,6 +56,7 @@ class Evaluation:
         self.limit: int = self.routed.model.config.max_position_embeddings
         self.started = time.monotonic()
         self.report: dict[str, Any] = {}
+        self.by_prompt: dict[str, np.ndarray] = {}
         self.test = self._prompts("test", config.prompts, config.lengths)
 
     def _scorer(self, name: str) -> StoredScorer:
@@ -63,7 +64,14 @@ class Evaluation:
         config, info = self.config, self.info
         sparse = make_pattern(name, info.sink_tokens, info.window_tokens)
         return StoredScorer(
-            Scorer(self.routed, sparse, info.pool_tokens, config.micro_batch_tokens, self.world),
+            Scorer(
+                self.routed,
+                sparse,
+                info.pool_tokens,
+                config.micro_batch_tokens,
+                self.world,
+                pools_prefix(info),
+            ),
             Path(config.scores or f"{config.out}/stored_scores"),
             {"model": config.model, "dtype": config.system.dtype},
         )
@@ -100,6 +108,14 @@ class Evaluation:
             heat_map=heat_map(self.test, default),
             points=[],
         )
+        self.by_prompt = {
+            "task": np.array([prompt.task for prompt in prompts]),
+            "length": np.array(self.test.lengths),
+            "full": full.score,
+            "sparse": sparse.score,
+            "routes": default.sparse.astype(np.uint8),
+        }
+        self._keep(_DEFAULT_THRESHOLD, default)
         self._patterns(full)
         if self.config.shares:
             self._points(full, default)
@@ -108,13 +124,8 @@ class Evaluation:
             variants[name] = self.variant(name)
             self.store(f"variant {name}", variants=variants)
         if self.world.is_main:
-            np.savez_compressed(
-                Path(self.config.out) / "scores.npz",
-                full=full.score,
-                sparse=sparse.score,
-                router=default.score,
-                routes=default.sparse.astype(np.uint8),
-            )
+            path = Path(self.config.out) / "scores.npz"
+            np.savez_compressed(path, **self.by_prompt)  # type: ignore[arg-type]
         return self.report
 
     def store(self, what: str, **parts: Any) -> None:
@@ -127,6 +138,11 @@ class Evaluation:
     def policy(self, threshold: float) -> Policy:
         """Make the router's policy at a threshold."""
         return ThresholdPolicy(self.router, threshold)
+
+    def _keep(self, threshold: float, routed: Scores) -> None:
+        """Keep a threshold's results by prompt, for comparisons with another router's."""
+        self.by_prompt[f"router@{threshold}"] = routed.score
+        self.by_prompt[f"share@{threshold}"] = routed.sparse.mean(axis=1)
 
     def note(self, what: str) -> None:
         """Tell how far the run is."""
@@ -171,6 +187,7 @@ class Evaluation:
             routed = default
             if threshold != _DEFAULT_THRESHOLD:
                 routed = self.scorer.score(self.test.prompts, self.policy(threshold))
+                self._keep(threshold, routed)
             share = self.test.cells.overall(routed.sparse.mean(axis=1))
             layers = int(self.routed.num_layers * share + 1e-3)
             if layers not in scored:
@@ -265,12 +282,22 @@ class Evaluation:
             "seconds": round(time.monotonic() - self.started, 1),
             "router": {
                 "pool_tokens": self.info.pool_tokens,
+                "pool_prefix": pools_prefix(self.info),
                 "sink_tokens": self.info.sink_tokens,
                 "window_tokens": self.info.window_tokens,
                 "sparse_pattern": self.info.sparse_pattern,
                 "training": self.info.provenance,
             },
         }
+
+
+def pools_prefix(info: RouterInfo) -> bool:
+    """Tell from its training config whether a router pools a prompt's first tokens too.
+
+    The server always does, so a file needs no field for it; an ablation may be trained otherwise.
+    """
+    config: Any = info.provenance.get("config", {})
+    return bool(config.get("router", {}).get("pool_prefix", True))
 
 
 def choose_thresholds(

@@ -63,6 +63,7 @@ class Scorer:
         pool_tokens: of the router.
         token_budget: tokens computed at once.
         world: this process among the others.
+        pool_prefix: whether the router pools a prompt's first tokens too.
 
     Raises: ValueError: a pattern of other sizes than the model's.
     """
@@ -74,6 +75,7 @@ class Scorer:
         pool_tokens: int,
         token_budget: int,
         world: World,
+        pool_prefix: bool = True,
     ) -> None:
         sizes = (routed.sink_tokens, routed.window_tokens)
         if (pattern.sink_tokens, pattern.window_tokens) != sizes:
@@ -86,6 +88,7 @@ class Scorer:
         self.pool_tokens = pool_tokens
         self.token_budget = token_budget
         self.world = world
+        self.pool_prefix = pool_prefix
         self.tokens = 0
         self._attend = make_pattern_attention(
             pattern, routed.sparse_attention, routed.sparse_kernel
@@ -124,7 +127,7 @@ class Scorer:
             ends = [[_cached_tokens(p), p.prompt_len] for p in chosen]
             full = 1 - torch.tensor(condition.cached.sparse[rows].T)
             policy = CachedContextPolicy(policy, full.to(self.world.device))
-        micro = collate(chosen, rows, ends, self.pool_tokens, skip_prefix=True)
+        micro = collate(chosen, rows, ends, self.pool_tokens, self.pool_prefix, skip_prefix=True)
         sparse = PromptAttention(self._attend, ends, self.world.device)
         return micro.to(self.world.device), policy, sparse
 

@@ -59,6 +59,27 @@ class Cells:
         return {group: np.mean(means, axis=0) for group, means in cells.items()}
 
 
+def resampled(
+    cells: Cells, values: list[np.ndarray], statistic: str, draws: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """Draw means anew for a paired bootstrap: every draw takes the same prompts for all values.
+
+    Args:
+        cells: of the prompts.
+        values: per-prompt values [P] each.
+        statistic: `overall`, or a group's name.
+        draws: bootstrap draws.
+        seed: of the draws.
+
+    Returns: [len(values), draws] means.
+    """
+    groups = cells.resampled_means(values, draws, np.random.default_rng(seed))
+    if statistic != "overall":
+        return groups[statistic]
+    judged = [groups[name] for name in JUDGED_GROUPS if name in groups]
+    return np.mean(judged or list(groups.values()), axis=0)  # type: ignore[no-any-return]
+
+
 def interval(
     cells: Cells,
     values: dict[str, np.ndarray],
@@ -78,22 +99,18 @@ def interval(
     Returns: `NAME` interval of the mean, `NAME/REFERENCE` of the ratio and `NAME-REFERENCE` of
         the difference to the reference.
     """
-    groups = cells.resampled_means(list(values.values()), draws, np.random.default_rng(seed))
-    if statistic == "overall":
-        judged = [groups[name] for name in JUDGED_GROUPS if name in groups]
-        means = np.mean(judged or list(groups.values()), axis=0)
-    else:
-        means = groups[statistic]
+    means = resampled(cells, list(values.values()), statistic, draws, seed)
     table = dict(zip(values, means, strict=True))
     reference = next(iter(values))
-    found = {name: _bounds(mean) for name, mean in table.items()}
+    found = {name: bounds(mean) for name, mean in table.items()}
     for name, mean in table.items():
         if name != reference:
-            found[f"{name}/{reference}"] = _bounds(mean / np.maximum(table[reference], 1e-9))
-            found[f"{name}-{reference}"] = _bounds(mean - table[reference])
+            found[f"{name}/{reference}"] = bounds(mean / np.maximum(table[reference], 1e-9))
+            found[f"{name}-{reference}"] = bounds(mean - table[reference])
     return found
 
 
-def _bounds(means: np.ndarray) -> list[float]:
+def bounds(means: np.ndarray) -> list[float]:
+    """Give the 95% interval of resampled means [draws]."""
     low, high = np.percentile(means, [2.5, 97.5])
     return [round(float(low), 4), round(float(high), 4)]

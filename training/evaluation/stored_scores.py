@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,8 +34,7 @@ class StoredScorer:
         self.scorer = scorer
         self.routed = scorer.routed
         self.folder = folder
-        own = {"pool_tokens": scorer.pool_tokens, "pattern": repr(scorer.pattern)}
-        self.setting = setting | own
+        self.setting = setting | {"pattern": repr(scorer.pattern)}
         folder.mkdir(parents=True, exist_ok=True)
 
     def score(
@@ -67,6 +67,9 @@ class StoredScorer:
             digest.update(f"{prompt.task} {lengths}".encode())
             digest.update(prompt.token_ids.tobytes())
         digest.update(_identity(policy))
+        # Routes given beforehand do not depend on it: routers that pool otherwise share them.
+        if not isinstance(policy, StaticPolicy):
+            digest.update(f"{self.scorer.pool_tokens} {self.scorer.pool_prefix}".encode())
         digest.update(str(condition.chunk_tokens).encode())
         if condition.cached is not None:
             digest.update(condition.cached.sparse.tobytes())
@@ -99,8 +102,8 @@ def _cut(cached: Scores | None, piece: slice) -> Scores | None:
 
 
 def _write(path: Path, scores: Scores) -> None:
-    """Write in one atomic step, so that a cut leaves no half file."""
-    temporary = path.with_suffix(".writing")
+    """Write in one atomic step: a cut leaves no half file, nor do two evaluations at once."""
+    temporary = path.with_suffix(f".{os.getpid()}.writing")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **{name: getattr(scores, name) for name in _NAMES})
     temporary.replace(path)

@@ -154,6 +154,37 @@ def test_a_pattern_of_other_sizes_is_refused(config: EvalConfig) -> None:
         Scorer(evaluation.routed, make_pattern("triangle", 8, 64), 16, 1, evaluation.world)
 
 
+def test_a_router_trained_on_latest_tokens_alone_is_evaluated_so(config: EvalConfig) -> None:
+    router, info = read_router(Path(config.router))
+    world = World(0, 1, torch.device("cpu"))
+    trained = {"config": {"router": {"pool_prefix": False}}}
+    write_router(Path(config.router), router, dataclasses.replace(info, provenance=trained))
+    evaluation = module.Evaluation(config, world)
+    micro, *_ = evaluation.scorer.scorer._prepare(
+        evaluation.test.prompts[:1], [0], StaticPolicy.all_full(4), Condition()
+    )
+    end = evaluation.test.prompts[0].prompt_len
+    assert micro.plan.pool_weights[0, 0].nonzero().flatten().tolist() == [*range(end - 16, end)]
+    write_router(Path(config.router), router, info)
+    before = module.Evaluation(config, world).scorer.scorer
+    micro, *_ = before._prepare(
+        evaluation.test.prompts[:1], [0], StaticPolicy.all_full(4), Condition()
+    )
+    assert len(micro.plan.pool_weights[0, 0].nonzero()) == 32
+
+
+def test_scores_by_prompt_are_written_for_every_point(config: EvalConfig) -> None:
+    pytest.importorskip("matplotlib")
+    report = evaluate(dataclasses.replace(config, variants=(), shares=(0.0, 0.6)))
+    with np.load(Path(config.out) / "scores.npz") as stored:
+        cells = Cells(stored["task"].tolist(), stored["length"].tolist())
+        assert cells.overall(stored["full"]) == pytest.approx(report["full_score"])
+        for point in report["points"]:
+            for kind, name in (("router", "router_score"), ("share", "share")):
+                values = stored[f"{kind}@{point['threshold']}"]
+                assert cells.overall(values) == pytest.approx(point[name])
+
+
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     prompts = evaluation.test.prompts

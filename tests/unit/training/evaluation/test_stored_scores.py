@@ -88,6 +88,18 @@ def test_everything_that_changes_scores_changes_the_place(
     assert len(list(tmp_path.glob("*.npz"))) == 2 * len(calls)
 
 
+def test_routers_that_pool_otherwise_share_static_scores_alone(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path
+) -> None:
+    policy = ThresholdPolicy(LayerRouter(4, 8), 0.5)
+    for pool_tokens, pool_prefix in ((16, True), (32, True), (16, False)):
+        chosen = Scorer(scorer.routed, scorer.pattern, pool_tokens, 1024, scorer.world, pool_prefix)
+        stored = StoredScorer(chosen, tmp_path, {})
+        stored.score(prompts, pattern(4, [0, 2]))
+        stored.score(prompts, policy)
+    assert len(list(tmp_path.iterdir())) == 1 + 3
+
+
 def test_each_pattern_and_size_has_a_place_of_its_own(
     scorer: Scorer, prompts: list[Encoded], tmp_path: Path
 ) -> None:
