@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
@@ -16,6 +17,7 @@ from training.data.local import ask_for_last_words
 from training.data.sample import Sample, TaskFamily
 from training.data.stream import PromptStream
 from training.data.text import Split
+from training.evaluation.scoring import group_of, metric_of
 from training.evaluation.statistics import Cells
 from training.model_loading import load_tokenizer
 
@@ -118,11 +120,15 @@ def make_prompts(
 
 
 def write_prompts(config: EvalConfig) -> Path:
-    """Write the held-out prompts of an evaluation as text, to ask a server the same.
+    """Write the held-out prompts of an evaluation, to ask a server the same.
 
-    Rows hold `task`, `length`, `prompt` (chat wrapper included, open), `prefix`, `answer`: a
-    server's free answer may begin otherwise than by the prefix; prompt and prefix together ask the
-    begun form.
+    Rows are in the order in which an evaluation scores them. They hold `task`, `group`, `metric`,
+    `length`; as text `prompt` (chat wrapper included, open), `prefix`, `answer`; and what is
+    scored: `token_ids` (prompt, prefix, answer), `prompt_len`, `prefix_len`, `shared_len`. A
+    server's free answer may begin otherwise than by the prefix: force it, as scoring does.
+
+    The variant `cached` adds `cached.jsonl`: retrieval questions whose context leads the prompt,
+    each with `before`, a local question on the same context.
 
     Returns: path of the JSONL file.
     """
@@ -138,16 +144,82 @@ def write_prompts(config: EvalConfig) -> Path:
             for length in config.lengths:
                 for index in range(config.prompts):
                     rng = random.Random(_key(config.seed, "test", task.name, length, index))
-                    sample, _ = stream.make_both(task, length, wrapper, rng)
+                    sample, encoded = stream.make_both(task, length, wrapper, rng)
                     row = {
-                        "task": task.name,
-                        "length": length,
                         "prompt": render(sample, wrapper, tokenizer),
                         "prefix": sample.answer_prefix,
                         "answer": sample.answer,
                     }
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(_row(encoded, length) | row) + "\n")
+    if "cached" in config.variants:
+        _write_cached(config, tokenizer, limit, path.with_name("cached.jsonl"))
     return path
+
+
+def _write_cached(config: EvalConfig, tokenizer: Any, limit: int, path: Path) -> None:
+    setting = PromptSetting(
+        split="test",
+        seed=config.seed,
+        lengths=config.lengths,
+        prompts=config.variant_prompts,
+        wrapper=config.data.wrappers[0],  # type: ignore[arg-type]
+        same_context=True,
+    )
+    asked, before = (
+        make_prompts(config.data, tokenizer, chosen, limit, groups=("retrieval",))
+        for chosen in (setting, dataclasses.replace(setting, ask_locally=True))
+    )
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, earlier, length in zip(
+            asked.prompts, before.prompts, asked.lengths, strict=True
+        ):
+            row = _row(prompt, length) | {"before": _row(earlier, length)}
+            file.write(json.dumps(row) + "\n")
+
+
+def read_prompts(path: Path) -> tuple[PromptSet, list[Encoded]]:
+    """Read what `write_prompts` wrote.
+
+    Returns: the prompts, and of `cached.jsonl` what is asked before each; of others nothing.
+    Raises: ValueError: the file holds no such rows.
+    """
+    prompts, lengths, before = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        missing = sorted({"length", *_ENCODED} - row.keys())
+        if missing:
+            raise ValueError(
+                f"{path}, line {number}: expected a row of `python -m training prompts`, found one "
+                f"without {missing}; write the file anew"
+            )
+        prompts.append(_encoded(row))
+        lengths.append(row["length"])
+        if "before" in row:
+            before.append(_encoded(row["before"]))
+    if not prompts or len(before) not in (0, len(prompts)):
+        raise ValueError(
+            f"{path}: expected prompts, all or none with `before`, found {len(prompts)} of which "
+            f"{len(before)} have it; write the file anew with `python -m training prompts`"
+        )
+    return PromptSet(prompts, lengths), before
+
+
+_ENCODED = [field.name for field in dataclasses.fields(Encoded)]
+
+
+def _row(prompt: Encoded, length: int) -> dict[str, Any]:
+    fields = {name: getattr(prompt, name) for name in _ENCODED}
+    return fields | {
+        "token_ids": prompt.token_ids.tolist(),
+        "group": group_of(prompt.task),
+        "metric": metric_of(prompt.task),
+        "length": length,
+    }
+
+
+def _encoded(row: dict[str, Any]) -> Encoded:
+    fields = {name: row[name] for name in _ENCODED}
+    return Encoded(**fields | {"token_ids": np.array(row["token_ids"], dtype=np.int32)})
 
 
 def _key(seed: int, split: Split, task: str, length: int, index: int) -> str:
