@@ -1,6 +1,7 @@
 """`flux-vllm import`: a published Flux-Attention checkpoint as a folder that vLLM serves."""
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("out", type=Path, help="folder to make; new or empty")
-    parser.add_argument(
-        "--as-streaming",
-        action="store_true",
-        help="for a checkpoint of a pattern that is not served: give its SPARSE layers sink and "
-        "window at prefill, which is not what its router was trained with",
-    )
     return parser
 
 
@@ -34,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     require("torch", "weights are copied with it; run `make install`")
     from flux_vllm.cli.import_model import import_checkpoint
 
-    report = import_checkpoint(args.checkpoint, args.out, args.as_streaming, Progress())
+    # An end asked for is an interruption: what was begun is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    report = import_checkpoint(args.checkpoint, args.out, Progress())
     print(report.render())
     print(f"\n{report.checkpoint} is in {args.out}. Serve it with:")
     print(f"  flux-vllm serve {args.out} --attention-backend flux")

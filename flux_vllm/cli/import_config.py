@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_vllm.cli.console import CommandError
-from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 
 # The authors' architecture: that of the standard model, and its model_type.
 ARCHITECTURES = {
@@ -46,6 +45,43 @@ _WITHOUT_MEANING = (
     "use_batch_routed_attention",
     "use_task_emb_for_mask",
 )
+# Of a standard Llama or Qwen3, beside the sizes that `read_shape` reads.
+_STANDARD = {
+    "_name_or_path",
+    "architectures",
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "layer_types",
+    "max_position_embeddings",
+    "max_window_layers",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "pretraining_tp",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "use_sliding_window",
+    "vocab_size",
+}
 # Their sparse kernels count sink and window in blocks of so many tokens, rounded up.
 _BLOCK_TOKENS = 128
 _MOST_LAYERS, _MOST = 1024, 2**30
@@ -73,10 +109,7 @@ class ModelShape:
 class RouterSettings:
     """How the checkpoint's router looks at a prompt, and what its SPARSE means."""
 
-    toggle_type: str
-    """The authors' name of the pattern that the router was trained with."""
     sparse_pattern: str
-    """What is written into the router file; `streaming` in another's place if so asked."""
     sink_tokens: int
     window_tokens: int
     pool_tokens: int
@@ -91,7 +124,8 @@ class RouterSettings:
 def read_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read the standard sizes.
 
-    Raises: CommandError: another architecture, a missing or impossible size, quantized weights.
+    Raises: CommandError: another architecture, a missing or impossible size, quantized weights,
+        layers with a window of their own.
     """
     architectures = config.get("architectures")
     known = [name for name in ARCHITECTURES if architectures == [name]]
@@ -107,14 +141,26 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
                 f"expected a checkpoint without {name}, as the published ones are, found "
                 f"{name} {config[name]!r}; import one without it"
             )
+    layer_types = config.get("layer_types") or []
+    if set(layer_types) - {"full_attention"}:
+        raise CommandError(
+            "expected layer_types of full_attention alone, as the published checkpoints have, "
+            f"found {layer_types!r}; a layer with a window of its own has no routes"
+        )
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    kv_heads = _size(config, "num_key_value_heads")
+    if heads % kv_heads:
+        raise CommandError(
+            f"expected num_attention_heads a multiple of num_key_value_heads in config.json, found "
+            f"{heads} and {kv_heads}; download the checkpoint again"
+        )
     return ModelShape(
         model_type=ARCHITECTURES[known[0]][1],
         hidden_size=hidden,
         intermediate_size=_size(config, "intermediate_size"),
         num_layers=_size(config, "num_hidden_layers", _MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=_size(config, "num_key_value_heads"),
+        num_kv_heads=kv_heads,
         # The authors' rule, whatever the standard model's default is.
         head_dim=_size(config, "head_dim") if config.get("head_dim") else hidden // heads,
         vocab_size=_size(config, "vocab_size"),
@@ -124,12 +170,8 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def read_settings(config: Mapping[str, Any], as_streaming: bool) -> RouterSettings:
+def read_settings(config: Mapping[str, Any]) -> RouterSettings:
     """Read the authors' fields.
-
-    Args:
-        config: of config.json.
-        as_streaming: serve sink + window in place of a pattern that the server does not know.
 
     Raises: CommandError: a field or value whose meaning is not known or cannot be served.
     """
@@ -147,21 +189,11 @@ def read_settings(config: Mapping[str, Any], as_streaming: bool) -> RouterSettin
         ("ctx_q",),
         "the router would look at other tokens than the server shows it",
     )
-    toggle_type = str(fields["toggle_type"])
-    pattern = PATTERNS[toggle_type]
-    if as_streaming:
-        pattern = "streaming"
-    elif pattern not in SPARSE_PATTERNS:
-        raise CommandError(
-            f"expected toggle_type with a pattern that is served ({', '.join(SPARSE_PATTERNS)}), "
-            f"found {toggle_type!r} ({pattern}); with --as-streaming its SPARSE layers get sink "
-            "and window at prefill in its place, which is not what the router was trained with"
-        )
+    pattern = PATTERNS[str(fields["toggle_type"])]
     if pattern == "triangle":
         # A router file has no place for it; 128 is what the server takes.
         _expect(fields, "triangle_n_last", (128,), "another length does not fit a router file")
     return RouterSettings(
-        toggle_type=toggle_type,
         sparse_pattern=pattern,
         sink_tokens=_whole_blocks(_size(fields, "sink_size", least=0)),
         window_tokens=_whole_blocks(_size(fields, "local_window_size")),
@@ -184,6 +216,11 @@ def standard_config(
         "model_type": model_type,
         "head_dim": shape.head_dim,
     }, dropped
+
+
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """List the fields that are neither a standard model's nor known to be the authors'."""
+    return sorted(config.keys() - _STANDARD - _DEFAULTS.keys() - set(_WITHOUT_MEANING))
 
 
 def _expect(fields: Mapping[str, object], name: str, values: tuple[object, ...], why: str) -> None:

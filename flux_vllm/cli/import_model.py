@@ -17,7 +17,7 @@ from flux_vllm.cli.import_config import (
     read_shape,
     standard_config,
 )
-from flux_vllm.cli.import_report import ImportReport, make_report, pattern_warning
+from flux_vllm.cli.import_report import ImportReport, make_report
 from flux_vllm.cli.import_source import INDEX, checkpoint_name, read_headers, read_json
 from flux_vllm.cli.import_tensors import SortedTensors, sort_tensors
 from flux_vllm.cli.import_weights import (
@@ -50,7 +50,6 @@ _SPARE_BYTES = 64 << 20  # headers, JSON files, what a file system keeps for its
 def import_checkpoint(
     checkpoint: Path,
     out: Path,
-    as_streaming: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ImportReport:
     """Write a standard Llama or Qwen3 folder with its `flux_router.safetensors`.
@@ -58,7 +57,6 @@ def import_checkpoint(
     Args:
         checkpoint: folder of a `PawLlamaForCausalLM` or `PawQwen3ForCausalLM`.
         out: folder to make; new or empty.
-        as_streaming: serve sink + window in place of a pattern that the server does not know.
         progress: called with a line of text at each step.
 
     Returns: ImportReport: what was kept, dropped and assumed; also in OUT.
@@ -69,7 +67,7 @@ def import_checkpoint(
     progress(f"reading the headers of {checkpoint}")
     config = read_json(checkpoint / "config.json")
     shape = read_shape(config)
-    settings = read_settings(config, as_streaming)
+    settings = read_settings(config)
     tensors = sort_tensors(read_headers(checkpoint), shape, settings.use_softmax)
     check_tied_head(tensors)
     copied, left = _side_files(checkpoint, tensors)
@@ -104,14 +102,6 @@ def import_checkpoint(
 
 
 def _router_info(name: str, shape: ModelShape, settings: RouterSettings) -> RouterInfo:
-    provenance: dict[str, object] = {
-        "imported_from": name,
-        "imported_by": f"flux-vllm {__version__}",
-        "authors_fields": dict(settings.fields),
-    }
-    warning = pattern_warning(settings)
-    if warning is not None:
-        provenance["warning"] = warning
     return RouterInfo(
         base_model=name,
         num_layers=shape.num_layers,
@@ -120,7 +110,11 @@ def _router_info(name: str, shape: ModelShape, settings: RouterSettings) -> Rout
         sink_tokens=settings.sink_tokens,
         window_tokens=settings.window_tokens,
         sparse_pattern=settings.sparse_pattern,
-        provenance=provenance,
+        provenance={
+            "imported_from": name,
+            "imported_by": f"flux-vllm {__version__}",
+            "authors_fields": dict(settings.fields),
+        },
     )
 
 
@@ -130,10 +124,10 @@ def _check_out(checkpoint: Path, out: Path) -> None:
             f"expected the folder of a Flux-Attention checkpoint at {checkpoint}, found none; "
             "download one and give its folder"
         )
-    if out == checkpoint.resolve():
+    if out.is_relative_to(checkpoint.resolve()):
         raise CommandError(
-            f"expected OUT to be another folder than CHECKPOINT, found {out} twice; the checkpoint "
-            "stays as it is"
+            f"expected OUT to be another folder than CHECKPOINT and not in it, found {out} for "
+            f"{checkpoint.resolve()}; the checkpoint stays as it is"
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "a folder with files in it" if out.is_dir() else "a file"
@@ -155,13 +149,21 @@ def _check_space(out: Path, tensors: SortedTensors, copied: list[Path]) -> None:
 
 
 def _side_files(checkpoint: Path, tensors: SortedTensors) -> tuple[list[str], list[str]]:
-    """List the files to copy, and the entries of the folder that are left behind."""
+    """List the files to copy, and the entries of the folder that are left behind.
+
+    Raises: CommandError: a file to copy is a link to nothing, as in a hub's cache cut short.
+    """
     read = {stored.file.name for stored in (*tensors.model.values(), *tensors.router.values())}
     copied, left = [], []
     for entry in sorted(checkpoint.iterdir()):
         wanted = entry.suffix != ".py" and any(fnmatch(entry.name, name) for name in _COPIED)
         if wanted and entry.is_file():
             copied.append(entry.name)
+        elif wanted and not entry.exists():
+            raise CommandError(
+                f"expected a file at {entry}, found a link to nothing; download the checkpoint "
+                "again"
+            )
         elif entry.name not in read | {"config.json", INDEX}:
             left.append(entry.name)
     return copied, left

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flux_vllm.cli.import_config import PATTERNS, ModelShape, RouterSettings
+from flux_vllm.cli.import_config import ModelShape, RouterSettings, unknown_fields
 from flux_vllm.cli.import_source import StoredTensor
 from flux_vllm.cli.import_tensors import TIED_HEAD, SortedTensors
 
@@ -78,27 +78,22 @@ def make_report(
         kept=kept,
         dropped=dropped,
         assumed=_assumed(config, settings, tensors),
-        warnings=_warnings(settings, copied_files),
+        warnings=_warnings(config, copied_files),
         authors_fields=dict(settings.fields),
     )
 
 
-def pattern_warning(settings: RouterSettings) -> str | None:
-    """Say that SPARSE layers are not served as they were trained, if so."""
-    if settings.sparse_pattern == PATTERNS[settings.toggle_type]:
-        return None
-    return (
-        f"the router was trained with toggle_type {settings.toggle_type!r}; its SPARSE layers are "
-        f"served as {settings.sparse_pattern!r}, so prefill differs from what it was trained with: "
-        "measure quality before you rely on it"
-    )
-
-
-def _warnings(settings: RouterSettings, copied_files: list[str]) -> list[str]:
-    found = [pattern_warning(settings)]
+def _warnings(config: Mapping[str, Any], copied_files: list[str]) -> list[str]:
+    found = []
+    unknown = unknown_fields(config)
+    if unknown:
+        found.append(
+            f"config.json has fields that are not known here: {', '.join(unknown)}; they stay as "
+            "they are; if one is of the router, its routes may not be the authors'"
+        )
     if not any(name.startswith("tokenizer") or name == "vocab.json" for name in copied_files):
         found.append("the checkpoint holds no tokenizer: put its base model's into the folder")
-    return [warning for warning in found if warning]
+    return found
 
 
 def _assumed(

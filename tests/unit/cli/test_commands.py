@@ -24,7 +24,7 @@ def test_main_without_command_prints_help(capsys: pytest.CaptureFixture[str]) ->
         (["--help"], "flux-vllm COMMAND --help"),
         (["--version"], f"flux-vllm {__version__}"),
         (["sample-model", "--help"], "SmolLM2-135M-Instruct"),
-        (["import", "--help"], "--as-streaming"),
+        (["import", "--help"], "flux_import.json"),
         (["inspect", "--help"], "--model"),
         (["routes", "--help"], "--prompt-file"),
     ],

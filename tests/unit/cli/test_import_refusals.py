@@ -7,6 +7,8 @@ whatever is refused leaves nothing behind.
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"attention_bias": True}, "lacks model.layers.0.self_attn.k_proj.bias"),
     "quantized": ({"quantization_config": {"bits": 4}}, "without quantization_config"),
     "sliding": ({"use_sliding_window": True}, "without use_sliding_window"),
+    "layer-types": (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "layer_types of full_attention alone",
+    ),
+    "uneven-groups": ({"num_key_value_heads": 3}, "found 4 and 3"),
 }
 
 
@@ -154,6 +161,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-map": (lambda paw: (paw / INDEX).write_text("{}"), "expected a weight_map"),
     "bad-config": (lambda paw: (paw / "config.json").write_text("[]"), "expected a JSON object"),
     "no-config": (lambda paw: (paw / "config.json").unlink(), "config.json"),
+    "no-tokenizer-blob": (
+        lambda paw: (paw / "tokenizer.json").symlink_to("../blobs/0a1b"),
+        "tokenizer.json, found a link to nothing",
+    ),
     "nothing": (shutil.rmtree, "expected the folder of a Flux-Attention checkpoint"),
 }
 
@@ -171,7 +182,7 @@ def test_import_refuses_out_in_use(tmp_path: Path) -> None:
     config, tensors = tiny_checkpoint(tmp_path)
     paw = write_checkpoint(tmp_path / "paw", config, tensors)
     (tmp_path / "link").symlink_to(paw)
-    for out in (paw, tmp_path / "link", tmp_path / "paw" / ".." / "paw"):
+    for out in (paw, tmp_path / "link", tmp_path / "paw" / ".." / "paw", paw / "out"):
         with pytest.raises(CommandError, match="another folder than CHECKPOINT"):
             import_checkpoint(paw, out)
     with pytest.raises(CommandError, match="found a folder with files in it"):
@@ -210,6 +221,19 @@ def test_import_failing_midway_leaves_nothing(
     with pytest.raises(expected):
         import_checkpoint(paw, tmp_path / "there" / "out")
     assert calls == 2
+    assert _is_empty(tmp_path / "there")
+
+
+def test_import_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    config, tensors = tiny_checkpoint(tmp_path)
+    paw = write_checkpoint(tmp_path / "paw", config, tensors)
+    script = (
+        "import os, signal; from flux_vllm.cli import import_weights, main\n"
+        "import_weights.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"main(['import', {str(paw)!r}, {str(tmp_path / 'there' / 'out')!r}])"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "interrupted" in ended.stderr, ended.stderr
     assert _is_empty(tmp_path / "there")
 
 
