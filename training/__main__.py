@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
+from training.ablations import AblationConfig
 from training.config import EvalConfig, TrainConfig
 
 
@@ -33,6 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     join = commands.add_parser("join", help="join the quality.json files of several seeds")
     join.add_argument("files", type=Path, nargs="+")
     join.add_argument("--out", type=Path, required=True)
+    ablations = commands.add_parser(
+        "ablations", help="train a recipe and one change each, and evaluate them into one table"
+    )
+    cli.add_flags(ablations, AblationConfig, AblationConfig())
     return parser
 
 
@@ -72,6 +77,11 @@ def _run(arguments: argparse.Namespace) -> None:
         documents = collect(arguments.folders or default_sources(), arguments.limit_mib)
         write_corpus(arguments.out, documents)
         print(f"{len(documents)} documents in {arguments.out}")
+    elif arguments.command == "ablations":
+        from training.ablations import run_ablations
+
+        ablations = cli.apply_flags(AblationConfig(), arguments)
+        run_ablations(_require(ablations, "model", "out"))
     else:
         from training.evaluation.report import join_runs, write_json
 
