@@ -88,8 +88,8 @@ def read_headers(checkpoint: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         header = _read_header(checkpoint / file)
-        # A tensor that another shard holds too shows below, as a place that the index denies.
-        tensors |= {name: stored for name, stored in header.items() if name not in tensors}
+        tensors |= header
+        # A tensor that another shard holds too is in one place that the index denies.
         differing = [name for name in header if weight_map.get(name) != file]
         if differing:
             raise CommandError(

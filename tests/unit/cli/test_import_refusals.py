@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux_vllm.cli import import_weights
+from flux_vllm.cli import import_model, import_weights
 from flux_vllm.cli.console import CommandError
 from flux_vllm.cli.import_model import import_checkpoint
 from flux_vllm.errors import RouterCheckpointError
@@ -193,12 +193,15 @@ def test_import_refuses_out_in_use(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_import_refuses_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("free", [1000, import_model._SPARE_BYTES])
+def test_import_refuses_a_full_disk(
+    free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, tensors = tiny_checkpoint(tmp_path)
     paw = write_checkpoint(tmp_path / "paw", config, tensors)
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    _refused(paw, tmp_path / "there" / "out", "found 0.0 GB")
+    _refused(paw, tmp_path / "there" / "out", f"found {free / 1e9:.1f} GB")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
