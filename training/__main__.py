@@ -38,6 +38,31 @@ def _parser() -> argparse.ArgumentParser:
         "ablations", help="train a recipe and one change each, and evaluate them into one table"
     )
     cli.add_flags(ablations, AblationConfig, AblationConfig())
+    throughput = commands.add_parser(
+        "throughput", help="measure training speed and peak memory against prompt length"
+    )
+    throughput.add_argument("--model", required=True, help="folder or name of the language model")
+    throughput.add_argument("--out", type=Path, required=True, help="JSON file for the rows")
+    throughput.add_argument(
+        "--recipe",
+        choices=sorted(recipes.RECIPES),
+        default="smollm2",
+        help="whose router sizes, dtype and kernels are measured (default: smollm2)",
+    )
+    throughput.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[1024, 2048, 4096, 8192, 16384, 32768],
+        help="tokens of a prompt (default: powers of two from 1024 to 32768)",
+    )
+    throughput.add_argument(
+        "--tokens",
+        type=int,
+        default=32768,
+        help="tokens computed at once: as many prompts as fit, one at least (default: 32768)",
+    )
+    throughput.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
     return parser
 
 
@@ -82,6 +107,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
         ablations = cli.apply_flags(AblationConfig(), arguments)
         run_ablations(_require(ablations, "model", "out"))
+    elif arguments.command == "throughput":
+        from training.throughput import measure
+
+        given = {name: value for name, value in vars(arguments).items() if name != "command"}
+        measure(**given | {"lengths": tuple(arguments.lengths)})
     else:
         from training.evaluation.report import join_runs, write_json
 
