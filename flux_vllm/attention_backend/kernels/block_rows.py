@@ -22,7 +22,7 @@ from flux_vllm.attention_backend.kernels.head_pages import HeadPages, head_pages
 from flux_vllm.router.state import to_device
 
 _BLOCK = tl.constexpr(BLOCK_TOKENS)
-_SLICE_NBYTES = 256 << 20
+SLICE_NBYTES = 256 << 20
 """Memory that a slice of heads may take, unless one head takes more."""
 _SMALLEST_PAGE = 16
 """Tokens of the smallest page that FlashAttention-3 takes."""
@@ -74,7 +74,7 @@ class BlockRows(NamedTuple):
 def heads_a_slice(num_heads: int, num_tasks: int, most_blocks: int, head_nbytes: int) -> int:
     """Return S, from sizes as in `slice_nbytes`."""
     head = slice_nbytes(1, num_tasks, most_blocks, head_nbytes)
-    return max(1, min(num_heads, _SLICE_NBYTES // max(1, head)))
+    return max(1, min(num_heads, SLICE_NBYTES // max(1, head)))
 
 
 def slice_nbytes(heads: int, num_tasks: int, most_blocks: int, head_nbytes: int) -> int:

@@ -113,15 +113,23 @@ class Pattern(SparsePattern):
         return _CudaBlocks(self, step, device)
 
     def cuda_nbytes(self, num_heads: int, max_tokens: int, max_len: int, head_nbytes: int) -> int:
-        """Return what a step of one prompt takes at its end, twice over for chunks of several."""
+        """Return what slices of heads take, of one prompt at its end or of many short chunks."""
         from flux_vllm.attention_backend.kernels import block_rows, fa3
 
-        tasks, blocks = 2 * (-(-max_tokens // BLOCK) + 1), -(-max_len // BLOCK)
-        lists = num_heads * tasks * blocks * (4 * (BLOCK // self.stride) + 4)
+        tasks, blocks = -(-max_tokens // BLOCK) + 1, -(-max_len // BLOCK)
+        # All heads may share one KV head, and chunks of one query are a task each.
+        of_task = num_heads * blocks * self.entry_nbytes
+        lists = min(of_task * max_tokens, max(block_rows.SLICE_NBYTES, of_task * tasks))
         if not fa3.is_available():
             return lists
-        heads = block_rows.heads_a_slice(num_heads, tasks, blocks, head_nbytes)
-        return lists + block_rows.slice_nbytes(heads, tasks, blocks, head_nbytes)
+        all_heads = block_rows.slice_nbytes(num_heads, max_tokens, blocks, head_nbytes)
+        one_head = block_rows.slice_nbytes(1, tasks, blocks, head_nbytes)
+        return lists + min(all_heads, max(block_rows.SLICE_NBYTES, one_head))
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes that a query block's lists take for each key block up to it, by query head."""
+        return 4 * (BLOCK // self.stride) + 4
 
 
 class _CpuBlocks:
@@ -226,61 +234,77 @@ class _CudaBlocks:
         metadata, pattern = call.metadata, self._pattern
         seqused_q = call.row(call.views.sparse_seqused_q)
         rows = (metadata.block_table, metadata.query_start_loc, seqused_q, metadata.seq_lens)
-        score_blocks(
-            call.query,
-            call.keys,
-            *rows,
-            buffers.tasks,
-            buffers.lse,
-            most_blocks=buffers.most_blocks,
-            scale=kernels.scale,
-            stride=pattern.stride,
-        )
-        choose_blocks(
-            buffers.lse,
-            buffers.tasks,
-            seqused_q,
-            metadata.seq_lens,
-            buffers.chosen,
-            buffers.counts,
-            most_blocks=buffers.most_blocks,
-            threshold=pattern.threshold,
-            stride=pattern.stride,
-        )
-        lists = (*rows, buffers.tasks, buffers.chosen, buffers.counts)
-        caches = (call.query, call.keys, call.values, call.out)
-        if buffers.rows is None:
-            attend_blocks(*caches, *lists, scale=kernels.scale)
-        else:
-            attend_block_rows(*caches, BlockLists(*lists), buffers.rows, scale=kernels.scale)
+        kv_heads = call.keys.shape[2]
+        group = call.query.shape[1] // kv_heads
+        for first in range(0, kv_heads, buffers.kv_heads):
+            of_kv = slice(first, min(first + buffers.kv_heads, kv_heads))
+            of_query = slice(of_kv.start * group, of_kv.stop * group)
+            query, out = call.query[:, of_query], call.out[:, of_query]
+            keys, values = call.keys[:, :, of_kv], call.values[:, :, of_kv]
+            by_head = (buffers.lse, buffers.chosen, buffers.counts)
+            lse, chosen, counts = (buffer[: query.shape[1]] for buffer in by_head)
+            score_blocks(
+                query,
+                keys,
+                *rows,
+                buffers.tasks,
+                lse,
+                most_blocks=buffers.most_blocks,
+                scale=kernels.scale,
+                stride=pattern.stride,
+            )
+            choose_blocks(
+                lse,
+                buffers.tasks,
+                seqused_q,
+                metadata.seq_lens,
+                chosen,
+                counts,
+                most_blocks=buffers.most_blocks,
+                threshold=pattern.threshold,
+                stride=pattern.stride,
+            )
+            lists = BlockLists(*rows, buffers.tasks, chosen, counts)
+            if buffers.rows is None:
+                attend_blocks(query, keys, values, out, *lists, scale=kernels.scale)
+            else:
+                attend_block_rows(
+                    query, keys, values, out, lists, buffers.rows, scale=kernels.scale
+                )
 
     def _make_buffers(self, call: "LayerCall", by_fa3: bool) -> "_Buffers":
         """Plan the step, in its first layer that needs it."""
-        from flux_vllm.attention_backend.kernels.block_rows import make_block_rows
+        from flux_vllm.attention_backend.kernels.block_rows import SLICE_NBYTES, make_block_rows
         from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
         from flux_vllm.attention_backend.kernels.strided_scores import tasks_a_program
 
-        step, heads = self._step, call.query.shape[1]
-        group = tasks_a_program(
-            heads // call.keys.shape[2], call.query.element_size(), self._pattern.stride
-        )
-        packed = pack_block_tasks(step.computed, step.scheduled, step.is_prefill, group)
+        step, (_, block_size, kv_heads, _) = self._step, call.keys.shape
+        group = call.query.shape[1] // kv_heads
+        together = tasks_a_program(group, call.query.element_size(), self._pattern.stride)
+        packed = pack_block_tasks(step.computed, step.scheduled, step.is_prefill, together)
         rows, entries = BLOCK // self._pattern.stride, packed.num_entries
-        block_size, most_blocks = call.keys.shape[1], packed.most_blocks
+        most_blocks = packed.most_blocks
+        of_kv_head = group * entries * self._pattern.entry_nbytes
+        kv_heads = max(1, min(kv_heads, SLICE_NBYTES // of_kv_head))
+        heads = kv_heads * group
+        query = call.query[:, :heads]
         return _Buffers(
+            kv_heads,
             to_device(packed.tasks, self._device),
             torch.empty(heads, entries * rows, device=self._device),
             torch.empty(heads, entries, dtype=torch.int32, device=self._device),
             torch.empty(heads, len(packed.tasks), dtype=torch.int32, device=self._device),
             most_blocks,
-            make_block_rows(packed.tasks, call.query, block_size, most_blocks) if by_fa3 else None,
+            make_block_rows(packed.tasks, query, block_size, most_blocks) if by_fa3 else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """Of a step, used by one layer after the other; see the kernels."""
+    """Of a step, used by one slice of heads after the other in every layer; see the kernels."""
 
+    kv_heads: int
+    """Of a slice."""
     tasks: torch.Tensor
     lse: torch.Tensor
     chosen: torch.Tensor

@@ -264,6 +264,15 @@ def test_head_pages(layout: Callable[..., torch.Tensor], sizes: tuple[int, ...])
     assert page == len(pages.keys) - 1
 
 
+def test_head_pages_of_one_head_whatever_its_stride() -> None:
+    """vLLM may set the stride of a dimension of one; pages do not come to begin there."""
+    keys, values = _by_token(4, 16, 1, 8).split(8, dim=3)
+    strides = (*keys.stride()[:2], keys.shape[3], 1)
+    pages = head_pages(*(cache.as_strided(keys.shape, strides) for cache in (keys, values)))
+    assert pages.keys.shape[0] == len(keys)
+    assert (pages.values[:, :, 0] == values[:, :, 0]).all()
+
+
 @pytest.mark.parametrize(
     ("tokens", "length", "heads"), [(8192, 131_072, 32), (8192, 1_048_576, 32), (700, 900, 9)]
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 
-from flux_vllm.attention_backend.kernels import block_sparse, fa3
+from flux_vllm.attention_backend.kernels import block_rows, block_sparse, fa3
 from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
@@ -192,6 +192,28 @@ def test_xattention_shapes_with_fa3(
     check(tmp_path_factory, FEW, shape, device, XATTENTION, "fa3")
 
 
+def slices_of_one_kv_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_rows, "SLICE_NBYTES", 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_xattention_in_slices(
+    device: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all heads' lists would take too much."""
+    slices_of_one_kv_head(monkeypatch)
+    check(tmp_path_factory, FEW, XATTENTION_SHAPES[2], device, XATTENTION)
+
+
+@pytest.mark.usefixtures("_emulated_fa3")
+@pytest.mark.parametrize("device", DEVICES)
+def test_xattention_in_slices_with_fa3(
+    device: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices_of_one_kv_head(monkeypatch)
+    check(tmp_path_factory, FEW, XATTENTION_SHAPES[2], device, XATTENTION, "fa3")
+
+
 @pytest.mark.usefixtures("_emulated_fa3")
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES[1:])
@@ -264,24 +286,29 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
 
 @pytest.mark.parametrize("has_fa3", [False, True])
 @pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("slice_nbytes", [16 << 20, 256 << 20])
 def test_memory_is_bounded_before_it_is_needed(
-    stride: int, has_fa3: bool, monkeypatch: pytest.MonkeyPatch
+    slice_nbytes: int, stride: int, has_fa3: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One prompt's last chunk at the longest context takes at most half of what is set aside."""
+    """One prompt's last chunk at the longest context, or one query each of many such prompts."""
     monkeypatch.setattr(fa3, "is_available", lambda: has_fa3)
-    tokens, length, heads = 1000, 20_000, 9
+    monkeypatch.setattr(block_rows, "SLICE_NBYTES", slice_nbytes)
+    tokens, length, heads = 300, 20_000, 12
     pattern = make_pattern("xattention", 32, 128, {"stride": stride})
-    one = [np.array([n]) for n in (length, length - tokens, tokens)]
-    step = StepContext(("a",), *one, np.array([True]))
     call = SimpleNamespace(
         query=torch.empty(tokens, heads, 64, dtype=torch.float16),
-        keys=torch.empty(1, 16, 3, 64, dtype=torch.float16),
+        keys=torch.empty(1, 16, heads, 64, dtype=torch.float16),
     )
-    buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call, has_fa3)
-    taken = buffers.lse.nbytes + buffers.chosen.nbytes + buffers.counts.nbytes
-    taken += sum(buffer.nbytes for buffer in buffers.rows or ())
     reserved = pattern.cuda_nbytes(heads, tokens, length, 2 * 64)
-    assert reserved / 4 < taken <= reserved / 2
+    for rows in (1, tokens):
+        lengths = [np.full(rows, n) for n in (length, length - tokens // rows, tokens // rows)]
+        step = StepContext(tuple(map(str, range(rows))), *lengths, np.ones(rows, bool))
+        buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call, has_fa3)
+        taken = buffers.lse.nbytes + buffers.chosen.nbytes
+        taken += sum(buffer.nbytes for buffer in buffers.rows or ())
+        assert taken <= reserved
+        assert buffers.counts.nbytes < reserved / 100
+    assert taken > reserved / 2
 
 
 def test_memory_is_taken_before_the_cache_is_sized(
