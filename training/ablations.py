@@ -51,7 +51,7 @@ class AblationConfig:
     """Recipe that the variants change."""
     only: tuple[str, ...] = ()
     """Variants to run; empty: all."""
-    train_seconds: float = 600.0
+    train_seconds: float = 400.0
     """Time of each training without start-up, seconds; those side by side share the GPU."""
     side_by_side: int = 6
     """Commands that run at once; each takes about 10 GiB of the GPU."""
@@ -234,7 +234,8 @@ class Session:
         write_archive(self.folder / f"{name}.tar.gz", run)
         # Evaluations beside this one may be writing; what has its last name is whole.
         scores = [*(self.folder / "stored_scores").glob("*.npz")]
-        write_archive(self.folder / "stored_scores.tar.gz", scores)
+        if scores:
+            write_archive(self.folder / "stored_scores.tar.gz", scores)
 
     def _tabulate(self) -> None:
         """Write the figures of all evaluations that are there."""
