@@ -1,7 +1,8 @@
 """Quality and speed of a router on a real server, beside vLLM's own attention and offline scoring.
 
     python -m training prompts --model M --data.corpus C --out runs/p --prompts 25 \\
-        --variants cached --variant_prompts 25
+        --variants cached --variant_prompts 25 --data.tasks needle multi_key variable_tracking \\
+        repeat_end list_end continue_text code_completion
     python -m benchmarks.serve_quality --model M --router DIR --prompts runs/p/prompts.jsonl \\
         --cached runs/p/cached.jsonl --out runs/serve_quality.json
 
@@ -13,7 +14,8 @@ by token (`forced_tokens.py`), and only what follows counts:
 
 - `exact` tasks: the server goes on greedily by itself; every token of the answer has to be right.
 - `tokens` tasks: the answer is forced as well, and a token counts where the model's own
-  log-probabilities put it first. So both metrics are those of offline scoring.
+  log-probabilities put it first. So both metrics are those of offline scoring. Reasoning tasks are
+  of this kind, and decode as many tokens as their length bucket says: they take long.
 
 Speed on the same servers: the longest prompts, streamed, one at a time and several, by the client's
 clock: TTFT, and time between a request's tokens after the first.
@@ -161,11 +163,14 @@ def _measure_server(
 def _longest(made: PromptSet, output: int, max_model_len: int) -> list[Encoded]:
     """Return prompts of the greatest length with room for the output, tasks in turn.
 
+    Those of reasoning tasks are short: their length is the answer's.
+
     Raises: ValueError: there are none.
     """
     of_task: dict[str, list[Encoded]] = {}
     for prompt, length in zip(made.prompts, made.lengths, strict=True):
-        if length == max(made.lengths) and prompt.prompt_len + output <= max_model_len:
+        is_long = length == max(made.lengths) and prompt.prompt_len >= length / 2
+        if is_long and prompt.prompt_len + output <= max_model_len:
             of_task.setdefault(prompt.task, []).append(prompt)
     if not of_task:
         raise ValueError(

@@ -132,8 +132,9 @@ def test_rows_resume_with_their_own_provenance(tmp_path: Path) -> None:
 
 
 def test_longest_prompts_take_tasks_in_turn() -> None:
-    tasks = ["needle", "needle", "repeat_end", "repeat_end"]
-    made = PromptSet([make_prompt(task, 5) for task in tasks], [1536, 8000, 8000, 8000])
+    tasks = ["needle", "needle", "repeat_end", "repeat_end", "arithmetic"]
+    prompts = [make_prompt(task, 1 if task == "arithmetic" else 5) for task in tasks]
+    made = PromptSet(prompts, [4, 10, 10, 10, 10])
     longest = serve_quality._longest(made, 3, 8)
     assert [prompt.task for prompt in longest] == ["needle", "repeat_end", "repeat_end"]
     with pytest.raises(ValueError, match="lower --output"):
