@@ -53,6 +53,8 @@ def smollm2_long(model: str = "", out: str = "") -> TrainConfig:
     base = smollm2(model, out)
     return replace(
         base,
+        # Open prompts end with the question, and fewer tokens hold less beside it (docs/TRAINING.md).
+        router=replace(base.router, pool_tokens=16),
         data=replace(
             base.data,
             max_tokens=8000,
