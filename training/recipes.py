@@ -53,7 +53,7 @@ def smollm2_long(model: str = "", out: str = "") -> TrainConfig:
     base = smollm2(model, out)
     return replace(
         base,
-        # Open prompts end with the question, and fewer tokens hold less beside it (docs/TRAINING.md).
+        # Open prompts end with the question; fewer tokens hold less beside it (docs/TRAINING.md).
         router=replace(base.router, pool_tokens=16),
         data=replace(
             base.data,

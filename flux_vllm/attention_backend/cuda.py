@@ -181,18 +181,18 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         layers = len(self._layers)
         end = context.computed + context.scheduled
         beyond = context.is_prefill & (end > runtime.pattern.reach)
-        any_beyond = bool(beyond.any())
         # vLLM's warm-up has short prompts only: let it compile all passes all the same.
+        may_be_sparse = bool(beyond.any()) or context.is_warmup
         step.by_vllm = (
-            not (any_beyond or context.is_warmup)
+            not may_be_sparse
             and bool(context.is_prefill.all())
             and isinstance(self._layers[0].impl._kernels, FA3Kernels)
         )
-        step.sparse_pass = [any_beyond or context.is_warmup] * layers
+        step.sparse_pass = [may_be_sparse] * layers
         fixed = runtime.fixed_routes
         if fixed is not None:
             by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
-            step.sparse_pass = [any_beyond and route == Route.SPARSE for route in by_layer]
+            step.sparse_pass = [may_be_sparse and route == Route.SPARSE for route in by_layer]
             step.full_pass = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
         if any(step.sparse_pass):
             step.sparse_prefill = runtime.pattern.cuda_prefill(context, self.device)

@@ -328,3 +328,25 @@ def test_memory_is_taken_before_the_cache_is_sized(
     total = fixed_nbytes(runtime, config, specs)
     monkeypatch.setattr(type(runtime.pattern), "cuda_nbytes", lambda *_: 0)
     assert fixed_nbytes(runtime, config, specs) == total - stated < total
+
+
+@pytest.mark.parametrize("is_warmup", [True, False], ids=["warm-up", "request"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_warm_up_asks_a_fixed_policys_pattern_too(
+    device: str, is_warmup: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A refusal, and the compiling of kernels, must not wait for the first long prompt."""
+    from flux_vllm.attention_backend.cuda import CudaStep
+    from tests.helpers.cuda_backend import LAYERS, BackendWorker
+
+    batch = make_batch([Row(4, 4, SPARSE)], Shape(), device)
+    worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton", **XATTENTION)
+    worker.runtime.fixed_routes = [SPARSE, *[FULL] * (LAYERS - 1)]
+    one = [np.array([n]) for n in (4, 0, 4)]
+    context = StepContext(("_warmup_0_",), *one, np.array([True]), is_warmup)
+    views = worker.builder._view_buffers(worker.runtime, batch.block_table.shape[1])
+    step = CudaStep(views, [True] * LAYERS, [False] * LAYERS)
+    worker.builder._plan_passes(step, worker.runtime, context)
+    assert step.sparse_pass == [is_warmup, *[False] * (LAYERS - 1)]
+    assert (step.sparse_prefill is not None) == is_warmup
+    assert all(step.full_pass)
