@@ -101,7 +101,7 @@ def changes(base: TrainConfig) -> dict[str, tuple[str, ...]]:
         "no_spread_penalty": ("--loss.spread_penalty", "0"),
         "no_recent_steps": ("--loss.recent_steps", "0"),
     }
-    for pool_tokens in (16, 64, 96):
+    for pool_tokens in (32, 64, 96):
         found[f"pool_{pool_tokens}"] = ("--router.pool_tokens", str(pool_tokens))
     for name, family in LEFT_OUT.items():
         found[name] = ("--data.tasks", *(task for task in tasks if task != family))

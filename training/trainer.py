@@ -353,6 +353,7 @@ class Trainer:
             num_layers=self.routed.num_layers,
             head_dim=self.routed.head_dim,
             pool_tokens=router.pool_tokens,
+            pool_prefix=router.pool_prefix,
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
             provenance=provenance(self.world.device, self.config.data.corpus)

@@ -45,6 +45,8 @@ class RouterInfo:
     window_tokens: int
     """Latest tokens a SPARSE layer attends to, the query's own included."""
     sparse_pattern: str = "streaming"
+    pool_prefix: bool = True
+    """Whether the prompt's first tokens are pooled too; the server refuses routers without."""
     provenance: dict[str, object] = field(default_factory=dict)
     """How it was trained: time, versions, data, arguments."""
 
@@ -56,6 +58,7 @@ class RouterInfo:
             "base_model": self.base_model,
             "sparse_pattern": self.sparse_pattern,
             "provenance": json.dumps(self.provenance, sort_keys=True),
+            **({} if self.pool_prefix else {"pool_prefix": "false"}),
         }
 
     @classmethod
@@ -90,7 +93,14 @@ class RouterInfo:
                 f"{path}: expected a JSON object in the metadata field 'provenance', found "
                 f"{_shortened(provenance)}; write the file again"
             )
+        pool_prefix = metadata.get("pool_prefix", "true")
+        if pool_prefix not in ("true", "false"):
+            raise RouterCheckpointError(
+                f"{path}: expected 'true' or 'false' in the metadata field 'pool_prefix', found "
+                f"{_shortened(pool_prefix)}; write the file again"
+            )
         return cls(
+            pool_prefix=pool_prefix == "true",
             base_model=metadata.get("base_model", ""),
             sparse_pattern=metadata["sparse_pattern"],
             provenance=provenance,

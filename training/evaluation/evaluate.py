@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_vllm.router.checkpoint import RouterInfo, read_router
+from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig
 from training.data.encoding import WRAPPERS, Wrapper
@@ -70,7 +70,7 @@ class Evaluation:
                 info.pool_tokens,
                 config.micro_batch_tokens,
                 self.world,
-                pools_prefix(info),
+                info.pool_prefix,
             ),
             Path(config.scores or f"{config.out}/stored_scores"),
             {"model": config.model, "dtype": config.system.dtype},
@@ -282,22 +282,13 @@ class Evaluation:
             "seconds": round(time.monotonic() - self.started, 1),
             "router": {
                 "pool_tokens": self.info.pool_tokens,
-                "pool_prefix": pools_prefix(self.info),
+                "pool_prefix": self.info.pool_prefix,
                 "sink_tokens": self.info.sink_tokens,
                 "window_tokens": self.info.window_tokens,
                 "sparse_pattern": self.info.sparse_pattern,
                 "training": self.info.provenance,
             },
         }
-
-
-def pools_prefix(info: RouterInfo) -> bool:
-    """Tell from its training config whether a router pools a prompt's first tokens too.
-
-    The server always does, so a file needs no field for it; an ablation may be trained otherwise.
-    """
-    config: Any = info.provenance.get("config", {})
-    return bool(config.get("router", {}).get("pool_prefix", True))
 
 
 def choose_thresholds(

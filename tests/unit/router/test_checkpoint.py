@@ -322,6 +322,20 @@ class TestBadMetadata:
             "retrain.*",
         )
 
+    @pytest.mark.parametrize("value", ["", "False", "1"])
+    def test_pool_prefix(self, tmp_path: Path, value: str) -> None:
+        refused(
+            write_raw(tmp_path / "r.safetensors", pool_prefix=value),
+            rf".*: expected 'true' or 'false' in .* 'pool_prefix', found {value!r}; write the .*",
+        )
+
+    def test_pool_prefix_is_kept(self, tmp_path: Path) -> None:
+        assert (
+            read_info(write_raw(tmp_path / "r.safetensors", pool_prefix="false")).pool_prefix
+            is False
+        )
+        assert read_info(write_raw(tmp_path / "r.safetensors", pool_prefix="true")).pool_prefix
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

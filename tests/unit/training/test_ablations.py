@@ -128,10 +128,10 @@ def test_a_variant_differs_from_the_recipe_in_its_change_alone(name: str) -> Non
 
 def test_a_session_goes_on_where_it_was_cut(tmp_path: Path, python: Path) -> None:
     run = tmp_path / "run"
-    only = ("base", "pool_16", "without_multi_key")
+    only = ("base", "pool_32", "without_multi_key")
     config = AblationConfig(model="m", out=str(run), only=only, side_by_side=2)
-    python.with_name("python.fail").write_text("pool_16")
-    with pytest.raises(ChildProcessError, match="train pool_16 failing"):
+    python.with_name("python.fail").write_text("pool_32")
+    with pytest.raises(ChildProcessError, match="train pool_32 failing"):
         run_ablations(config)
     assert kinds(python) == ["train"] * 3 + ["eval"] * 4
     table = json.loads((run / "ablations.json").read_text())
@@ -142,9 +142,9 @@ def test_a_session_goes_on_where_it_was_cut(tmp_path: Path, python: Path) -> Non
     run_ablations(config)
     assert len(kinds(python)) == 10
     table = json.loads((run / "ablations.json").read_text())
-    assert [*table["default"]] == ["base", "pool_16", "without_multi_key"]
-    with tarfile.open(run / "pool_16.tar.gz") as archive:
-        assert {"pool_16/flux_router.safetensors", "pool_16/validated/scores.npz"} <= {
+    assert [*table["default"]] == ["base", "pool_32", "without_multi_key"]
+    with tarfile.open(run / "pool_32.tar.gz") as archive:
+        assert {"pool_32/flux_router.safetensors", "pool_32/validated/scores.npz"} <= {
             *archive.getnames()
         }
     # What came back is enough to go on elsewhere.
@@ -159,10 +159,10 @@ def test_a_session_goes_on_where_it_was_cut(tmp_path: Path, python: Path) -> Non
 def test_a_session_ends_in_time(tmp_path: Path, python: Path) -> None:
     python.with_name("python.slow").write_text("base")
     config = AblationConfig(
-        model="m", out=str(tmp_path / "run"), only=("base", "pool_16"), budget_s=2, side_by_side=1
+        model="m", out=str(tmp_path / "run"), only=("base", "pool_32"), budget_s=2, side_by_side=1
     )
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match="train base, train pool_16 not done; start it again"):
+    with pytest.raises(TimeoutError, match="train base, train pool_32 not done; start it again"):
         run_ablations(config)
     assert time.monotonic() - began < 20
     assert kinds(python) == ["train"]

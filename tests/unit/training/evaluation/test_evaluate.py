@@ -157,8 +157,7 @@ def test_a_pattern_of_other_sizes_is_refused(config: EvalConfig) -> None:
 def test_a_router_trained_on_latest_tokens_alone_is_evaluated_so(config: EvalConfig) -> None:
     router, info = read_router(Path(config.router))
     world = World(0, 1, torch.device("cpu"))
-    trained = {"config": {"router": {"pool_prefix": False}}}
-    write_router(Path(config.router), router, dataclasses.replace(info, provenance=trained))
+    write_router(Path(config.router), router, dataclasses.replace(info, pool_prefix=False))
     evaluation = module.Evaluation(config, world)
     micro, *_ = evaluation.scorer.scorer._prepare(
         evaluation.test.prompts[:1], [0], StaticPolicy.all_full(4), Condition()
