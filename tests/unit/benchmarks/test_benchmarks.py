@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_head_split, bench_online
+from benchmarks import bench_head_split, bench_online, head_split_layer
 from benchmarks.row_file import RowFile, time_limit
 from benchmarks.serve_cases import PLANS, Prefill, Row, Shape, default_chunk, longest_context
 
@@ -54,14 +54,14 @@ def test_row_says_what_a_prefill_takes_beside_what_stays() -> None:
 
 
 def test_layer_row() -> None:
-    case = bench_head_split.LayerCase(16, 1, 32768, 4)
+    case = head_split_layer.LayerCase(16, 1, 32768, 4)
 
     def time(us: float) -> dict[str, float]:
         return {"us": us, "low_us": us, "high_us": us}
 
     times = {"full": time(300), "sparse": time(40), "head_split": None, "side_by_side": None}
     times |= {"flash_attn": time(280), "least": time(20)}
-    row = bench_head_split.layer_row(case, times)
+    row = head_split_layer.layer_row(case, times)
     assert (row["layer_level"], row["head_split"], row["ideal"]) == (170, None, 150)
 
 
