@@ -1,0 +1,51 @@
+"""Tensor parallel 2 on the CPU: each rank has half of the heads, and all take one rank's routes.
+
+Oracle: the engine of one rank, and tests/helpers/reference.py, in float32. tests/gpu has the same
+for CUDA graphs, asynchronous scheduling and bfloat16.
+"""
+
+import pytest
+
+from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
+from tests.helpers.models import random_prompt
+from tests.helpers.reference import SparsePattern
+from tests.helpers.replay import LOGPROB_TOLERANCE, assert_same, replay
+from tests.helpers.tensor_parallel import (
+    RankedEngine,
+    assert_ranks_alike,
+    compare_routes,
+    logprob_difference,
+)
+
+pytestmark = pytest.mark.vllm
+
+LENGTHS = [1, 15, 16, 17, 159, 160, 161, 320, 500, 900]
+BLOCK_SIZE = 32
+OUTPUT = 6
+ARGUMENTS = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+
+
+def _serve(tiny_model, ranks):
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    with RankedEngine(tiny_model, {}, ranks, **ARGUMENTS) as engine:
+        answers = engine.generate(prompts, OUTPUT, prompt_logprobs=True)
+        return answers, engine.rank_logs
+
+
+def test_two_ranks(tiny_model, reference, reference_router):
+    one, _ = _serve(tiny_model, 1)
+    two, logs = _serve(tiny_model, 2)
+    assert len(logs) == 2
+    print("\n" + assert_ranks_alike(logs))
+    found = compare_routes(one, two)
+    print(found)
+    decided = sum(len(answer.decisions) for answer in one) * len(one[0].routes)
+    assert found.compared > 0.8 * decided
+    assert len({tuple(answer.routes) for answer in two}) > 3
+    prompt, output, tokens = logprob_difference(one, two, found.parted)
+    print(f"log-probabilities: prompt {prompt:.1e}, output {output:.1e} of {tokens} tokens")
+    assert tokens > 0.8 * OUTPUT * len(LENGTHS)
+    assert max(prompt, output) < LOGPROB_TOLERANCE
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
+    for answer in two:
+        assert_same(answer, replay(reference, answer, pattern, router=reference_router))

@@ -1,0 +1,95 @@
+"""What the tests add to vLLM's workers (`worker_extension_cls`): each rank's routes, step by step.
+
+A request's slot in the route table is freed when it ends, so every step leaves a copy. Copies stay
+on the device until they are asked for: the log makes no step wait for another.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class RankStep:
+    """One step of one rank.
+
+    Attributes:
+        request_ids: R of them, in row order.
+        is_prefill: [R] bool.
+        decided: [R] bool: the step chose routes for the row.
+        routes: [R, layers of the model] int8, as the row attended.
+        p_full: likewise float32, NaN where no router decided.
+    """
+
+    request_ids: tuple[str, ...]
+    is_prefill: np.ndarray
+    decided: np.ndarray
+    routes: np.ndarray
+    p_full: np.ndarray
+
+
+@dataclass
+class RankLog:
+    """What one rank did since its log was last taken.
+
+    Attributes:
+        steps: in order, warm-up left out.
+        unrouted: decode rows without a route, as the kernels' own counter says; None on a CPU,
+            which has none.
+    """
+
+    steps: list[RankStep]
+    unrouted: int | None
+
+
+class RankLogger:
+    """Mixed into vLLM's worker; its methods are called through `collective_rpc`."""
+
+    def begin_rank_log(self: Any) -> None:
+        """Log every step from now on."""
+        runtime = self.flux_status.__self__
+        self._rank_steps: list[tuple] = []
+        self._unrouted_before = _unrouted_rows()
+        runtime.end_step = _logged(runtime, runtime.end_step, self._rank_steps)
+
+    def take_rank_log(self: Any) -> RankLog:
+        """Return what was logged, and begin anew; waits for the steps in flight."""
+        steps = [
+            RankStep(*facts, *(tensor.cpu().numpy() for tensor in tensors))
+            for facts, tensors in self._rank_steps
+        ]
+        self._rank_steps.clear()
+        before, self._unrouted_before = self._unrouted_before, _unrouted_rows()
+        self.flux_status()  # counts the steps in flight
+        return RankLog(steps, None if before is None else self._unrouted_before - before)
+
+
+def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> Callable[[], None]:
+    """Copy what a step's rows have in the route table before it ends."""
+
+    @torch.inference_mode()
+    def logged() -> None:
+        step, table = runtime.step, runtime.table
+        if step is not None and not step.context.is_warmup:
+            runtime.do_deferred()
+            rows = torch.tensor(step.slots, device=table.device)
+            facts = (step.context.request_ids, step.context.is_prefill, step.to_route)
+            steps.append((facts, (table.routes[rows], table.full_probability[rows])))
+        end_step()
+
+    return logged
+
+
+def _unrouted_rows() -> int | None:
+    """Sum this process's device counters of unrouted decode rows."""
+    if not torch.cuda.is_available():
+        return None
+    from flux_vllm.attention_backend.cuda_views import ViewBuffers
+
+    # vLLM's runners keep their metadata builders in different places.
+    views = [found for found in gc.get_objects() if isinstance(found, ViewBuffers)]
+    return sum(int(each.unrouted) for each in views)

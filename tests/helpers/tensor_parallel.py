@@ -1,0 +1,190 @@
+"""One model on one rank and on several: the same requests, each rank's routes, and comparisons.
+
+Requests do not see each other, and a layer's route changes only what later layers read. So where
+two engines' routes of a request differ once in layer l, because P(FULL) was near the threshold, its
+layers after l are no longer comparable, in that chunk and in those after it; the others are.
+"""
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import Answer, Engine
+from .rank_log import RankLog
+
+THRESHOLD = 0.5
+NEAR_THRESHOLD = 0.01
+"""Within this of the threshold either route may be taken."""
+UNDECIDED = -1
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+@dataclass
+class RankedAnswer(Answer):
+    """An answer of a `RankedEngine`.
+
+    Attributes:
+        decisions: the routes and P(FULL), by layer, that each chunk of the prompt got; empty
+            without flux.
+    """
+
+    decisions: list[tuple[list[int], list[float]]] = field(default_factory=list)
+
+
+class RankedEngine(Engine):
+    """An engine whose workers, one a rank, log what their route tables hold.
+
+    Args:
+        model: folder.
+        flux: the flux configuration; None serves without it, and nothing is logged.
+        ranks: of tensor parallelism; a single one lives in this process.
+        arguments: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self, model: Path, flux: dict[str, Any] | None, ranks: int, **arguments: Any
+    ) -> None:
+        self.rank_logs: list[RankLog] | None = None
+        if flux is not None:
+            arguments["worker_extension_cls"] = "tests.helpers.rank_log.RankLogger"
+        if ranks > 1:
+            arguments |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+        # This process has threads, which a fork would not survive.
+        former = os.environ.get(_START_METHOD)
+        os.environ[_START_METHOD] = "spawn"
+        try:
+            super().__init__(model, flux, **arguments)
+        finally:
+            if former is None:
+                del os.environ[_START_METHOD]
+            else:
+                os.environ[_START_METHOD] = former
+        self._is_logged, self.has_flux = self.has_flux, False  # its reader knows one rank
+
+    def _log_routes(self) -> None:
+        self.llm.collective_rpc("begin_rank_log")
+
+    def generate(self, *arguments: Any, **keywords: Any) -> list[RankedAnswer]:
+        """Answer prompts together, greedily; `rank_logs` then has what each rank did."""
+        if self._is_logged:
+            self.llm.collective_rpc("take_rank_log")
+        self.rank_logs = None
+        return super().generate(*arguments, **keywords)
+
+    def _answer(self, output: Any) -> RankedAnswer:
+        answer = RankedAnswer(**vars(super()._answer(output)))
+        if not self._is_logged:
+            return answer
+        if self.rank_logs is None:
+            self.rank_logs = self.llm.collective_rpc("take_rank_log")
+        name = next(n for n in self._steps if n.rsplit("-", 1)[0] == output.request_id)
+        for step in self.rank_logs[0].steps:
+            if name in step.request_ids:
+                row = step.request_ids.index(name)
+                answer.step_routes.append(step.routes[row].tolist())
+                if step.decided[row]:
+                    answer.routes = step.routes[row].tolist()
+                    answer.p_full = step.p_full[row].tolist()
+                    answer.decisions.append((answer.routes, answer.p_full))
+        return answer
+
+
+def assert_ranks_alike(logs: Sequence[RankLog]) -> str:
+    """Check that all ranks took the same routes, bit by bit, and that no decode row had none.
+
+    Returns: str: what was compared.
+    """
+    first, routes = logs[0], 0
+    for rank, log in enumerate(logs):
+        assert len(log.steps) == len(first.steps), f"rank {rank}: {len(log.steps)} steps"
+        for number, (step, expected) in enumerate(zip(log.steps, first.steps, strict=True)):
+            place = f"rank {rank}, step {number}"
+            assert step.request_ids == expected.request_ids, place
+            assert step.routes.tobytes() == expected.routes.tobytes(), place
+            # Routes follow from it: were it not equal, equal routes would be luck.
+            assert step.p_full.tobytes() == expected.p_full.tobytes(), place
+            decode = step.routes[~step.is_prefill]
+            assert (decode != UNDECIDED).all(), f"{place}: a decode row without a route"
+            routes += decode.size + step.routes[step.decided].size
+        assert not log.unrouted, f"rank {rank}: {log.unrouted} unrouted rows"
+    return f"{routes} routes of {len(logs)} ranks and {len(first.steps)} steps bitwise equal"
+
+
+@dataclass
+class RouteComparison:
+    """The decisions of two engines on the same chunks of the same prompts.
+
+    Attributes:
+        compared: decisions whose P(FULL) is clear of the threshold, hence equal.
+        near: decisions within `NEAR_THRESHOLD` of it.
+        differing: those of them that differ.
+        passed_over: decisions after a difference, in later layers.
+        worst: largest difference of P(FULL), of all but those passed over.
+        parted: prompts with a difference, by index.
+    """
+
+    compared: int = 0
+    near: int = 0
+    differing: int = 0
+    passed_over: int = 0
+    worst: float = 0.0
+    parted: set[int] = field(default_factory=set)
+
+
+def compare_routes(ones: Sequence[RankedAnswer], others: Sequence[RankedAnswer]) -> RouteComparison:
+    """Check the routes of the second engine wherever the first's P(FULL) is clear."""
+    found = RouteComparison()
+    for index, (one, other) in enumerate(zip(ones, others, strict=True)):
+        chunks = [[s for s in answer.steps if s[2] == "prefill"] for answer in (one, other)]
+        assert chunks[0] == chunks[1], f"prompt {index} was cut otherwise: {chunks}"
+        comparable = len(one.routes)
+        pairs = zip(one.decisions, other.decisions, strict=True)
+        for chunk, ((routes, p_full), (other_routes, other_p_full)) in enumerate(pairs):
+            assert np.isfinite(p_full).all()
+            found.passed_over += len(routes) - comparable
+            for layer in range(len(routes)):
+                if layer >= comparable:
+                    break
+                place = f"prompt {index}, chunk {chunk}, layer {layer}: P(FULL) {p_full[layer]:.4f}"
+                place += f" and {other_p_full[layer]:.4f}"
+                is_near = abs(p_full[layer] - THRESHOLD) <= NEAR_THRESHOLD
+                found.near += is_near
+                found.compared += not is_near
+                found.worst = max(found.worst, abs(p_full[layer] - other_p_full[layer]))
+                if routes[layer] != other_routes[layer]:
+                    assert is_near, place
+                    found.differing += 1
+                    found.passed_over += comparable - layer - 1
+                    found.parted.add(index)
+                    comparable = layer + 1
+    return found
+
+
+def logprob_difference(
+    ones: Sequence[Answer], others: Sequence[Answer], parted: Collection[int] = ()
+) -> tuple[float, float, int]:
+    """Compare log-probabilities of prompts, and of outputs until their tokens differ.
+
+    Args:
+        ones: of one engine.
+        others: of the other.
+        parted: prompts to leave out, by index.
+    Returns: (worst of a prompt token, worst of an output token, output tokens compared).
+    """
+    prompt, output, tokens = 0.0, 0.0, 0
+    for index, (one, other) in enumerate(zip(ones, others, strict=True)):
+        if index in parted:
+            continue
+        pairs = zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True)
+        prompt = max([prompt, *(abs(a - b) for a, b in pairs)])
+        for a, b, token, rival in zip(
+            one.logprobs, other.logprobs, one.tokens, other.tokens, strict=True
+        ):
+            if token != rival:
+                break
+            output, tokens = max(output, abs(a - b)), tokens + 1
+    return prompt, output, tokens
