@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_serve --model SHAPE_FOLDER --load-format dummy --out OUT.json
 
-Both engines are alive at once, each in processes of its own on the same GPU. Routes are policy
-`static`, switched between measurements, so that one load serves every share of SPARSE layers.
+Both engines are alive at once, each in processes of its own on the same GPU (plans `*_one_by_one`:
+one after the other, for what only one has memory for). Routes are policy `static`, switched between
+measurements, so that one load serves every share of SPARSE layers.
 Rows are written after every turn: a run that is cut short keeps what it measured.
 """
 
@@ -12,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,12 @@ def main() -> None:
         rows.keep(key, row.as_dict(), str(row))
 
     common = {"vocab_size": shape.vocab_size, **_arguments(args)}
-    base = Engine(attention_backend=args.baseline, **common)
-    flux = Engine(attention_backend="flux", additional_config=_flux(args), **common)
-    with base, flux:
+    start_base = partial(Engine, attention_backend=args.baseline, **common)
+    start_flux = partial(Engine, attention_backend="flux", additional_config=_flux(args), **common)
+    if args.plan.endswith("_one_by_one"):
+        _measure_one_by_one(args, shape, start_base, start_flux, keep)
+        return
+    with start_base() as base, start_flux() as flux:
         for engine in (base, flux):
             engine.wait()
         say("both engines are loaded")
@@ -147,6 +152,62 @@ def _measure_decode(
     for share in case.shares:
         ideal = longest - share * (longest - shortest[case.batch])
         keep(Row("tpot_ms", case.context, case.batch, share, ideal, values[share], base_values))
+
+
+def _measure_one_by_one(
+    args: argparse.Namespace,
+    shape: Shape,
+    start_base: Callable[[], Engine],
+    start_flux: Callable[[], Engine],
+    keep: Callable[[Row], None],
+) -> None:
+    """Measure decode with the baseline, end it, and measure flux: not in turns."""
+    cases = [case for case in PLANS[args.plan] if isinstance(case, Decode)]
+    base_values: dict[Decode, list[float]] = {}
+    shortest: dict[int, float] = {}
+    with start_base() as base:
+        for case in cases:
+            if case.batch not in shortest:
+                context = args.sink_tokens + args.window_tokens
+                times = _decode_alone(args, base, case, context, {0.0: None})
+                shortest[case.batch] = statistics.median(times[0.0])
+            base_values[case] = _decode_alone(args, base, case, case.context, {0.0: None})[0.0]
+            say(f"{args.baseline}: {statistics.median(base_values[case]):.3f} ms a step")
+    with start_flux() as flux:
+        for case in cases:
+            routes = {share: shape.spread(share) for share in case.shares}
+            values = _decode_alone(args, flux, case, case.context, routes)
+            longest = statistics.median(base_values[case])
+            for share in case.shares:
+                ideal = longest - share * (longest - shortest[case.batch])
+                keep(
+                    Row(
+                        "tpot_ms", case.context, case.batch, share, ideal, values[share],
+                        base_values[case],
+                    )
+                )  # fmt: skip
+
+
+def _decode_alone(
+    args: argparse.Namespace,
+    engine: Engine,
+    case: Decode,
+    context: int,
+    routes: dict[float, list[int] | None],
+) -> dict[float, list[float]]:
+    """Time decode steps under each of some routes (None: the baseline has none) in turns, in ms."""
+    names = engine.start(context, case.batch, False)
+    values: dict[float, list[float]] = {share: [] for share in routes}
+    for turn in range(case.repeats + 1):
+        for share, layers in routes.items():
+            if layers is not None:
+                engine.fix_routes(layers)
+            engine.step_seconds(4, case.batch)  # steps in flight had the routes before
+            value = 1000 * engine.step_seconds(args.steps, case.batch)
+            if turn:  # the first warms up
+                values[share].append(value)
+    engine.stop(names)
+    return values
 
 
 def _flux(args: argparse.Namespace) -> dict[str, Any]:

@@ -86,10 +86,18 @@ PLANS: dict[str, list[Prefill | Decode]] = {
         Prefill(64 * K, (0.5, 0.75, 1.0)),
         Prefill(128 * K, (0.5, 0.75, 1.0), 3),
     ],
+    # First token alone, with the yardstick of the same run.
+    "8b_prefill": [
+        Prefill(32 * K),
+        Prefill(64 * K),
+        Prefill(128 * K),
+        Prefill(256 * K, (0.25, 0.5, 0.75, 0.8, 1.0)),
+    ],
     # Two rows and more of 256K, which only one engine at a time has memory for.
-    "8b_one_by_one": [Decode(256 * K, 3, (0.75,))],
+    "8b_one_by_one": [Decode(256 * K, 3, (0.5, 0.75, 1.0))],
     # Does it run at all; for any small model, also on a CPU.
     "smoke": [Prefill(512, (0.5, 1.0), 2), Decode(512, 2, (0.5,), 2)],
+    "smoke_one_by_one": [Decode(512, 2, (0.5,), 2)],
 }
 
 

@@ -53,8 +53,8 @@ def smollm2_long(model: str = "", out: str = "") -> TrainConfig:
     base = smollm2(model, out)
     return replace(
         base,
-        # Open prompts end with the question; fewer tokens hold less beside it (docs/TRAINING.md).
-        router=replace(base.router, pool_tokens=16),
+        # Open prompts end with the question; whatever else is pooled dilutes it (docs/TRAINING.md).
+        router=replace(base.router, pool_tokens=16, pool_prefix=False),
         data=replace(
             base.data,
             max_tokens=8000,
