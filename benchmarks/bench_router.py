@@ -74,7 +74,7 @@ class Step:
         self.means = torch.zeros(LAYERS, rows * tokens, HEAD_DIM, device=cuda)
         frequencies = 5e5 ** (-torch.arange(HEAD_DIM // 2, device=cuda) / (HEAD_DIM // 2))
         self.rotary = InverseRotary(HEAD_DIM, False, inv_freq=frequencies)
-        self.space = pooling_workspace(LAYERS * rows, POOL, HEAD_DIM, cuda)
+        self.space = pooling_workspace(LAYERS * rows, POOL, True, HEAD_DIM, cuda)
         self.hidden = router_workspace(LAYERS * rows, HEAD_DIM, cuda)
         self.pooled = torch.zeros(LAYERS * rows, HEAD_DIM, device=cuda)
         self.weights = router_weights(router, cuda)
