@@ -218,11 +218,6 @@ def _check_features(vllm_config: Any) -> None:
 
 
 def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
-    if not info.pool_prefix:
-        raise RouterCheckpointError(
-            "router: expected pooling of the prompt's first and latest tokens, found one trained "
-            "on the latest alone, which is for comparison; train it with --router.pool_prefix true"
-        )
     for what, expected, found in (
         ("layers", num_layers, info.num_layers),
         ("head_dim", head_dim, info.head_dim),

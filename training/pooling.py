@@ -1,7 +1,7 @@
 """Chunks of a prompt in training, and what the router sees at the end of each.
 
-The server decides anew at every prefill chunk, from the prompt's first and latest tokens, and
-keeps sums of earlier chunks by granules of 16 positions. This is that rule for a whole padded
+The server decides anew at every prefill chunk, from the prompt's latest tokens and maybe its first,
+and keeps sums of earlier chunks by granules of 16 positions. This is that rule for a whole padded
 batch: a chunk's tokens are attended under the chunk's own routes.
 
 Dimension legend: B prompts, C chunks, T padded tokens, H head dim.
@@ -38,15 +38,14 @@ class ChunkPlan:
         )
 
 
-def pooled_segments(span: PromptSpan, pool_tokens: int, prefix: bool = True) -> list[range]:
+def pooled_segments(span: PromptSpan, pool_tokens: int, pool_prefix: bool = True) -> list[range]:
     """List the position ranges pooled for one chunk; a position in two of them counts twice.
 
     Positions of the chunk itself are exact; among earlier ones an edge rounds outward to a
     granule, as `flux_vllm.router.features.plan_pooling` does on the server.
     """
     segments = []
-    ranges = pooled_ranges(span, pool_tokens)
-    for positions in ranges if prefix else ranges[1:]:
+    for positions in pooled_ranges(span, pool_tokens, pool_prefix):
         start, stop = positions.start, positions.stop
         if start < span.computed:
             start -= start % GRANULE_TOKENS
@@ -57,15 +56,18 @@ def pooled_segments(span: PromptSpan, pool_tokens: int, prefix: bool = True) -> 
 
 
 def plan_chunks(
-    chunk_ends: Sequence[Sequence[int]], padded_tokens: int, pool_tokens: int, prefix: bool = True
+    chunk_ends: Sequence[Sequence[int]],
+    padded_tokens: int,
+    pool_tokens: int,
+    pool_prefix: bool = True,
 ) -> ChunkPlan:
     """Plan the chunks of a batch.
 
     Args:
         chunk_ends: for each prompt, where its chunks end; the last is the prompt's length.
         padded_tokens: T.
-        pool_tokens: prompt tokens pooled at each end.
-        prefix: whether the prompt's first tokens are pooled.
+        pool_tokens: prompt tokens pooled at an end.
+        pool_prefix: whether the prompt's first tokens are pooled too.
 
     Returns: ChunkPlan, on the CPU.
     """
@@ -78,7 +80,7 @@ def plan_chunks(
         start = 0
         for column, end in enumerate(ends):
             span = PromptSpan(computed=start, scheduled=end - start, prompt_len=ends[-1])
-            for segment in pooled_segments(span, pool_tokens, prefix):
+            for segment in pooled_segments(span, pool_tokens, pool_prefix):
                 weights[row, column, segment.start : segment.stop] += 1
             chunk_of_token[row, start:] = column
             start = end

@@ -85,6 +85,7 @@ class CpuStep:
                 metadata.slot_mapping,
                 metadata.block_table,
                 runtime.info.pool_tokens,
+                runtime.info.pool_prefix,
             )
             self._positions = self._prompt_positions()
             if not len(self._positions):

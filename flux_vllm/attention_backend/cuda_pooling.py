@@ -24,6 +24,7 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
     PackedRows,
     PooledStep,
     pack_prompt_rows,
+    pool_ends,
     pool_slots,
     update_counts,
 )
@@ -101,7 +102,9 @@ class GroupPooling:
         # One entry a prompt row; with few rows, one a row and layer.
         self._entries = max(max_rows, len(layers))
         self._pooled = torch.zeros(self._entries, head_dim, device=device)
-        self._workspace = pooling_workspace(self._entries, self._pool_tokens, head_dim, device)
+        self._workspace = pooling_workspace(
+            self._entries, self._pool_tokens, runtime.info.pool_prefix, head_dim, device
+        )
         self._router_workspace = router_workspace(self._entries, head_dim, device)
         self._mean_query = torch.zeros(
             len(layers), _kept_tokens(runtime, max_tokens), head_dim, device=device
@@ -125,7 +128,8 @@ class GroupPooling:
         assert router is not None
         assert info is not None
         head_dim = router.head_dim
-        floats = 2 * pool_slots(info.pool_tokens) * head_dim + 2 * head_dim  # pooling and pooled
+        parts = pool_ends(info.pool_prefix) * pool_slots(info.pool_tokens)
+        floats = (parts + 2) * head_dim  # pooling and pooled
         floats += SLICES * 4 * head_dim  # router_workspace
         weights = sum(parameter.numel() for parameter in router.parameters())
         joint = router.num_layers * 32 * head_dim**2

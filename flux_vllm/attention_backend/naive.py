@@ -237,6 +237,7 @@ def pool(
     computed: int,
     pool_tokens: int,
     granule_tokens: int = 16,
+    pool_prefix: bool = True,
 ) -> torch.Tensor:
     """Pool one request's prompt as far as it is known.
 
@@ -247,15 +248,16 @@ def pool(
             earlier turn, found in the prefix cache).
         computed: tokens computed before this step; later ones count exactly, earlier ones as
             whole granules.
-        pool_tokens: tokens pooled at each end.
+        pool_tokens: tokens pooled at an end of the prompt.
         granule_tokens: positions that share one sum.
+        pool_prefix: whether the first tokens are pooled too.
 
     Returns: [H] float32.
     """
     known_end = len(mean_query)
     counted: list[int] = []
     for positions in (
-        range(min(pool_tokens, known_end)),
+        range(min(pool_tokens, known_end) if pool_prefix else 0),
         range(max(0, known_end - pool_tokens), known_end),
     ):
         counted += [p for p in positions if p >= computed]

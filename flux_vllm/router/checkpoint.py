@@ -39,14 +39,14 @@ class RouterInfo:
     num_layers: int
     head_dim: int
     pool_tokens: int
-    """Prompt tokens pooled at each end of the prompt."""
+    """Prompt tokens pooled at an end of the prompt."""
     sink_tokens: int
     """First tokens a SPARSE layer always attends to."""
     window_tokens: int
     """Latest tokens a SPARSE layer attends to, the query's own included."""
     sparse_pattern: str = "streaming"
     pool_prefix: bool = True
-    """Whether the prompt's first tokens are pooled too; the server refuses routers without."""
+    """Whether the prompt's first tokens are pooled, beside its latest."""
     provenance: dict[str, object] = field(default_factory=dict)
     """How it was trained: time, versions, data, arguments."""
 

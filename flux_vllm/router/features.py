@@ -1,4 +1,6 @@
-"""What a router looks at: the prompt's first and latest queries before RoPE, pooled to one vector.
+"""What a router looks at: the prompt's latest queries before RoPE, pooled to one vector.
+
+Most routers look at its first ones too; the metadata field `pool_prefix` says so.
 
 A prompt's queries may have been computed in this step, in an earlier chunk, or by another request
 whose KV blocks the prefix cache shares. Queries of this step count exactly; earlier ones live on
@@ -33,14 +35,17 @@ class PromptSpan:
         return min(self.computed + self.scheduled, self.prompt_len)
 
 
-def pooled_ranges(span: PromptSpan, pool_tokens: int) -> tuple[range, range]:
-    """Give the positions pooled at this point: the prompt's first and its latest tokens.
+def pooled_ranges(
+    span: PromptSpan, pool_tokens: int, pool_prefix: bool = True
+) -> tuple[range, ...]:
+    """Give the positions pooled at this point: the prompt's first tokens, if any, and its latest.
 
     The two overlap in a prompt shorter than twice `pool_tokens`, whose tokens then count twice.
     Source: arXiv 2604.07394, `ctx_q` pooling.
     """
     end = span.known_end
-    return range(min(pool_tokens, end)), range(max(0, end - pool_tokens), end)
+    latest = range(max(0, end - pool_tokens), end)
+    return (range(min(pool_tokens, end)), latest) if pool_prefix else (latest,)
 
 
 class Picks(NamedTuple):
@@ -83,14 +88,16 @@ def plan_pooling(
     token_offsets: list[int],
     pool_tokens: int,
     granules_per_row: int,
+    pool_prefix: bool = True,
 ) -> PoolingPlan:
     """Plan the pooling of one step.
 
     Args:
         spans: the R requests to route.
         token_offsets: [R] index of each request's first token among the prompt tokens.
-        pool_tokens: tokens pooled at each end of the prompt.
+        pool_tokens: tokens pooled at an end of the prompt.
         granules_per_row: M * block_size / 16, the stride of logical granule numbers.
+        pool_prefix: whether the prompt's first tokens are pooled too.
 
     Returns: PoolingPlan, on the CPU.
     """
@@ -100,7 +107,7 @@ def plan_pooling(
     for row, span in enumerate(spans):
         first = span.computed // GRANULE_TOKENS  # the first granule this step writes to
         base = row * granules_per_row
-        for positions in pooled_ranges(span, pool_tokens):
+        for positions in pooled_ranges(span, pool_tokens, pool_prefix):
             # Where this row's tokens lie, less the position of the first of them.
             shift = token_offsets[row] - span.computed
             begin = max(positions.start, span.computed)

@@ -168,6 +168,7 @@ class QuerySums:
         slot_mapping: torch.Tensor,
         block_table: torch.Tensor,
         pool_tokens: int,
+        pool_prefix: bool = True,
     ) -> QuerySumStep:
         """Plan this step and update the token counts.
 
@@ -177,7 +178,8 @@ class QuerySums:
             slots: [rows] int64, route-table slots.
             slot_mapping: [tokens] int64, KV slot of each token, -1 for padding.
             block_table: [rows, M] int32.
-            pool_tokens: tokens pooled at each end of a prompt.
+            pool_tokens: tokens pooled at an end of a prompt.
+            pool_prefix: whether a prompt's first tokens are pooled too.
 
         Returns: QuerySumStep, for `add` and `pool` of every layer.
         """
@@ -203,6 +205,7 @@ class QuerySums:
             [offsets[row] for row in rows],
             pool_tokens,
             table.shape[1] * self.block_size // GRANULE_TOKENS,
+            pool_prefix,
         )
         granules = physical_granules(pooling.granules.items, table, self.block_size)
         straddled = physical_granules(pooling.straddled.items, table, self.block_size)

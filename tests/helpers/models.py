@@ -180,6 +180,7 @@ def write_random_router(
     num_layers: int,
     head_dim: int,
     pool_tokens: int = 64,
+    pool_prefix: bool = True,
     sink_tokens: int = 32,
     window_tokens: int = 128,
     seed: int = 0,
@@ -194,7 +195,8 @@ def write_random_router(
         folder: where to write; it may be the model's own folder.
         num_layers: routed layers.
         head_dim: of the model.
-        pool_tokens: tokens pooled at each end of the prompt.
+        pool_tokens: tokens pooled at an end of the prompt.
+        pool_prefix: whether the prompt's first tokens are pooled, beside its latest.
         sink_tokens: tokens; of the sparse pattern.
         window_tokens: tokens; of the sparse pattern.
         seed: of the weights, the sample prompts and their routes.
@@ -213,6 +215,7 @@ def write_random_router(
         "num_layers": str(num_layers),
         "head_dim": str(head_dim),
         "pool_tokens": str(pool_tokens),
+        "pool_prefix": str(pool_prefix).lower(),
         "sink_tokens": str(sink_tokens),
         "window_tokens": str(window_tokens),
         "sparse_pattern": "streaming",

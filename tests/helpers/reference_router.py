@@ -44,8 +44,13 @@ class ReferenceRouter:
 
     @property
     def pool_tokens(self) -> int:
-        """Tokens pooled at each end of the prompt."""
+        """Tokens pooled at an end of the prompt."""
         return int(self.metadata["pool_tokens"])
+
+    @property
+    def pool_prefix(self) -> bool:
+        """Whether the prompt's first tokens are pooled, beside its latest."""
+        return self.metadata.get("pool_prefix") != "false"
 
     def logits(self, layer: int, pooled: torch.Tensor) -> torch.Tensor:
         """Apply one layer's network. pooled: [..., head_dim]. Returns: [..., 2]."""
@@ -64,7 +69,12 @@ class ReferenceRouter:
 
 
 def pooled_positions(
-    start: int, end: int, prompt_len: int, pool_tokens: int, has_sum: torch.Tensor
+    start: int,
+    end: int,
+    prompt_len: int,
+    pool_tokens: int,
+    has_sum: torch.Tensor,
+    pool_prefix: bool = True,
 ) -> list[int]:
     """List the positions whose queries a prefill chunk pools, a position per time it counts.
 
@@ -72,16 +82,16 @@ def pooled_positions(
         start: first position this step computes.
         end: one past the last position this step computes.
         prompt_len: the request's prompt, tokens.
-        pool_tokens: tokens pooled at each end of what is known of the prompt.
+        pool_tokens: tokens pooled at an end of what is known of the prompt.
         has_sum: [start or more] bool; whether an earlier position was computed as a prompt token
             of the request that computed it.
+        pool_prefix: whether the first tokens are pooled, beside the latest.
     Returns: list[int]: positions below `end`, possibly with repeats.
     """
     known_end = min(end, prompt_len)
-    ranges = (
-        range(0, min(pool_tokens, known_end)),
-        range(max(0, known_end - pool_tokens), known_end),
-    )
+    ranges = [range(max(0, known_end - pool_tokens), known_end)]
+    if pool_prefix:
+        ranges.append(range(0, min(pool_tokens, known_end)))
     positions: list[int] = []
     for wanted in ranges:
         earlier_stop = min(wanted.stop, start)

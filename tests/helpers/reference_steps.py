@@ -100,6 +100,7 @@ class _Step:
             self.prompt_len,
             self.router.pool_tokens,
             self.history.has_sum,
+            self.router.pool_prefix,
         )
         pooled = self.history.features[layer][positions].mean(dim=0)
         p_full = self.router.p_full(layer, pooled)

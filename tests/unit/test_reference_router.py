@@ -55,12 +55,19 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> ReferenceRouter:
 
 
 def _pooled_by_definition(
-    features: torch.Tensor, start: int, end: int, prompt_len: int, pool: int, has_sum: list[bool]
+    features: torch.Tensor,
+    start: int,
+    end: int,
+    prompt_len: int,
+    pool: int,
+    has_sum: list[bool],
+    pool_prefix: bool = True,
 ) -> torch.Tensor:
     """Pool features [end, H] by asking of every token how often it counts."""
     known = min(end, prompt_len)
     total, count = torch.zeros(features.shape[1], dtype=torch.float64), 0
-    for low, high in ((0, min(pool, known)), (max(0, known - pool), known)):
+    ends = [(0, min(pool, known))] * pool_prefix + [(max(0, known - pool), known)]
+    for low, high in ends:
         stored = {p // 16 for p in range(low, high) if p < start}
         for p in range(end):
             exact = p >= start and low <= p < high
@@ -69,6 +76,7 @@ def _pooled_by_definition(
     return (total / count).float()
 
 
+@pytest.mark.parametrize("prefix", [True, False], ids=["both-ends", "latest-alone"])
 @pytest.mark.parametrize("pool", [1, 16, 20, 40, 100])
 @pytest.mark.parametrize(
     ("start", "end", "prompt_len"),
@@ -85,14 +93,14 @@ def _pooled_by_definition(
     ],
 )
 def test_pooled_positions_equal_the_written_definition(
-    start: int, end: int, prompt_len: int, pool: int
+    start: int, end: int, prompt_len: int, pool: int, prefix: bool
 ) -> None:
     generator = torch.Generator().manual_seed(start + end)
     features = torch.randn(end, 8, generator=generator)
     generated = [20 <= p < 45 or 100 <= p < 130 for p in range(end)]
     for has_sum in ([True] * end, [not g for g in generated]):
-        positions = pooled_positions(start, end, prompt_len, pool, torch.tensor(has_sum))
-        expected = _pooled_by_definition(features, start, end, prompt_len, pool, has_sum)
+        positions = pooled_positions(start, end, prompt_len, pool, torch.tensor(has_sum), prefix)
+        expected = _pooled_by_definition(features, start, end, prompt_len, pool, has_sum, prefix)
         torch.testing.assert_close(features[positions].mean(dim=0), expected)
 
 

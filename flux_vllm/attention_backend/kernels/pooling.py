@@ -16,6 +16,7 @@ import triton.language as tl
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     PooledStep,
     physical_granule,
+    pool_ends,
     pool_slots,
     pooled_range,
 )
@@ -28,7 +29,8 @@ class PoolingWorkspace(NamedTuple):
     """What one launch hands to the next; with P entries, one serves all layers in turn."""
 
     parts: torch.Tensor
-    """[E, 2, SLOTS, H] float32: this step's share of each pooled granule, by end of the prompt."""
+    """[E, ENDS, SLOTS, H] float32: this step's share of each pooled granule, at the prompt's end
+    and, where ENDS is 2, at its start too. So the workspace also says which ends are pooled."""
     straddled: torch.Tensor
     """[E, H] float32: sum, before this step, of the granule that a row's chunk begins within."""
 
@@ -38,12 +40,12 @@ class PoolingWorkspace(NamedTuple):
 
 
 def pooling_workspace(
-    entries: int, pool_tokens: int, head_dim: int, device: torch.device
+    entries: int, pool_tokens: int, pool_prefix: bool, head_dim: int, device: torch.device
 ) -> PoolingWorkspace:
     """Allocate a workspace: an entry a prompt row, times the layers that are pooled at once."""
-    slots = pool_slots(pool_tokens)
+    ends, slots = pool_ends(pool_prefix), pool_slots(pool_tokens)
     return PoolingWorkspace(
-        torch.empty(entries, 2, slots, head_dim, device=device),
+        torch.empty(entries, ends, slots, head_dim, device=device),
         torch.empty(entries, head_dim, device=device),
     )
 
@@ -71,7 +73,7 @@ def pool_rows(
         pooled: [>= L * P, H] float32, out, at the same entries; written for routed rows only.
         num_rows: P.
         block_size: tokens a block, a multiple of 16.
-        pool_tokens: tokens pooled at each end of a prompt.
+        pool_tokens: tokens pooled at an end of a prompt.
 
     Host sync: none; allocates nothing.
     """
@@ -94,6 +96,7 @@ def pool_rows(
         BLOCK_D=triton.next_power_of_2(head_dim),
         GRANULES_PER_BLOCK=block_size // GRANULE_TOKENS,
         POOL_TOKENS=pool_tokens,
+        ENDS=workspace.parts.shape[1],
         SLOTS=workspace.parts.shape[2],
         num_warps=4,
     )
@@ -115,6 +118,7 @@ def _pool_kernel(
     BLOCK_D: tl.constexpr,
     GRANULES_PER_BLOCK: tl.constexpr,
     POOL_TOKENS: tl.constexpr,
+    ENDS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -130,7 +134,7 @@ def _pool_kernel(
     in_head = d < HEAD_DIM
     total = tl.zeros([BLOCK_D], tl.float32)
     tokens = 0
-    for which in tl.static_range(2):
+    for which in tl.static_range(ENDS):
         begin, stop = pooled_range(end, which, POOL_TOKENS)
         tokens += tl.maximum(stop - tl.maximum(begin, computed), 0)
         slot = tl.arange(0, SLOTS)
@@ -146,7 +150,7 @@ def _pool_kernel(
         total += tl.sum(old.to(tl.float32), axis=0)
         first = tl.maximum(tl.maximum(begin, computed), granule * _GRANULE)
         now = first < tl.minimum(stop, granule * _GRANULE + _GRANULE)
-        part = ((entry * 2 + which) * SLOTS + slot).to(tl.int64)
+        part = ((entry * ENDS + which) * SLOTS + slot).to(tl.int64)
         source = parts + part[:, None] * HEAD_DIM + d[None, :]
         new = tl.load(source, mask=now[:, None] & in_head[None, :], other=0.0)
         total += tl.sum(new, axis=0)

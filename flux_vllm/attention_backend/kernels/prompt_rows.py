@@ -68,6 +68,11 @@ def pack_prompt_rows(spans: list[PromptSpan], routed: np.ndarray, slots: np.ndar
     return PackedRows(np.array(packed, dtype=np.int32).reshape(-1, COLUMNS), program, total)
 
 
+def pool_ends(pool_prefix: bool) -> int:
+    """Return the ends of a prompt that are pooled; its latest tokens always are."""
+    return 2 if pool_prefix else 1
+
+
 def pool_slots(pool_tokens: int) -> int:
     """Return the granules, rounded up to a power of two, that one end of a prompt may touch."""
     return triton.next_power_of_2(triton.cdiv(pool_tokens, GRANULE_TOKENS) + 1)
@@ -123,13 +128,13 @@ def find_granule(rows, program, num_rows):
 
 @triton.jit
 def pooled_range(end, WHICH: tl.constexpr, POOL_TOKENS: tl.constexpr):
-    """Return the positions [begin, stop) pooled at the prompt's start (0) or its end (1)."""
+    """Return the positions [begin, stop) pooled at the prompt's end (0) or its start (1)."""
     if WHICH == 0:
-        begin = end * 0
-        stop = tl.minimum(end, POOL_TOKENS)
-    else:
         begin = tl.maximum(end - POOL_TOKENS, 0)
         stop = end
+    else:
+        begin = end * 0
+        stop = tl.minimum(end, POOL_TOKENS)
     return begin, stop
 
 

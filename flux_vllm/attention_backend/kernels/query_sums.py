@@ -68,7 +68,7 @@ def update_sums(
         workspace: what layer l's prompt row p adds goes to entry l * P + p.
         rotary: of these layers.
         packed: of the step.
-        pool_tokens: tokens pooled at each end of a prompt.
+        pool_tokens: tokens pooled at an end of a prompt.
 
     Host sync: none; allocates nothing.
     """
@@ -106,6 +106,7 @@ def update_sums(
         PAIR_PARTS=pair_parts,
         INTERLEAVED=rotary.interleaved,
         POOL_TOKENS=pool_tokens,
+        ENDS=workspace.parts.shape[1],
         SLOTS=workspace.parts.shape[2],
         num_warps=max(1, block_pairs // 16),  # 16 bytes a thread and load
     )
@@ -135,23 +136,24 @@ def _mean_over_heads(
 @triton.jit
 def _add_parts(
     parts, entry, granule, position, end, dim, dim_valid, x, valid,
-    POOL_TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    POOL_TOKENS: tl.constexpr, ENDS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Note what the ends of the prompt pool of this granule's queries in this step."""
-    for which in tl.static_range(2):
+    for which in tl.static_range(ENDS):
         begin, stop = pooled_range(end, which, POOL_TOKENS)
         counted = valid & (position >= begin) & (position < stop)
         slot = granule - begin // _GRANULE
         if tl.max(counted.to(tl.int32), axis=0) > 0:
             part = tl.sum(tl.where(counted[:, None], x, 0.0), axis=0)
-            target = parts + ((entry * 2 + which) * SLOTS + slot).to(tl.int64) * HEAD_DIM + dim
+            target = parts + ((entry * ENDS + which) * SLOTS + slot).to(tl.int64) * HEAD_DIM + dim
             tl.store(target, part, mask=dim_valid)
 
 
 @triton.jit
 def _keep(
     sums, slot, straddled, parts, entry, granule, position, end, valid, continues, has_sum, routed,
-    dim, dim_valid, x, POOL_TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    dim, dim_valid, x,
+    POOL_TOKENS: tl.constexpr, ENDS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add some dimensions of this step's queries to their granule's sum, and note the parts."""
     old = tl.zeros([dim.shape[0]], tl.float32)
@@ -164,7 +166,7 @@ def _keep(
         tl.store(target, (old + tl.sum(x, axis=0)).to(sums.dtype.element_ty), mask=dim_valid)
     if routed:
         _add_parts(parts, entry, granule, position, end, dim, dim_valid, x, valid,
-                   POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+                   POOL_TOKENS, ENDS, SLOTS, HEAD_DIM)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -194,6 +196,7 @@ def _write_kernel(
     PAIR_PARTS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     POOL_TOKENS: tl.constexpr,
+    ENDS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     row, granule = find_granule(rows, tl.program_id(0), num_rows)
@@ -219,7 +222,7 @@ def _write_kernel(
         z = _mean_over_heads(query, token, valid, z_dim, in_rest, head_weight, stride_t, stride_n,
                              HEADS, AT_ONCE)  # fmt: skip
         _keep(sums, slot, straddled, parts, entry, granule, position, end, valid, continues,
-              has_sum, routed, z_dim, in_rest, z, POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+              has_sum, routed, z_dim, in_rest, z, POOL_TOKENS, ENDS, SLOTS, HEAD_DIM)  # fmt: skip
         return
     pair = tl.program_id(1) * BLOCK_PAIRS + lane
     in_pairs = pair < PAIRS
@@ -240,6 +243,8 @@ def _write_kernel(
         cos = tl.load(cos_table + turn, mask=known, other=0.0)
         sin = tl.load(sin_table + turn, mask=known, other=0.0)
     _keep(sums, slot, straddled, parts, entry, granule, position, end, valid, continues, has_sum,
-          routed, x_dim, in_pairs, x * cos + y * sin, POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+          routed, x_dim, in_pairs, x * cos + y * sin, POOL_TOKENS, ENDS, SLOTS,
+          HEAD_DIM)  # fmt: skip
     _keep(sums, slot, straddled, parts, entry, granule, position, end, valid, continues, has_sum,
-          routed, y_dim, in_pairs, y * cos - x * sin, POOL_TOKENS, SLOTS, HEAD_DIM)  # fmt: skip
+          routed, y_dim, in_pairs, y * cos - x * sin, POOL_TOKENS, ENDS, SLOTS,
+          HEAD_DIM)  # fmt: skip

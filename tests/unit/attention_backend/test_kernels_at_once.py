@@ -6,6 +6,7 @@ the order in which heads are added up, and sums of it by a last bit of bfloat16.
 inference mode and end outside of it, as vLLM's do.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.unit.attention_backend.test_kernels_cases import DEVICES
 pytestmark = [pytest.mark.vllm, pytest.mark.parametrize("device", DEVICES)]
 
 LAYERS, HEADS, HEAD_DIM, BLOCK_SIZE, BLOCKS = 3, 2, 64, 32, 12
+ENDS = pytest.mark.parametrize("pool_prefix", [True, False], ids=["both-ends", "latest-alone"])
 INFO = RouterInfo(
     base_model="",
     num_layers=LAYERS,
@@ -46,13 +48,15 @@ def _rotary(base: float, device: torch.device) -> SimpleNamespace:
 class _Worker:
     """A runtime and its pooling over poisoned side tables."""
 
-    def __init__(self, router: LayerRouter, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, router: LayerRouter, info: RouterInfo, max_tokens: int, device: torch.device
+    ) -> None:
         from flux_vllm.attention_backend.cuda_pooling import GroupPooling
 
         self.runtime = FluxRuntime(
             FluxConfig(policy="router"),
             router,
-            INFO,
+            info,
             LAYERS,
             tuple(range(LAYERS)),
             1,  # the table grows
@@ -93,11 +97,12 @@ class _Worker:
 class _Pair:
     """The worker under test, and the one whose layers route one by one."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, pool_prefix: bool = True) -> None:
         torch.manual_seed(0)
         self.device = torch.device(device)
         router = LayerRouter(LAYERS, HEAD_DIM).requires_grad_(False).to(device)
-        self.at_once, self.in_turn = (_Worker(router, n, self.device) for n in (1000, 0))
+        info = dataclasses.replace(INFO, pool_prefix=pool_prefix)
+        self.at_once, self.in_turn = (_Worker(router, info, n, self.device) for n in (1000, 0))
         self.computed: dict[str, int] = {}
 
     def step(
@@ -171,8 +176,9 @@ class _Pair:
         return self.at_once.pooling._counts[block * granules : (block + 1) * granules].tolist()
 
 
-def test_chunks_generated_text_and_blocks_that_change_hands(device: str) -> None:
-    pair = _Pair(device)
+@ENDS
+def test_chunks_generated_text_and_blocks_that_change_hands(device: str, pool_prefix: bool) -> None:
+    pair = _Pair(device, pool_prefix)
     pair.step(("a", 21, 65, [3, 4, 5]), ("b", 30, 30, [6, 7]))
     pair.step(("b", 1, 30, [6, 7]), ("a", 30, 65, [3, 4, 5]), padding=3)  # from inside a granule
     # Decode writes a granule's first slot: nothing of it counts.
@@ -186,8 +192,9 @@ def test_chunks_generated_text_and_blocks_that_change_hands(device: str) -> None
     assert pair.count_of(5) + pair.count_of(3) == [16, 16, 8, 16]
 
 
-def test_rows_that_share_a_block_computed_in_the_same_step(device: str) -> None:
-    pair = _Pair(device)
+@ENDS
+def test_rows_that_share_a_block_computed_in_the_same_step(device: str, pool_prefix: bool) -> None:
+    pair = _Pair(device, pool_prefix)
     pair.computed["hit"] = BLOCK_SIZE
     pair.step(("hit", 9, 41, [2, 8]), ("first", 33, 33, [2, 9]))
     # And one whose prefix was computed before, with the same length as a request in decode.
@@ -243,8 +250,9 @@ def test_abandoned_step_leaves_nothing_to_do(device: str) -> None:
     runtime.do_deferred()
 
 
-def test_fixed_nbytes_holds_what_is_allocated(device: str) -> None:
-    pooling = _Pair(device).at_once.pooling
+@ENDS
+def test_fixed_nbytes_holds_what_is_allocated(device: str, pool_prefix: bool) -> None:
+    pooling = _Pair(device, pool_prefix).at_once.pooling
     held = [
         *pooling._step, *pooling._workspace, pooling._pooled, pooling._router_workspace,
         pooling._mean_query, *pooling._weights.hidden, *pooling._weights.joint,

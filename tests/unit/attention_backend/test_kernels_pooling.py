@@ -1,4 +1,4 @@
-"""Query sums, pooling and the router on the GPU against `flux_vllm.router` and the naive oracle.
+"""Query sums and pooling on the GPU against `flux_vllm.router` and the naive oracle.
 
 A story of several engine steps is played on both: chunked prompts, a prefix shared within a step,
 generated text, blocks that change hands. Sums are bfloat16, so they are compared within its last
@@ -23,7 +23,6 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
 )
 from flux_vllm.attention_backend.kernels.query_sums import InverseRotary, update_sums
 from flux_vllm.attention_backend.kernels.router_mlp import (
-    RouterWeights,
     RouteTables,
     RowSwitch,
     decide_layers,
@@ -34,12 +33,12 @@ from flux_vllm.attention_backend.kernels.router_mlp import (
 from flux_vllm.attention_backend.kernels.trigonometry import cos_sin
 from flux_vllm.router.features import PromptSpan
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.router.route import Route, choose_route, full_probability
 from flux_vllm.router.state import QuerySums
 from tests.unit.attention_backend.test_kernels_cases import DEVICES
 
 POOL = 20
 """Not a multiple of 16: edges round."""
+ENDS = pytest.mark.parametrize("pool_prefix", [True, False], ids=["both-ends", "latest-alone"])
 
 
 @dataclass
@@ -95,15 +94,17 @@ MODELS = [
 class Story:
     """Plays steps on the kernels, on `QuerySums`, and keeps what the oracle needs."""
 
-    def __init__(self, model: Model, device: str) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: Model, device: str, pool_prefix: bool) -> None:
+        self.model, self.device, self.pool_prefix = model, device, pool_prefix
         self.generator = torch.Generator().manual_seed(0)
         args = (2, 40, model.block_size, model.head_dim)
         self.expected = QuerySums(*args, torch.device("cpu"))
         actual = QuerySums(*args, torch.device("cpu"))
         self.sums = actual.sums[1].to(device).fill_(float("nan"))
         self.counts = actual.counts.to(device)
-        self.workspace = pooling_workspace(8, POOL, model.head_dim, torch.device(device))
+        self.workspace = pooling_workspace(
+            8, POOL, pool_prefix, model.head_dim, torch.device(device)
+        )
         for buffer in self.workspace:
             buffer.fill_(float("nan"))
         self.pooled_step = PooledStep(
@@ -140,7 +141,9 @@ class Story:
         all_slots = torch.cat([*slot_mapping, torch.full((5,), -1)])
         poison = torch.full((5, model.heads, model.head_dim), float("nan"))
         all_queries = torch.cat([*query, poison])
-        step = self.expected.begin_step(spans, np.array(routed), slots, all_slots, table, POOL)
+        step = self.expected.begin_step(
+            spans, np.array(routed), slots, all_slots, table, POOL, self.pool_prefix
+        )
         expected = self.expected.update_and_pool(1, step, torch.cat(mean_query))
         pooled = self.play(spans, np.array(routed), slots, all_slots, table, all_queries)
         self.compare(requests, spans, routed, expected, pooled)
@@ -196,15 +199,20 @@ class Story:
             request, span = requests[index], spans[index]
             known = torch.stack(request.mean_query[: span.known_end])
             exact = naive.pool(
-                known, torch.tensor(request.has_sum[: span.known_end]), span.computed, POOL
+                known,
+                torch.tensor(request.has_sum[: span.known_end]),
+                span.computed,
+                POOL,
+                pool_prefix=self.pool_prefix,
             )
             torch.testing.assert_close(vector, exact, rtol=2**-6, atol=4e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_update_then_pool_over_several_steps(device: str, model: Model) -> None:
-    story = Story(model, device)
+@ENDS
+def test_update_then_pool_over_several_steps(device: str, model: Model, pool_prefix: bool) -> None:
+    story = Story(model, device, pool_prefix)
     size = model.block_size
 
     def blocks(first: int, tokens: int) -> list[int]:
@@ -236,9 +244,12 @@ def test_update_then_pool_over_several_steps(device: str, model: Model) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_update_then_pool_of_a_prefix_computed_in_the_same_step(device: str) -> None:
+@ENDS
+def test_update_then_pool_of_a_prefix_computed_in_the_same_step(
+    device: str, pool_prefix: bool
+) -> None:
     """The row that reads the shared block comes first; its sums are another row's of this step."""
-    story = Story(Model(), device)
+    story = Story(Model(), device, pool_prefix)
     first = Request(70, [3, 4, 5])
     second = Request(45, [3, 6], computed=32)
     # What the first row's queries will be: the story draws the table, then rows in turn.
@@ -250,98 +261,6 @@ def test_update_then_pool_of_a_prefix_computed_in_the_same_step(device: str) -> 
     second.mean_query = list(first_queries.mean(dim=1)[:32])
     second.has_sum = [True] * 32
     story.step([second, first], [13, 70], [True, True])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("head_dim", [64, 96])
-def test_decide_routes_matches_the_layer_router(device: str, head_dim: int) -> None:
-    torch.manual_seed(0)
-    layers, layer, column = 3, 2, 4
-    router = LayerRouter(layers, head_dim)
-    pooled = torch.randn(5, head_dim)
-    expected = full_probability(router(layer, pooled)).detach()
-    threshold = expected.sort().values[1:3].mean().item()
-    spans = [PromptSpan(10 * i, 7 + i, 100) for i in range(6)]
-    spans[3] = PromptSpan(100, 1, 100)  # decodes: no prompt row
-    routed = np.array([True, True, False, False, True, True])
-    packed = pack_prompt_rows(spans, routed, np.array([5, 4, 3, 2, 1, 0]))
-    tables = RouteTables(
-        torch.full((6, 6), -1, dtype=torch.int8, device=device),
-        torch.full((6, 6), float("nan"), device=device),
-    )
-    lens = torch.tensor([0] + [span.scheduled for span in spans])
-    seq_lens = torch.tensor([span.computed + span.scheduled for span in spans])
-    switch = RowSwitch(
-        seq_lens.int().to(device),
-        lens.cumsum(0).int().to(device),
-        torch.full((6,), -7, dtype=torch.int32, device=device),
-        torch.full((6,), -7, dtype=torch.int32, device=device),
-        25,
-    )
-    weights = router_weights(router, torch.device(device))
-    assert isinstance(weights, RouterWeights)
-    packed_rows = torch.from_numpy(packed.rows).to(device)
-    space = router_workspace(5, head_dim, torch.device(device))
-    # The last of a row's programs decides: once more and again would show a race.
-    for _ in range(1 if device == "cpu" else 200):
-        tables.routes.fill_(-1)
-        decide_routes(
-            pooled.to(device),
-            packed_rows,
-            len(packed.rows),
-            weights,
-            layer,
-            column,
-            threshold,
-            tables,
-            switch,
-            space,
-        )
-        assert torch.equal(packed_rows.cpu(), torch.from_numpy(packed.rows))
-        assert (tables.routes[[5, 4, 1, 0], column] >= 0).all()
-    wanted = {0: 0, 1: 1, 4: 3, 5: 4}  # batch row to prompt row
-    chosen = choose_route(expected, threshold)
-    assert {Route.FULL, Route.SPARSE} == {Route(int(chosen[row])) for row in wanted.values()}
-    for batch_row, row in wanted.items():
-        slot = 5 - batch_row
-        probability = tables.full_probability[slot, column].cpu()
-        torch.testing.assert_close(probability, expected[row], rtol=1e-5, atol=1e-6)
-        assert tables.routes[slot, column] == chosen[row]
-        apart = chosen[row] == Route.SPARSE and int(seq_lens[batch_row]) > 25
-        tokens = spans[batch_row].scheduled
-        assert switch.full_seqused_q[batch_row] == (0 if apart else tokens)
-        assert switch.sparse_seqused_q[batch_row] == (tokens if apart else 0)
-    untouched = [3, 2]
-    assert (tables.routes[untouched] == -1).all()
-    assert (tables.routes[:, :column] == -1).all()
-    assert (switch.full_seqused_q[[2, 3]] == -7).all()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bias", [(0.0, "nan"), ("inf", 0.0), (0.0, "inf"), ("-inf", "inf")])
-def test_decide_routes_makes_logits_that_are_not_finite_full(device: str, bias: tuple) -> None:
-    router = LayerRouter(1, 64).requires_grad_(False)
-    router.linear("head.4")[1][0] = torch.tensor([float(value) for value in bias])
-    pooled = torch.randn(1, 64)
-    assert full_probability(router(0, pooled)).isnan().all()
-    packed = pack_prompt_rows([PromptSpan(0, 9, 9)], np.array([True]), np.array([0]))
-    tables = RouteTables(
-        torch.full((1, 1), -1, dtype=torch.int8, device=device),
-        torch.zeros((1, 1), device=device),
-    )
-    switch = RowSwitch(
-        *(torch.tensor(values, dtype=torch.int32, device=device) for values in ([9], [0, 9])),
-        *(torch.full((1,), -7, dtype=torch.int32, device=device) for _ in range(2)),
-        4,
-    )
-    decide_routes(
-        pooled.to(device), torch.from_numpy(packed.rows).to(device), 1,
-        router_weights(router, torch.device(device)), 0, 0, 0.5, tables, switch,
-        router_workspace(1, 64, torch.device(device)),
-    )  # fmt: skip
-    assert tables.full_probability.isnan().all()
-    assert tables.routes.item() == Route.FULL
-    assert (switch.full_seqused_q.item(), switch.sparse_seqused_q.item()) == (9, 0)
 
 
 @triton.jit
@@ -365,7 +284,10 @@ def test_cos_sin_of_large_angles(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", [MODELS[0], MODELS[4]], ids=str)
-def test_layers_at_once_from_mean_queries_equal_layers_in_turn(device: str, model: Model) -> None:
+@ENDS
+def test_layers_at_once_from_mean_queries_equal_layers_in_turn(
+    device: str, model: Model, pool_prefix: bool
+) -> None:
     """Averaging over heads before the rotation is undone changes the last bits, no more."""
     torch.manual_seed(0)
     layers, heads, head_dim, cuda = 3, 5, model.head_dim, torch.device(device)
@@ -395,7 +317,8 @@ def test_layers_at_once_from_mean_queries_equal_layers_in_turn(device: str, mode
             torch.full((4, layers), -1, dtype=torch.int8, device=device),
             torch.full((4, layers), float("nan"), device=device),
         )
-        space = pooling_workspace(layers * rows if at_once else rows, POOL, head_dim, cuda)
+        entries = layers * rows if at_once else rows
+        space = pooling_workspace(entries, POOL, pool_prefix, head_dim, cuda)
         for buffer in space:
             buffer.fill_(float("nan"))
         lens = torch.tensor([[23, 10, 46], [23, 24, 54]], dtype=torch.int32, device=device)

@@ -85,6 +85,9 @@ def test_pool_counts_a_short_prompt_twice_and_whole_granules_of_earlier_chunks()
     # From position 90 on: 0..31 and 80..89 are earlier, in granules of 16.
     rounded = (mean_query[:32].sum() + mean_query[80:].sum()) / 52
     torch.testing.assert_close(naive.pool(mean_query, known, 90, 20), rounded[None])
+    # Without the first tokens: 80..89 as a granule, the rest exactly.
+    latest = naive.pool(mean_query, known, 90, 20, pool_prefix=False)
+    torch.testing.assert_close(latest, mean_query[80:].mean(dim=0))
     # Shorter than two pools: every token twice.
     torch.testing.assert_close(
         naive.pool(mean_query[:15], known[:15], 0, 20), mean_query[:15].mean(dim=0)

@@ -54,17 +54,25 @@ class PagedServer:
     Args:
         seed: of every choice.
         block_size: tokens a block.
-        pool_tokens: tokens pooled at each end.
+        pool_tokens: tokens pooled at an end.
         num_blocks: of the cache.
+        pool_prefix: whether the first tokens are pooled, beside the latest.
     """
 
     layers, head_dim = 2, 3
 
-    def __init__(self, seed: int, block_size: int, pool_tokens: int, num_blocks: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        block_size: int,
+        pool_tokens: int,
+        num_blocks: int,
+        pool_prefix: bool = True,
+    ) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.block_size = block_size
-        self.pool_tokens = pool_tokens
+        self.pool_tokens, self.pool_prefix = pool_tokens, pool_prefix
         self.free = list(range(1, num_blocks))
         self.random.shuffle(self.free)
         self.users = [0] * num_blocks
@@ -220,6 +228,7 @@ class PagedServer:
                 request.prompt_len,
                 self.pool_tokens,
                 self.is_prompt[slots],
+                self.pool_prefix,
             )
             pooled.append(self.features[:, slots[positions]].mean(dim=1))
         if not pooled:
@@ -236,10 +245,16 @@ class PagedServer:
         return sums
 
 
-def run(sums: QuerySums, step: Step, pool_tokens: int) -> torch.Tensor:
+def run(sums: QuerySums, step: Step, pool_tokens: int, pool_prefix: bool = True) -> torch.Tensor:
     """Give one step to the side tables. Returns: [L, routed rows, H]."""
     plan = sums.begin_step(
-        step.spans, step.routed, step.slots, step.slot_mapping, step.block_table, pool_tokens
+        step.spans,
+        step.routed,
+        step.slots,
+        step.slot_mapping,
+        step.block_table,
+        pool_tokens,
+        pool_prefix,
     )
     assert plan.routed_slots.tolist() == step.slots[step.routed].tolist()
     return torch.stack(

@@ -58,6 +58,7 @@ class TestPooledRanges:
     )
     def test_positions(self, span, pool: int, first: range, last: range) -> None:
         assert pooled_ranges(span, pool) == (first, last)
+        assert pooled_ranges(span, pool, pool_prefix=False) == (last,)
 
 
 def picked(picks: Picks, row: int) -> list[int]:
@@ -91,11 +92,12 @@ SPANS = [
 
 class TestPlanPooling:
     @pytest.mark.parametrize("pool", [1, 15, 16, 17, 24, 48, 100], ids=lambda p: f"pool{p}")
-    def test_every_position_counts_as_defined(self, pool: int) -> None:
+    @pytest.mark.parametrize("prefix", [True, False], ids=["both-ends", "latest-alone"])
+    def test_every_position_counts_as_defined(self, pool: int, prefix: bool) -> None:
         """Each span is planned behind another row, whose 10 tokens come first in the batch."""
         before = PromptSpan(0, 10, 10)
         for span in SPANS:
-            plan = plan_pooling([before, span], [0, 10], pool, GRANULES_PER_ROW)
+            plan = plan_pooling([before, span], [0, 10], pool, GRANULES_PER_ROW, prefix)
             everything = torch.ones(span.computed, dtype=torch.bool)
             expected = pooled_positions(
                 span.computed,
@@ -103,6 +105,7 @@ class TestPlanPooling:
                 span.prompt_len,
                 pool,
                 everything,
+                prefix,
             )
             assert planned(span, 1, 10, plan) == Counter(expected), span_id(span)
 

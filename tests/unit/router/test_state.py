@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def check(server: PagedServer, sums: QuerySums, step: Step | None) -> Step:
     assert step is not None
-    found = run(sums, step, server.pool_tokens)
+    found = run(sums, step, server.pool_tokens, server.pool_prefix)
     torch.testing.assert_close(found, step.expected, rtol=1e-5, atol=1e-5)
     assert not sums.sums[:, : server.block_size // 16].any(), "the null block was written"
     assert not sums.counts[: server.block_size // 16].any()
@@ -34,10 +34,18 @@ def tokens(count: int, first: int = 0) -> list[int]:
 class TestRandomSchedules:
     @pytest.mark.parametrize("block_size", [16, 32, 128], ids=lambda b: f"B{b}")
     @pytest.mark.parametrize("pool", [16, 24, 100], ids=lambda p: f"pool{p}")
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_pooled_by_definition(self, block_size: int, pool: int, seed: int) -> None:
+    @pytest.mark.parametrize(
+        ("seed", "pool_prefix"),
+        [(0, True), (1, True), (2, False)],
+        ids=["both-ends-0", "both-ends-1", "latest-alone"],
+    )
+    def test_pooled_by_definition(
+        self, block_size: int, pool: int, seed: int, pool_prefix: bool
+    ) -> None:
         """Chunks, prefix hits, generation, second turns, aborts, preemption, reused blocks."""
-        server = PagedServer(seed, block_size, pool, num_blocks=6 + 1500 // block_size)
+        server = PagedServer(
+            seed, block_size, pool, num_blocks=6 + 1500 // block_size, pool_prefix=pool_prefix
+        )
         draw, sums = server.random, server.new_sums()
         texts = [tokens(draw.randint(1, 300), 1000 * i) for i in range(3)]
         pooled = 0

@@ -10,7 +10,7 @@ from training.pooling import plan_chunks, pool
 
 
 def server_features(
-    mean_query: torch.Tensor, ends: list[int], pool_tokens: int
+    mean_query: torch.Tensor, ends: list[int], pool_tokens: int, pool_prefix: bool
 ) -> list[torch.Tensor]:
     """Pool one prompt as the server does: [T, H] and chunk ends to one [H] a chunk."""
     blocks = -(-len(mean_query) // 16)
@@ -22,7 +22,8 @@ def server_features(
         positions = torch.arange(start, end)
         slots = table[0].long()[positions // 16] * 16 + positions % 16
         span = PromptSpan(computed=start, scheduled=end - start, prompt_len=ends[-1])
-        step = sums.begin_step([span], np.array([True]), np.array([0]), slots, table, pool_tokens)
+        routed, slot = np.array([True]), np.array([0])
+        step = sums.begin_step([span], routed, slot, slots, table, pool_tokens, pool_prefix)
         found.append(sums.update_and_pool(0, step, mean_query[start:end])[0])
         start = end
     return found
@@ -34,10 +35,13 @@ def server_features(
     [[40], [200], [64, 200], [50, 70, 199], [7, 8, 200], [100, 101, 102], [16, 33]],
     ids=lambda ends: "-".join(map(str, ends)),
 )
-def test_plan_chunks_pools_as_the_server_does(ends: list[int], pool_tokens: int) -> None:
+@pytest.mark.parametrize("pool_prefix", [True, False], ids=["both-ends", "latest-alone"])
+def test_plan_chunks_pools_as_the_server_does(
+    ends: list[int], pool_tokens: int, pool_prefix: bool
+) -> None:
     mean_query = torch.randn(ends[-1], 8)
-    expected = server_features(mean_query, ends, pool_tokens)
-    plan = plan_chunks([ends], ends[-1] + 9, pool_tokens)
+    expected = server_features(mean_query, ends, pool_tokens, pool_prefix)
+    plan = plan_chunks([ends], ends[-1] + 9, pool_tokens, pool_prefix)
     padded = torch.cat([mean_query, torch.full((9, 8), 1e6)])[None]
     torch.testing.assert_close(pool(padded, plan)[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -51,5 +55,5 @@ def test_plan_chunks_assigns_tokens_and_marks_padding() -> None:
 
 
 def test_plan_chunks_can_leave_the_prefix_out() -> None:
-    plan = plan_chunks([[100]], 100, 16, prefix=False)
+    plan = plan_chunks([[100]], 100, 16, pool_prefix=False)
     assert plan.pool_weights[0, 0].nonzero()[:, 0].tolist() == list(range(84, 100))
