@@ -18,9 +18,9 @@ class RouterSettings:
     """What the router looks at, and what SPARSE means."""
 
     pool_tokens: int = 96
-    """Prompt tokens pooled at each end; a multiple of 16 pools exactly on the server."""
+    """Prompt tokens pooled at an end; a multiple of 16 pools exactly on the server."""
     pool_prefix: bool = True
-    """Pool the prompt's first tokens too; off only for an ablation the server cannot load."""
+    """Pool the prompt's first tokens too, not its latest alone."""
     sink_tokens: int = 64
     """First tokens a SPARSE layer always attends to."""
     window_tokens: int = 512

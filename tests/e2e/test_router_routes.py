@@ -8,8 +8,8 @@ import pytest
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
-from tests.helpers.models import random_prompt
-from tests.helpers.reference import SparsePattern
+from tests.helpers.models import random_prompt, write_random_router
+from tests.helpers.reference import ReferenceRouter, SparsePattern
 from tests.helpers.replay import assert_routed
 
 pytestmark = pytest.mark.vllm
@@ -64,6 +64,39 @@ def test_prefix_hit(tiny_model, reference, reference_router, chunk):
             assert second.cached_tokens == length // BLOCK_SIZE * BLOCK_SIZE
             source = _check(first, reference, reference_router).history
             _check(second, reference, reference_router, history=source)
+
+
+def test_router_of_the_latest_tokens_alone(tiny_model, reference, tmp_path):
+    """Chunks, and prefixes and generated text found in the cache; the file says `pool_prefix`."""
+    path = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=32,
+        pool_tokens=16,
+        pool_prefix=False,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=tiny_model,
+    )
+    router = ReferenceRouter.load(path)
+    assert not router.pool_prefix
+    routes = set()
+    with Engine(
+        tiny_model,
+        {"router": str(path)},
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=100,
+        enable_prefix_caching=True,
+    ) as engine:
+        for length, generated in ((1, 1), (17, 20), (97, 40), (320, 70), (1000, 24)):
+            prompt = random_prompt(length, seed=length + 3)
+            (first,) = engine.generate([prompt], generated)
+            turn = prompt + first.tokens + random_prompt(9, seed=generated)
+            (second,) = engine.generate([turn], 24)
+            source = _check(first, reference, router).history
+            _check(second, reference, router, history=source)
+            routes |= {tuple(first.routes), tuple(second.routes)}
+    assert len(routes) > 3
 
 
 def test_second_turn(tiny_model, reference, reference_router):

@@ -267,6 +267,27 @@ def test_preemption_and_block_sizes(model, flash_attn_error):
     _check(answers, model, allowed, block_size)
 
 
+def test_router_of_the_latest_tokens_alone(model, flash_attn_error, tmp_path):
+    """Chunks with graphs: prompts that one chunk holds route all layers at once."""
+    folder, _, reference = model
+    router = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=reference.head_dim,
+        pool_tokens=16,
+        pool_prefix=False,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=folder,
+    )
+    with Engine(
+        folder, {"router": str(router)}, max_num_batched_tokens=CHUNK, **DEFAULTS
+    ) as engine:
+        answers = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
+    assert len({tuple(answer.routes) for answer in answers}) > 3
+    _check(answers, (folder, tmp_path, reference), flash_attn_error)
+
+
 @pytest.mark.parametrize("case", ["static-fa3", "router-triton"])
 def test_speculative_decoding(model, flash_attn_error, case):
     """Rows of several queries in graphs; three allowed tokens make n-grams foretell the output."""

@@ -98,8 +98,8 @@ def collate(
         prompts: B of them.
         indices: their places in the step's batch.
         chunk_ends: where each one's chunks end.
-        pool_tokens: prompt tokens pooled at each end.
-        pool_prefix: whether the first tokens are pooled.
+        pool_tokens: prompt tokens pooled at an end.
+        pool_prefix: whether the first tokens are pooled too.
         answer_tokens: most answer tokens of a prompt to look at, evenly spaced; None: all.
         skip_prefix: look at an open answer only after its prefix, as if that had been forced.
 

@@ -225,13 +225,14 @@ class TestRouting:
     POOL = 24
     PROMPT = 150
 
-    @pytest.fixture
-    def runtime(self) -> FluxRuntime:
+    @pytest.fixture(params=[True, False], ids=["both-ends", "latest-alone"])
+    def runtime(self, request: pytest.FixtureRequest) -> FluxRuntime:
         info = RouterInfo(
             base_model="",
             num_layers=LAYERS,
             head_dim=H,
             pool_tokens=self.POOL,
+            pool_prefix=request.param,
             sink_tokens=S,
             window_tokens=W,
         )
@@ -264,7 +265,12 @@ class TestRouting:
             end = start + chunk
             slot = int(runtime.step.slots[0])
             pooled = pooled_positions(
-                start, end, self.PROMPT, self.POOL, torch.ones(start, dtype=torch.bool)
+                start,
+                end,
+                self.PROMPT,
+                self.POOL,
+                torch.ones(start, dtype=torch.bool),
+                runtime.info.pool_prefix,
             )
             for layer in range(LAYERS):
                 mean = before[layer, pooled].mean(dim=(0, 1))[None]

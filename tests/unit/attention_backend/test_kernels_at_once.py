@@ -259,6 +259,7 @@ def test_fixed_nbytes_holds_what_is_allocated(device: str, pool_prefix: bool) ->
         *pooling._weights.head_2, *pooling._weights.head_4,
     ]  # fmt: skip
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert pooling._workspace.parts.shape[1] == (2 if pool_prefix else 1)
     assert pooling._mean_query.shape == (LAYERS, 70, HEAD_DIM)
     stated = pooling.fixed_nbytes(pooling._runtime, 3 * LAYERS, 1000)
     assert 0.6 * stated < nbytes <= stated

@@ -1,12 +1,13 @@
 """`flux-vllm inspect`, on router files written here with the project's own writer."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from flux_vllm.cli import main
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, write_router
+from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router, write_router
 from flux_vllm.router.model import LayerRouter
 
 LAYERS, HEAD_DIM = 5, 8
@@ -63,6 +64,15 @@ def test_inspect_describes(of: str, router: Path, capsys: pytest.CaptureFixture[
         "  2 1.00",
     ):
         assert expected in shown
+
+
+def test_inspect_tells_a_router_of_the_latest_tokens_alone(
+    router: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers, info = read_router(router)
+    write_router(router, layers, dataclasses.replace(info, pool_prefix=False))
+    assert main(["inspect", str(router)]) == 0
+    assert "looks at      the prompt's last 96 tokens\n" in capsys.readouterr().out
 
 
 def test_inspect_fits(router: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
