@@ -11,6 +11,7 @@ from tests.helpers.models import random_prompt
 from tests.helpers.reference import SparsePattern
 from tests.helpers.replay import LOGPROB_TOLERANCE, assert_same, replay
 from tests.helpers.tensor_parallel import (
+    RankedAnswer,
     RankedEngine,
     assert_ranks_alike,
     compare_routes,
@@ -49,3 +50,26 @@ def test_two_ranks(tiny_model, reference, reference_router):
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
     for answer in two:
         assert_same(answer, replay(reference, answer, pattern, router=reference_router))
+
+
+def _decided(*p_full):
+    chunks = [([int(p >= 0.5) for p in row], list(row)) for row in p_full]
+    steps = [(16 * number, 16, "prefill") for number in range(len(chunks))]
+    return RankedAnswer([], [], [], [], [], 0, steps, routes=chunks[-1][0], decisions=chunks)
+
+
+def test_comparison_refuses_a_clear_difference():
+    with pytest.raises(AssertionError, match="prompt 0, chunk 0, layer 1"):
+        compare_routes([_decided((0.9, 0.52))], [_decided((0.9, 0.48))])
+
+
+def test_comparison_passes_over_what_a_near_tie_changes():
+    """Layers after the tie have other inputs, in this chunk and the next; those up to it do not."""
+    one = _decided((0.9, 0.501, 0.9), (0.8, 0.7, 0.1))
+    other = _decided((0.9, 0.499, 0.2), (0.8, 0.7, 0.9))
+    found = compare_routes([one], [other])
+    assert (found.compared, found.near, found.differing, found.passed_over) == (3, 1, 1, 2)
+    assert found.parted == {0}
+    other = _decided((0.9, 0.499, 0.2), (0.8, 0.3, 0.9))
+    with pytest.raises(AssertionError, match="prompt 0, chunk 1, layer 1"):
+        compare_routes([one], [other])

@@ -47,6 +47,9 @@ BLOCK_SIZE = 16
 LENGTHS = [1, 15, 16, 17, 129, 160, 161, 320, 500, 1100, 2050, 3000]
 OUTPUT = 24
 P_FULL_MARGIN = 0.1  # bfloat16 queries against float32
+# How steeply P(FULL) answers to the features: bfloat16 alone must not move it by 0.01. On a CPU the
+# worst is 0.006 at 1.5 in four layers, and 0.008 at 1.0 in six.
+GAIN, WIDE_GAIN = 1.0, 0.6
 WIDE_LAYERS = 8
 BASELINE = "FLASH_ATTN"
 DEFAULTS = {
@@ -143,6 +146,7 @@ def tiny(request, tmp_path_factory):
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
         model_folder=folder,
+        gain=GAIN,
     )
     yield folder, router, ReferenceModel(folder)
     torch.set_num_threads(threads)
@@ -202,7 +206,7 @@ def wide(tmp_path_factory):
         folder,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        gain=1.0,
+        gain=WIDE_GAIN,
     )
     torch.cuda.empty_cache()
     yield folder, router, json.loads((folder / "config.json").read_text())["vocab_size"]

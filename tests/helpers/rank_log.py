@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from flux_vllm.router.state import to_device
+
 
 @dataclass
 class RankStep:
@@ -63,9 +65,14 @@ class RankLogger:
             for facts, tensors in self._rank_steps
         ]
         self._rank_steps.clear()
-        before, self._unrouted_before = self._unrouted_before, _unrouted_rows()
         self.flux_status()  # counts the steps in flight
-        return RankLog(steps, None if before is None else self._unrouted_before - before)
+        before, self._unrouted_before = self._unrouted_before, _unrouted_rows()
+        if before is None:
+            return RankLog(steps, None)
+        unrouted = sum(
+            count - before.get(views, 0) for views, count in self._unrouted_before.items()
+        )
+        return RankLog(steps, unrouted)
 
 
 def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> Callable[[], None]:
@@ -76,7 +83,7 @@ def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> C
         step, table = runtime.step, runtime.table
         if step is not None and not step.context.is_warmup:
             runtime.do_deferred()
-            rows = torch.tensor(step.slots, device=table.device)
+            rows = to_device(step.slots, table.device)
             facts = (step.context.request_ids, step.context.is_prefill, step.to_route)
             steps.append((facts, (table.routes[rows], table.full_probability[rows])))
         end_step()
@@ -84,12 +91,15 @@ def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> C
     return logged
 
 
-def _unrouted_rows() -> int | None:
-    """Sum this process's device counters of unrouted decode rows."""
+def _unrouted_rows() -> dict[Any, int] | None:
+    """Read this process's device counters of unrouted decode rows, by the buffers they are in.
+
+    An engine that ended leaves its own for a while, so a sum would not do.
+    """
     if not torch.cuda.is_available():
         return None
     from flux_vllm.attention_backend.cuda_views import ViewBuffers
 
     # vLLM's runners keep their metadata builders in different places.
-    views = [found for found in gc.get_objects() if isinstance(found, ViewBuffers)]
-    return sum(int(each.unrouted) for each in views)
+    views = [found for found in gc.get_objects() if type(found) is ViewBuffers]
+    return {each: int(each.unrouted) for each in views}
