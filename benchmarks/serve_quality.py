@@ -244,7 +244,7 @@ def _score_offline(
         world,
     )
     pattern = make_pattern(info.sparse_pattern, info.sink_tokens, info.window_tokens)
-    scorer = Scorer(routed, pattern, info.pool_tokens, OFFLINE_TOKENS, world)
+    scorer = Scorer(routed, pattern, info.pool_tokens, OFFLINE_TOKENS, world, info.pool_prefix)
     policy = ThresholdPolicy(router.to(world.device), args.threshold)
     chunked = Condition(chunk_tokens=args.chunk)
     for name, measures in wanted.items():

@@ -16,7 +16,7 @@ def serve_arguments(model: Path) -> list[str]:
         *("--attention-backend", "flux"),
         *("--dtype", "bfloat16"),
         *("--max-model-len", "8192"),
-        # A prompt that fits one chunk is routed by its first and last tokens, as in training.
+        # A prompt that fits one chunk is routed by the same tokens as in training.
         *("--max-num-batched-tokens", "8192"),
         *("--kv-cache-memory-bytes", str(2 * 2**30)),
         "--enforce-eager",
