@@ -6,7 +6,8 @@ layers after l are no longer comparable, in that chunk and in those after it; th
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,33 @@ THRESHOLD = 0.5
 NEAR_THRESHOLD = 0.01
 """Within this of the threshold either route may be taken."""
 UNDECIDED = -1
-_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_ENVIRONMENT = {
+    # The test's process has threads, which a fork would not survive.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # NVLink multicast, where a test is killed in the midst of it, can take GPUs that others share
+    # out of service. Each of these would use it; vLLM's own all-reduce does not.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NCCL_NVLS_ENABLE": "0",
+}
+_NO_FUSED_ALLREDUCE = {"pass_config": {"fuse_allreduce_rms": False}}
+"""Likewise: it is FlashInfer's."""
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the processes that start meanwhile; others that change stay changed."""
+    former = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @dataclass
@@ -52,17 +79,13 @@ class RankedEngine(Engine):
         if flux is not None:
             arguments["worker_extension_cls"] = "tests.helpers.rank_log.RankLogger"
         if ranks > 1:
-            arguments |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
-        # This process has threads, which a fork would not survive.
-        former = os.environ.get(_START_METHOD)
-        os.environ[_START_METHOD] = "spawn"
-        try:
+            arguments |= {
+                "tensor_parallel_size": ranks,
+                "distributed_executor_backend": "mp",
+                "compilation_config": _NO_FUSED_ALLREDUCE,
+            }
+        with _environment(_ENVIRONMENT):
             super().__init__(model, flux, **arguments)
-        finally:
-            if former is None:
-                del os.environ[_START_METHOD]
-            else:
-                os.environ[_START_METHOD] = former
         self._is_logged, self.has_flux = self.has_flux, False  # its reader knows one rank
 
     def _log_routes(self) -> None:
