@@ -47,8 +47,8 @@ BLOCK_SIZE = 16
 LENGTHS = [1, 15, 16, 17, 129, 160, 161, 320, 500, 1100, 2050, 3000]
 OUTPUT = 24
 P_FULL_MARGIN = 0.1  # bfloat16 queries against float32
-# Standard deviation of the logits' difference over the prompts a router is fitted to. Which routes it
-# takes does not depend on it, only how far P(FULL) is from the threshold: bfloat16 alone must not
+# Standard deviation of the logits' difference over the prompts a router is fitted to. The routes it
+# takes do not depend on it, only how far P(FULL) is from the threshold: bfloat16 alone must not
 # move it by 0.01 near there (on a CPU it does by 0.012 at worst with 1.0, of a prompt anywhere).
 GAIN, WIDE_GAIN = 0.5, 0.4
 WIDE_LAYERS = 8
