@@ -15,8 +15,8 @@
 # task and length at the default threshold; the same with other thresholds and static patterns;
 # with the variants; 400 prompts. They share scores, so a later pass repeats nothing.
 #
-# Environment: PYTHON (python3) has torch and the extra `train`. TRAIN_SECONDS (800) is the time of
-# training, shared by the seeds, without start-up; MICRO_BATCH_TOKENS (32768) are computed at once
+# Environment: PYTHON (python3) has torch and the extra `train`. SEEDS ("0 1 2") are trained.
+# TRAIN_SECONDS (800) is the time of training, shared by the seeds, without start-up; MICRO_BATCH_TOKENS (32768) are computed at once
 # by each: 16 GiB. DRY_RUN=1 prints the commands alone.
 set -euo pipefail
 usage="usage: training/gpu_session.sh FOLDER MODEL CORPUS (the head of the file explains)"
@@ -24,7 +24,7 @@ folder=$(realpath -m "${1:?$usage}")
 model=$(realpath -m "${2:?$usage}")
 corpus=$(realpath -m "${3:?$usage}")
 cd "$(dirname "$0")/.."
-seeds=(0 1 2)
+read -ra seeds <<<"${SEEDS:-0 1 2}"
 export OMP_NUM_THREADS=4
 
 training() { # training ARGUMENTS...: one command of the package
