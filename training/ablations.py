@@ -97,7 +97,7 @@ def changes(base: TrainConfig) -> dict[str, tuple[str, ...]]:
         "seed_1": ("--seed", "1"),
         "distillation": ("--loss.distillation_weight", "1", "--loss.lm_weight", "0"),
         "unbalanced": ("--data.weights", *weights),
-        "suffix_only": ("--router.pool_prefix", "false"),
+        "both_ends": ("--router.pool_prefix", "true"),
         "no_spread_penalty": ("--loss.spread_penalty", "0"),
         "no_recent_steps": ("--loss.recent_steps", "0"),
     }

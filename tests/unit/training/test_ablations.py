@@ -237,7 +237,7 @@ def test_every_variant_trains_and_is_evaluated(
         assert {name for name, row in rows.items() if "left_out" in row} == {*LEFT_OUT}
         for name, row in rows.items():
             source = table["provenance"][kind][name]["router"]
-            assert source["pool_prefix"] == (name != "suffix_only")
+            assert source["pool_prefix"] == (name == "both_ends")
             assert source["training"]["config"]["seed"] == (name == "seed_1")
             assert row["share_by_group"].keys() >= {"retrieval", "local"}
     assert (run / "ablations.md").read_text().count("\n| ") == 2 * (1 + len(names))
