@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def _measure(
         engine.prefill_seconds(min(args.chunk + args.chunk // 2, longest_context(args.plan)))
     shortest: dict[int, float] = {}
     saved: dict[int, float | None] = {}
-    for case in PLANS[args.plan]:
+    for planned in PLANS[args.plan]:
+        case = replace(planned, shares=shape.shares(planned.shares))
         if isinstance(case, Prefill):
             if case.context not in saved and in_time():
                 saved[case.context] = _most_saved(shape, base, flux, case.context)
@@ -108,11 +110,18 @@ def _measure_prefill(
 def _most_saved(shape: Shape, base: Engine, flux: Engine, context: int) -> float | None:
     """Return L * (a_full - a_window) in seconds; None where no FlashAttention kernel runs."""
 
-    def attention_ms(engine: Engine) -> float:
-        return sum(ms for name, _, ms in engine.profile(context) if "FlashAttnFwd" in name)
+    def attention_ms(engine: Engine, name: str) -> float:
+        kernels = engine.profile(context)
+        attention = sum(ms for kernel, _, ms in kernels if "FlashAttnFwd" in kernel)
+        total = sum(ms for _, _, ms in kernels)
+        # What a prefill costs beside its attention; the ideal takes it as the same for both.
+        say(f"{context} tokens, {name}: kernels {total:.1f} ms, {attention:.1f} of attention")
+        for kernel, calls, ms in kernels[:8]:
+            say(f"  {ms:9.1f} ms {calls:6d} x  {kernel[:90]}")
+        return attention
 
     flux.fix_routes(shape.spread(1.0))
-    full, window = attention_ms(base), attention_ms(flux)
+    full, window = attention_ms(base, "baseline"), attention_ms(flux, "flux, all SPARSE")
     return (full - window) / 1000 if full else None
 
 
@@ -164,7 +173,11 @@ def _measure_one_by_one(
     keep: Callable[[Row], None],
 ) -> None:
     """Measure decode with the baseline, end it, and measure flux: not in turns."""
-    cases = [case for case in PLANS[args.plan] if isinstance(case, Decode)]
+    cases = [
+        replace(case, shares=shape.shares(case.shares))
+        for case in PLANS[args.plan]
+        if isinstance(case, Decode)
+    ]
     base_values: dict[Decode, list[float]] = {}
     shortest: dict[int, float] = {}
     with start_base() as base:

@@ -45,7 +45,7 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         x = [row["context"] for row in line]
         color = plt.get_cmap("viridis")(index / max(1, len(shares) - 1) * 0.85)
         marker = "o" if len(line) > 1 else "D"
-        label = f"{share:.0%} of layers SPARSE"
+        label = f"{100 * share:.3g}% of layers SPARSE"
         axes.plot(x, [r["speedup"] for r in line], marker=marker, color=color, label=label)
         axes.plot(x, [r.get("bound") for r in line], ls="--", lw=1, marker="_", color=color)
     axes.plot([], [], ls="--", lw=1, color="grey", label="ideal")

@@ -8,6 +8,7 @@ attention runs at other clocks than between the matrix products: 3 % slower at 1
 """
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +35,10 @@ class Shape:
             head_dim=head_dim,
             vocab_size=config["vocab_size"],
         )
+
+    def shares(self, wanted: Sequence[float]) -> tuple[float, ...]:
+        """Return the shares that whole layers can have, nearest to those wanted."""
+        return tuple(round(share * self.layers) / self.layers for share in wanted)
 
     def spread(self, share: float) -> list[int]:
         """Choose a share of the layers, evenly spread."""
@@ -91,7 +96,7 @@ PLANS: dict[str, list[Prefill | Decode]] = {
         Prefill(32 * K),
         Prefill(64 * K),
         Prefill(128 * K),
-        Prefill(256 * K, (0.5, 0.75, 0.8, 1.0)),
+        Prefill(256 * K, (0.5, 0.75, 0.8125, 1.0)),
         Prefill(256 * K, (0.25,)),  # what a time limit may cut
     ],
     # Two rows and more of 256K, which only one engine at a time has memory for.
