@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -208,7 +208,7 @@ def _decode_alone(
     engine: Engine,
     case: Decode,
     context: int,
-    routes: dict[float, list[int] | None],
+    routes: Mapping[float, list[int] | None],
 ) -> dict[float, list[float]]:
     """Time decode steps under each of some routes (None: the baseline has none) in turns, in ms."""
     names = engine.start(context, case.batch, False)
