@@ -8,12 +8,7 @@ from typing import Any
 from openai import OpenAI, OpenAIError
 
 from demo.counters import PHASES, Counters
-from demo.long_text import (
-    ANSWER_BEGINNING,
-    CODE_WORD,
-    CODE_WORD_QUESTION,
-    text_with_code_word,
-)
+from demo.long_text import CODE_WORD, CODE_WORD_QUESTION, text_with_code_word
 from demo.server import DemoError, Server
 from flux_vllm.cli.route_map import legend, render_strips, symbols_for
 from flux_vllm.cli.sample_model import MODEL_NAME
@@ -53,16 +48,10 @@ class Conversation:
         text, tokens, before = text_with_code_word(self._model)
         print(
             f"\n> [{tokens:,} tokens of Python's own manual, with a code word planted after "
-            f"{before:,}]\n> {CODE_WORD_QUESTION}\n> [the answer's beginning is given, as when the "
-            "router was trained:]",
+            f"{before:,}]\n> {CODE_WORD_QUESTION}",
             flush=True,
         )
-        answer = self._ask(
-            "code word",
-            f"{text}\n\n{CODE_WORD_QUESTION}",
-            max_tokens=24,
-            answer_beginning=ANSWER_BEGINNING,
-        )
+        answer = self._ask("code word", f"{text}\n\n{CODE_WORD_QUESTION}", max_tokens=24)
         if CODE_WORD.lower() not in answer.lower():
             raise DemoError(
                 f"expected the code word {CODE_WORD!r} in the answer, found {answer!r}; if the "
@@ -95,14 +84,7 @@ class Conversation:
         if unrouted:
             raise DemoError(f"expected flux_unrouted_rows_total 0, found {unrouted}")
 
-    def _ask(self, label: str, question: str, max_tokens: int, answer_beginning: str = "") -> str:
-        messages: list[Any] = [{"role": "user", "content": question}]
-        options: dict[str, object] = {}
-        if answer_beginning:
-            print(answer_beginning, end="", flush=True)
-            messages.append({"role": "assistant", "content": answer_beginning})
-            # vLLM's own: the model goes on with the last message in place of a new one.
-            options = {"continue_final_message": True, "add_generation_prompt": False}
+    def _ask(self, label: str, question: str, max_tokens: int) -> str:
         begin = time.monotonic()
         first: float | None = None
         pieces: list[str] = []
@@ -110,8 +92,7 @@ class Conversation:
         try:
             stream = self._client.chat.completions.create(
                 model=MODEL_NAME,
-                messages=messages,
-                extra_body=options,
+                messages=[{"role": "user", "content": question}],
                 max_tokens=max_tokens,
                 temperature=0,
                 stream=True,

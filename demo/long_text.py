@@ -10,9 +10,6 @@ from tokenizers import Tokenizer
 CODE_WORD = "TANGERINE"
 CODE_WORD_SENTENCE = f"The secret code word of the vault is {CODE_WORD}."
 CODE_WORD_QUESTION = "What is the secret code word of the vault?"
-ANSWER_BEGINNING = "The secret code word of the vault is"
-"""Given to the model, as in the prompts that the shipped router was trained on: without it the
-router leaves too few layers FULL to find the code word."""
 
 TOKENS = 3100
 PLANTED_AFTER = 0.45

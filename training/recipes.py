@@ -63,7 +63,7 @@ def smollm2_long(model: str = "", out: str = "") -> TrainConfig:
         ),
         loss=replace(
             base.loss,
-            targets=("retrieval=0.70", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
+            targets=("retrieval=0.56", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
             spread_penalty=6.0,
             recent_steps=20,
         ),
