@@ -331,6 +331,7 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
         "pool_tokens": str(info.pool_tokens) if info else "",
+        "pool_prefix": str(info.pool_prefix).lower() if info else "",
     }
     runtime.reporter = RouteReporter(
         MetricStore(directory, model),

@@ -14,6 +14,7 @@ const LABELS = {
   sink_tokens: "Sink tokens",
   window_tokens: "Window tokens",
   pool_tokens: "Pool tokens",
+  pool_prefix: "Pools the first tokens too",
   routed_layers: "Routed layers",
   requests: "Requests routed",
 };

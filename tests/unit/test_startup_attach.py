@@ -193,6 +193,7 @@ class TestNumbers:
             "sink_tokens": "64",
             "window_tokens": "256",
             "pool_tokens": "48",
+            "pool_prefix": "true",
         }
 
     def test_other_ranks_do_not(self, tmp_path: Path, model: Model, monkeypatch) -> None:
