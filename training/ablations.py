@@ -47,7 +47,7 @@ class AblationConfig:
     """Folder for routers, logs, figures, `ablations.json` and `ablations.md`."""
     corpus: str = ""
     """Text to build prompts from (`python -m training corpus`); empty: found on this machine."""
-    recipe: str = "smollm2_long"
+    recipe: str = "smollm2"
     """Recipe that the variants change."""
     only: tuple[str, ...] = ()
     """Variants to run; empty: all."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains three seeds of smollm2_long side by side on one GPU and evaluates them, all under FOLDER.
+# Trains three seeds of smollm2 side by side on one GPU and evaluates them, all under FOLDER.
 #
 #   training/gpu_session.sh FOLDER MODEL CORPUS
 #
@@ -38,7 +38,7 @@ training() { # training ARGUMENTS...: one command of the package
 
 train() { # train SEED
     [[ -e $folder/seed$1/flux_router.safetensors ]] && return
-    training train --recipe smollm2_long --model "$model" --out "$folder/seed$1" --seed "$1" \
+    training train --recipe smollm2 --model "$model" --out "$folder/seed$1" --seed "$1" \
         --data.corpus "$corpus" --data.workers 4 \
         --optimizer.micro_batch_tokens "${MICRO_BATCH_TOKENS:-32768}" \
         --optimizer.time_limit_s "${TRAIN_SECONDS:-800}" --system.save_every 20

@@ -78,7 +78,7 @@ def test_every_command_line_is_understood(
     assert not (tmp_path / "run").exists()
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop().startswith("done")
-    names = [*changes(recipes.smollm2_long())]
+    names = [*changes(recipes.smollm2())]
     assert len(lines) == len(names) * (1 + len(PASSES)) == 36
     outs = []
     for line in lines:
@@ -102,9 +102,9 @@ def test_every_command_line_is_understood(
     assert outs == [out for row in expected for out in row]
 
 
-@pytest.mark.parametrize("name", [*changes(recipes.smollm2_long())])
+@pytest.mark.parametrize("name", [*changes(recipes.smollm2())])
 def test_a_variant_differs_from_the_recipe_in_its_change_alone(name: str) -> None:
-    base = recipes.smollm2_long("m", "o")
+    base = recipes.smollm2("m", "o")
     flags = changes(base)[name]
     arguments = command_line._parser().parse_args(["train", *flags])
     changed = cli.apply_flags(base, arguments)
@@ -227,7 +227,7 @@ def test_every_variant_trains_and_is_evaluated(
             "--shares 0",
         )
     )
-    names = [*changes(recipes.smollm2_long())]
+    names = [*changes(recipes.smollm2())]
     table = json.loads((run / "ablations.json").read_text())
     for kind in PASSES:
         rows = table[kind]

@@ -48,7 +48,7 @@ def test_every_command_line_is_understood(tmp_path: Path) -> None:
         kinds.append(arguments.command)
         outs.append(Path(arguments.out))
         if arguments.command == "train":
-            assert arguments.recipe == "smollm2_long"
+            assert arguments.recipe == "smollm2"
             config = cli.apply_flags(recipes.RECIPES[arguments.recipe](), arguments)
             assert config.optimizer.time_limit_s > 0
             assert config.system.resume
