@@ -1,16 +1,25 @@
 #!/usr/bin/env bash
-# Runs every GPU test on a machine with one GPU, as processes side by side: engines take half a
-# minute each to start, and share the GPU. Logs and a summary go to a folder.
+# Runs every GPU test, as processes side by side: engines take half a minute each to start, and
+# share the GPU. Logs and a summary go to a folder.
 #
 #   tools/gpu_tests.sh FOLDER     PYTHON=python3 names the interpreter that has vLLM
 #
-# About 5 minutes on an H200 with 16 cores.
+# On one GPU: serving by head size, the sample model, the backend's batches with the benchmarks'
+# head split, and the kernels; about 5 minutes on an H200 with 16 cores. Where two GPUs are visible,
+# tensor parallel 2 beside them: small models by head size, and Llama 3.1 8B's widths where
+# ../shared/gpu/shapes/llama-3.1-8b or FLUX_TEST_8B_SHAPE=FOLDER has their config.json. These took
+# over 4 minutes one after the other, and should end before the rest now. The summary names what
+# did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
+[[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 kernels=tests/unit/attention_backend
-export OMP_NUM_THREADS=2 FLUX_TEST_OUT=$out
+shape=../shared/gpu/shapes/llama-3.1-8b
+[[ -n ${FLUX_TEST_8B_SHAPE:-} || ! -e $shape ]] || FLUX_TEST_8B_SHAPE=$(realpath "$shape")
+export OMP_NUM_THREADS=2 FLUX_TEST_OUT=$out FLUX_TEST_8B_SHAPE=${FLUX_TEST_8B_SHAPE:-}
+unset VLLM_PORT # else every engine tries the same ports; vLLM takes free ones without it
 
 part() { # part NAME ARGUMENTS...: one pytest process
     local name=$1
@@ -20,14 +29,37 @@ part() { # part NAME ARGUMENTS...: one pytest process
         >>"$out/summary.txt"
 }
 
+not_run() { # not_run NAME WHY
+    echo "$1: not run, $2" >>"$out/summary.txt"
+}
+
+parts_of_two() { # tensor parallel 2; its engines on one GPU take the second, which has less to do
+    local file=tests/gpu/test_tensor_parallel.py gpus
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    if ((gpus < 2)); then
+        not_run tensor_parallel "needs two CUDA GPUs; ${gpus:-none} visible here"
+        return
+    fi
+    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-1,0}
+    part tensor_parallel_64 $file -k H64 &
+    part tensor_parallel_128 $file -k H128 &
+    if [[ -n $FLUX_TEST_8B_SHAPE ]]; then
+        part tensor_parallel_8b $file -k 8b_widths &
+    else
+        not_run tensor_parallel_8b "needs $shape or FLUX_TEST_8B_SHAPE=FOLDER"
+    fi
+    wait
+}
+
 : >"$out/summary.txt"
 part serving_64 tests/gpu/test_serving.py -k H64 &
 part serving_128 tests/gpu/test_serving.py -k H128 &
 part sample_model tests/gpu/test_sample_model.py &
-part batches tests/gpu/test_backend_batches.py &
+part batches tests/gpu/test_backend_batches.py tests/gpu/test_head_split.py &
 part attention $kernels/test_kernels_fa3.py $kernels/test_kernels_prefill.py &
 part others tests/unit --deselect $kernels/test_kernels_fa3.py \
     --deselect $kernels/test_kernels_prefill.py &
+parts_of_two &
 wait
 cat "$out/summary.txt"
-! grep -vqE 'exit code (0|5),' "$out/summary.txt"
+! grep -vqE 'exit code (0|5),|: not run, ' "$out/summary.txt"

@@ -10,9 +10,9 @@ from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.models import random_prompt
 from tests.helpers.reference import SparsePattern
 from tests.helpers.replay import LOGPROB_TOLERANCE, assert_same, replay
+from tests.helpers.side_by_side import Setup, serve_side_by_side
 from tests.helpers.tensor_parallel import (
     RankedAnswer,
-    RankedEngine,
     assert_ranks_alike,
     compare_routes,
     logprob_difference,
@@ -26,16 +26,13 @@ OUTPUT = 6
 ARGUMENTS = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
 
 
-def _serve(tiny_model, ranks):
-    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
-    with RankedEngine(tiny_model, {}, ranks, **ARGUMENTS) as engine:
-        answers = engine.generate(prompts, OUTPUT, prompt_logprobs=True)
-        return answers, engine.rank_logs
-
-
 def test_two_ranks(tiny_model, reference, reference_router):
-    one, _ = _serve(tiny_model, 1)
-    two, logs = _serve(tiny_model, 2)
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    setups = [Setup(tiny_model, {}, ranks, ARGUMENTS) for ranks in (1, 2)]
+    served = serve_side_by_side(setups, prompts, OUTPUT)
+    assert [each.unrouted for each in served] == [0, 0]
+    one, two = (each.answers for each in served)
+    logs = served[1].logs
     assert len(logs) == 2
     print("\n" + assert_ranks_alike(logs))
     found = compare_routes(one, two)

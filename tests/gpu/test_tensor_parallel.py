@@ -9,12 +9,14 @@ taken; how many there are is printed.
 
 The 8B shape is too large for the reference: there FLASH_ATTN on two GPUs against FLASH_ATTN on one
 is what bfloat16 explains. Its widths are real and its layers are fewer.
+
+A test's engines start side by side and hold their memory together: with the 8B shape, by estimate,
+27 GB of the first GPU and 11 of the second.
 """
 
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,16 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.models import random_prompt, write_random_router, write_tiny_llama
-from tests.helpers.rank_log import RankLog
 from tests.helpers.reference import FULL, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import logprob_errors, replay
-from tests.helpers.tensor_parallel import (
-    RankedAnswer,
-    RankedEngine,
-    assert_ranks_alike,
-    compare_routes,
-    logprob_difference,
-)
+from tests.helpers.side_by_side import Served, Setup, serve_side_by_side
+from tests.helpers.tensor_parallel import assert_ranks_alike, compare_routes, logprob_difference
 from tests.helpers.wide_model import write_fitted_router, write_wide_llama
 
 GPUS = torch.cuda.device_count()
@@ -64,40 +60,16 @@ DEFAULTS = {
 GRAPHS, EAGER = {"enforce_eager": False}, {"enforce_eager": True}
 
 
-@dataclass
-class Served:
-    """What one engine answered to all prompts at once.
-
-    Attributes:
-        answers: in the prompts' order.
-        logs: by rank; None without flux.
-        unrouted: flux_unrouted_rows_total, which the first rank counts for all.
-    """
-
-    answers: list[RankedAnswer]
-    logs: list[RankLog] | None
-    unrouted: float
-
-
-def _serve(model: Path, router: Path | None, ranks: int, vocab_size: int = 512) -> Served:
-    """Start an engine, with flux and graphs or with FLASH_ATTN and neither, and ask it."""
-    from prometheus_client import generate_latest
-
-    from tests.helpers.metrics import parse, total
-
-    prompts = [random_prompt(length, length, vocab_size) for length in LENGTHS]
-    name = f"{model.name}-{ranks}"
+def _setup(model: Path, router: Path | None, ranks: int) -> Setup:
+    """Describe an engine with flux and graphs, or with FLASH_ATTN and neither."""
     if router is None:
-        flux, arguments = None, EAGER | {"attention_backend": BASELINE}
-    else:
-        flux, arguments = {"router": str(router)}, GRAPHS | {"served_model_name": name}
-    with RankedEngine(model, flux, ranks, **(DEFAULTS | arguments)) as engine:
-        answers = engine.generate(prompts, OUTPUT, prompt_logprobs=True)
-        unrouted = 0.0
-        if router is not None:
-            metrics = parse(generate_latest().decode())
-            unrouted = total(metrics, "flux_unrouted_rows_total", model_name=name)
-        return Served(answers, engine.rank_logs, unrouted)
+        return Setup(model, None, ranks, DEFAULTS | EAGER | {"attention_backend": BASELINE})
+    return Setup(model, {"router": str(router)}, ranks, DEFAULTS | GRAPHS)
+
+
+def _serve(setups: list[Setup], vocab_size: int = 512) -> list[Served]:
+    prompts = [random_prompt(length, length, vocab_size) for length in LENGTHS]
+    return serve_side_by_side(setups, prompts, OUTPUT)
 
 
 def _check_routes(one: Served, two: Served) -> set[int]:
@@ -177,11 +149,12 @@ def _worst_errors(answers, reference, router) -> tuple[float, float]:
 def test_small_model(tiny):
     folder, router_folder, reference = tiny
     router = ReferenceRouter.load(router_folder)
-    allowed = _worst_errors(_serve(folder, None, 1).answers, reference, None)
-    one, two = (_serve(folder, router_folder, ranks) for ranks in (1, 2))
+    setups = [(router_folder, 1), (router_folder, 2), (None, 1)]
+    one, two, plain = _serve([_setup(folder, *setup) for setup in setups])
     parted = _check_routes(one, two)
     difference = logprob_difference(one.answers, two.answers, parted)
     _print_difference("flux on two GPUs against one", difference, parted)
+    allowed = _worst_errors(plain.answers, reference, None)
     errors = {
         ranks: _worst_errors(s.answers, reference, router) for ranks, s in ((1, one), (2, two))
     }
@@ -216,12 +189,12 @@ def wide(tmp_path_factory):
 
 def test_8b_widths(wide):
     folder, router, vocab_size = wide
-    one, two = (_serve(folder, router, ranks, vocab_size) for ranks in (1, 2))
+    setups = [(router, 1), (router, 2), (None, 1), (None, 2)]
+    one, two, *plain = _serve([_setup(folder, *setup) for setup in setups], vocab_size)
     parted = _check_routes(one, two)
     difference = logprob_difference(one.answers, two.answers, parted)
     _print_difference("flux on two GPUs against one", difference, parted)
-    plain = [_serve(folder, None, ranks, vocab_size).answers for ranks in (1, 2)]
-    noise = logprob_difference(*plain)
+    noise = logprob_difference(*(served.answers for served in plain))
     _print_difference(f"{BASELINE} on two GPUs against one", noise, set())
     assert difference[0] <= 2 * noise[0]
     assert difference[2] >= OUTPUT, "too few tokens alike to say anything"
