@@ -47,3 +47,9 @@ def _device_name(device: torch.device) -> str:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def model_name(model: str) -> str:
+    """Name a model as others know it: a folder by its own name, not by where it lies here."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model

@@ -37,7 +37,7 @@ from training.losses import (
 )
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import RelaxedPolicy, StaticPolicy
-from training.provenance import provenance
+from training.provenance import model_name, provenance
 from training.recent_prompts import RecentPrompts
 from training.relaxation import logistic_noise, temperature
 from training.schedule import rate_scale
@@ -349,7 +349,7 @@ class Trainer:
         """Write the router file."""
         router = self.config.router
         info = RouterInfo(
-            base_model=self.config.model,
+            base_model=model_name(self.config.model),
             num_layers=self.routed.num_layers,
             head_dim=self.routed.head_dim,
             pool_tokens=router.pool_tokens,
