@@ -139,8 +139,7 @@ def _measure_decode(
         return
 
     def step_ms(engine: Engine) -> float:
-        engine.step_seconds(4, case.batch)  # steps in flight had the routes before
-        return 1000 * engine.step_seconds(args.steps, case.batch)
+        return _step_ms(args, engine, case.batch)
 
     if case.batch not in shortest:
         names = base.start(args.sink_tokens + args.window_tokens, case.batch)
@@ -159,9 +158,25 @@ def _measure_decode(
                 values[share].append(pair[1])
     for engine, names in running:
         engine.stop(names)
+    _keep_decode(case, values, base_values, shortest[case.batch], keep)
+
+
+def _step_ms(args: argparse.Namespace, engine: Engine, batch: int) -> float:
+    engine.step_seconds(4, batch)  # steps in flight had the routes before
+    return 1000 * engine.step_seconds(args.steps, batch)
+
+
+def _keep_decode(
+    case: Decode,
+    values: Mapping[float, list[float]],
+    base_values: list[float],
+    shortest: float,
+    keep: Callable[[Row], None],
+) -> None:
+    """Keep a row a share; `shortest` is the baseline's step at S + W tokens, ms."""
     longest = statistics.median(base_values)
     for share in case.shares:
-        ideal = longest - share * (longest - shortest[case.batch])
+        ideal = longest - share * (longest - shortest)
         keep(Row("tpot_ms", case.context, case.batch, share, ideal, values[share], base_values))
 
 
@@ -192,15 +207,7 @@ def _measure_one_by_one(
         for case in cases:
             routes = {share: shape.spread(share) for share in case.shares}
             values = _decode_alone(args, flux, case, case.context, routes)
-            longest = statistics.median(base_values[case])
-            for share in case.shares:
-                ideal = longest - share * (longest - shortest[case.batch])
-                keep(
-                    Row(
-                        "tpot_ms", case.context, case.batch, share, ideal, values[share],
-                        base_values[case],
-                    )
-                )  # fmt: skip
+            _keep_decode(case, values, base_values[case], shortest[case.batch], keep)
 
 
 def _decode_alone(
@@ -217,8 +224,7 @@ def _decode_alone(
         for share, layers in routes.items():
             if layers is not None:
                 engine.fix_routes(layers)
-            engine.step_seconds(4, case.batch)  # steps in flight had the routes before
-            value = 1000 * engine.step_seconds(args.steps, case.batch)
+            value = _step_ms(args, engine, case.batch)
             if turn:  # the first warms up
                 values[share].append(value)
     engine.stop(names)
@@ -274,6 +280,11 @@ def _parse() -> argparse.Namespace:
     add("--go", type=Path, help="wait for this file once both engines are loaded")
     args = parser.parse_args()
     args.chunk = args.chunk or default_chunk(args.plan)
+    if args.plan.endswith("_one_by_one") and (args.seconds is not None or args.go is not None):
+        parser.error(
+            "--seconds and --go: expected a plan whose engines live side by side, found "
+            f"--plan {args.plan}; leave them out"
+        )
     return args
 
 

@@ -69,35 +69,30 @@ class Decode:
 
 K = 1024
 CHUNK = 8192
+# One H200 of 139 GiB, both engines with 44 GiB of KV cache: 360,000 tokens of Llama-3.1-8B.
+# Repeats are turns: what a time limit cuts off is the last turns of the longest prompt.
+_PREFILL_8B: list[Prefill | Decode] = [Prefill(32 * K), Prefill(64 * K), Prefill(128 * K)]
+_LONGEST_PREFILL_8B: list[Prefill | Decode] = [
+    Prefill(256 * K, (0.5, 0.75, 0.8125, 1.0)),
+    Prefill(256 * K, (0.25,)),
+]
+_DECODE_8B: list[Prefill | Decode] = [
+    Decode(32 * K, 1),
+    Decode(32 * K, 4),
+    Decode(16 * K, 16),
+    Decode(64 * K, 1),
+    Decode(64 * K, 4),
+    Decode(128 * K, 1),
+    Decode(256 * K, 1),
+]
 PLANS: dict[str, list[Prefill | Decode]] = {
-    # One H200 of 139 GiB, both engines with 44 GiB of KV cache: 360,000 tokens of Llama-3.1-8B.
-    # Repeats are turns: what a time limit cuts off is the last turns of the longest prompt.
-    "8b": [
-        Prefill(32 * K),
-        Prefill(64 * K),
-        Prefill(128 * K),
-        Decode(32 * K, 1),
-        Decode(32 * K, 4),
-        Decode(16 * K, 16),
-        Decode(64 * K, 1),
-        Decode(64 * K, 4),
-        Decode(128 * K, 1),
-        Decode(256 * K, 1),
-        Prefill(256 * K, (0.25, 0.5, 0.75, 0.8, 1.0)),
-    ],
+    "8b": [*_PREFILL_8B, *_DECODE_8B, *_LONGEST_PREFILL_8B],
+    "8b_prefill": [*_PREFILL_8B, *_LONGEST_PREFILL_8B],
     # Whole prompts at once: --chunk is the longest prompt's length.
     "one_chunk": [
         Prefill(32 * K, (0.5, 0.75, 1.0)),
         Prefill(64 * K, (0.5, 0.75, 1.0)),
         Prefill(128 * K, (0.5, 0.75, 1.0), 3),
-    ],
-    # First token alone, with the yardstick of the same run.
-    "8b_prefill": [
-        Prefill(32 * K),
-        Prefill(64 * K),
-        Prefill(128 * K),
-        Prefill(256 * K, (0.5, 0.75, 0.8125, 1.0)),
-        Prefill(256 * K, (0.25,)),  # what a time limit may cut
     ],
     # Two rows and more of 256K, which only one engine at a time has memory for.
     "8b_one_by_one": [Decode(256 * K, 3, (0.5, 0.75, 1.0))],

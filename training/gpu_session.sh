@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains three seeds of smollm2 side by side on one GPU and evaluates them, all under FOLDER.
+# Trains seeds of the recipe smollm2 side by side on one GPU and evaluates them, all under FOLDER.
 #
 #   training/gpu_session.sh FOLDER MODEL CORPUS
 #
@@ -16,8 +16,9 @@
 # with the variants; 400 prompts. They share scores, so a later pass repeats nothing.
 #
 # Environment: PYTHON (python3) has torch and the extra `train`. SEEDS ("0 1 2") are trained.
-# TRAIN_SECONDS (800) is the time of training, shared by the seeds, without start-up; MICRO_BATCH_TOKENS (32768) are computed at once
-# by each: 16 GiB. DRY_RUN=1 prints the commands alone.
+# TRAIN_SECONDS (800) is the time of training, shared by the seeds, without start-up;
+# MICRO_BATCH_TOKENS (32768) are computed at once by each: 16 GiB. DRY_RUN=1 prints the commands
+# alone.
 set -euo pipefail
 usage="usage: training/gpu_session.sh FOLDER MODEL CORPUS (the head of the file explains)"
 folder=$(realpath -m "${1:?$usage}")

@@ -177,16 +177,15 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
         step.route(self.binding, self.group_index, query)
         plan = step.plan(self.binding.layer)
-        if plan.kernel is None:
-            pass  # every row is a SPARSE prefill
-        elif plan.tokens is None:
-            super().forward(layer, query, key, value, kv_cache, plan.kernel, output, *rest)
-        else:
-            # vLLM's kernel takes its rows' queries in one piece.
-            part = torch.empty_like(output[: len(plan.tokens)])
-            picked = query[plan.tokens]
-            super().forward(layer, picked, key, value, kv_cache, plan.kernel, part, *rest)
-            output[plan.tokens] = part
+        if plan.kernel is not None:  # else every row is a SPARSE prefill
+            if plan.tokens is None:
+                super().forward(layer, query, key, value, kv_cache, plan.kernel, output, *rest)
+            else:
+                # vLLM's kernel takes its rows' queries in one piece.
+                part = torch.empty_like(output[: len(plan.tokens)])
+                picked = query[plan.tokens]
+                super().forward(layer, picked, key, value, kv_cache, plan.kernel, part, *rest)
+                output[plan.tokens] = part
         shape = (-1, self.num_heads, self.head_size)
         for rows, prefill in plan.sparse_prefills:
             prefill.attend(

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse, total
-from tests.helpers.models import random_prompt, write_random_router, write_tiny_llama
+from tests.helpers.models import (
+    random_prompt,
+    round_to_bfloat16,
+    write_random_router,
+    write_tiny_llama,
+)
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import (
     assert_likeliest,
@@ -61,9 +65,7 @@ def model(request, tmp_path_factory):
     folder = write_tiny_llama(
         tmp_path_factory.mktemp("tiny"), heads=8, kv_heads=2, head_dim=request.param
     )
-    weights = folder / "model.safetensors"
-    halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
-    save_file(halved, weights, {"format": "pt"})
+    round_to_bfloat16(folder)
     router = folder.parent / f"router-{request.param}"
     router.mkdir()
     write_random_router(

@@ -21,9 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.helpers.models import random_prompt, write_random_router, write_tiny_llama
+from tests.helpers.models import (
+    random_prompt,
+    round_to_bfloat16,
+    write_random_router,
+    write_tiny_llama,
+)
 from tests.helpers.reference import FULL, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import logprob_errors, replay
 from tests.helpers.side_by_side import Served, Setup, serve_side_by_side
@@ -107,9 +111,7 @@ def tiny(request, tmp_path_factory):
         kv_heads=2,
         head_dim=request.param,
     )
-    weights = folder / "model.safetensors"
-    halved = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
-    save_file(halved, weights, {"format": "pt"})
+    round_to_bfloat16(folder)
     router = tmp_path_factory.mktemp("router")
     write_random_router(
         router,

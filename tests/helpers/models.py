@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -98,6 +98,13 @@ def write_tiny_llama(folder: str | Path, **sizes_and_config: Any) -> Path:
 def write_tiny_qwen3(folder: str | Path, **sizes_and_config: Any) -> Path:
     """Write a random Qwen3 (q/k norm); see `write_tiny_model`."""
     return write_tiny_model(folder, Qwen3Config, **sizes_and_config)
+
+
+def round_to_bfloat16(folder: Path) -> None:
+    """Rewrite a tiny model's weights in bfloat16: what GPU engines serve, the reference reads."""
+    weights = folder / "model.safetensors"
+    rounded = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    save_file(rounded, weights, {"format": "pt"})
 
 
 def random_prompt(length: int, seed: int, vocab_size: int = 512) -> list[int]:
