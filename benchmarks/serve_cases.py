@@ -88,6 +88,7 @@ _DECODE_8B: list[Prefill | Decode] = [
 PLANS: dict[str, list[Prefill | Decode]] = {
     "8b": [*_PREFILL_8B, *_DECODE_8B, *_LONGEST_PREFILL_8B],
     "8b_prefill": [*_PREFILL_8B, *_LONGEST_PREFILL_8B],
+    "8b_extremes": [Prefill(128 * K, (1.0,)), Prefill(256 * K, (0.25,))],
     # Whole prompts at once: --chunk is the longest prompt's length.
     "one_chunk": [
         Prefill(32 * K, (0.5, 0.75, 1.0)),

@@ -43,13 +43,13 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
         loss=LossSettings(
             distillation_weight=0.0,
             lm_weight=1.0,
-            targets=("retrieval=0.56", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
+            targets=("retrieval=0.53", "local=1.0", "code_completion=0.85", "few_shot=0.9"),
             multiplier_rate=0.02,
             spread_penalty=6.0,
             recent_steps=20,
         ),
         optimizer=OptimizerSettings(
-            steps=1000, batch_size=20, learning_rate=1.5e-3, micro_batch_tokens=65536
+            steps=800, batch_size=20, learning_rate=1.5e-3, micro_batch_tokens=65536
         ),
         system=SystemSettings(compile_layers=True),
     )
