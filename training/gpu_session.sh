@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains seeds of the recipe smollm2 side by side on one GPU and evaluates them, all under FOLDER.
+# Trains seeds of the recipe smollm2 side by side and evaluates them, all under FOLDER. Each visible
+# GPU trains its share of the seeds; all of them together evaluate one seed after the other.
 #
 #   training/gpu_session.sh FOLDER MODEL CORPUS
 #
@@ -12,13 +13,13 @@
 #
 # Results: FOLDER/seed0.tar.gz and so on (router, log, figures), FOLDER/PASS.json (seeds joined),
 # FOLDER/stored_scores.tar.gz. The passes, in the order of what must not be missed: 100 prompts a
-# task and length at the default threshold; the same with other thresholds and static patterns;
-# with the variants; 400 prompts. They share scores, so a later pass repeats nothing.
+# task and length at the default threshold; 400 prompts of the retrieval and local tasks with other
+# thresholds and static patterns; the variants. They share scores, so a later pass repeats nothing.
 #
 # Environment: PYTHON (python3) has torch and the extra `train`. SEEDS ("0 1 2") are trained.
-# TRAIN_SECONDS (800) is the time of training, shared by the seeds, without start-up;
-# MICRO_BATCH_TOKENS (32768) are computed at once by each: 16 GiB. DRY_RUN=1 prints the commands
-# alone.
+# TRAIN_SECONDS (0: no limit) ends trainings early, which cannot be repeated step for step.
+# MICRO_BATCH_TOKENS (65536) are computed at once by each training: 33 GiB. DRY_RUN=1 prints the
+# commands alone.
 set -euo pipefail
 usage="usage: training/gpu_session.sh FOLDER MODEL CORPUS (the head of the file explains)"
 folder=$(realpath -m "${1:?$usage}")
@@ -28,21 +29,23 @@ cd "$(dirname "$0")/.."
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 export OMP_NUM_THREADS=4
 
-training() { # training ARGUMENTS...: one command of the package
+graded=(needle multi_key variable_tracking repeat_end list_end continue_text code_completion)
+
+training() { # training ARGUMENTS...: one command of the package, after LAUNCHER
     if [[ -n ${DRY_RUN:-} ]]; then
-        printf '%q ' -m training "$@"
+        printf '%q ' "${launcher[@]}" -m training "$@"
         echo
     else
-        "${PYTHON:-python3}" -m training "$@"
+        "${PYTHON:-python3}" "${launcher[@]}" -m training "$@"
     fi
 }
 
 train() { # train SEED
     [[ -e $folder/seed$1/flux_router.safetensors ]] && return
     training train --recipe smollm2 --model "$model" --out "$folder/seed$1" --seed "$1" \
-        --data.corpus "$corpus" --data.workers 4 \
-        --optimizer.micro_batch_tokens "${MICRO_BATCH_TOKENS:-32768}" \
-        --optimizer.time_limit_s "${TRAIN_SECONDS:-800}" --system.save_every 20
+        --data.corpus "$corpus" --data.workers 8 \
+        --optimizer.micro_batch_tokens "${MICRO_BATCH_TOKENS:-65536}" \
+        --optimizer.time_limit_s "${TRAIN_SECONDS:-0}" --system.save_every 40
 }
 
 evaluate() { # evaluate PASS FLAGS...: all seeds, one after the other: the static baselines are shared
@@ -52,8 +55,8 @@ evaluate() { # evaluate PASS FLAGS...: all seeds, one after the other: the stati
     for seed in "${seeds[@]}"; do
         training eval --model "$model" --router "$folder/seed$seed" \
             --out "$folder/seed$seed/$pass" --scores "$folder/stored_scores" \
-            --data.corpus "$corpus" --data.workers 14 --validation_prompts 20 \
-            --random_patterns 6 --variant_prompts 20 "$@"
+            --data.corpus "$corpus" --data.workers 14 --micro_batch_tokens 32768 \
+            --validation_prompts 20 --random_patterns 30 --variant_prompts 25 "$@"
         reports+=("$folder/seed$seed/$pass/quality.json")
         pack "$seed"
     done
@@ -67,23 +70,30 @@ pack() { # pack SEED: what is worth bringing back
         tar -C "$folder" -czf "$folder/stored_scores.tar.gz" stored_scores
 }
 
-[[ -n ${DRY_RUN:-} ]] || "${PYTHON:-python3}" -c 'import matplotlib, torch, transformers'
+gpus=1
+if [[ -z ${DRY_RUN:-} ]]; then
+    "${PYTHON:-python3}" -c 'import matplotlib, torch, transformers'
+    gpus=$("${PYTHON:-python3}" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+launcher=()
 processes=()
-for seed in "${seeds[@]}"; do
+for at in "${!seeds[@]}"; do
+    seed=${seeds[at]}
     if [[ -n ${DRY_RUN:-} ]]; then
         train "$seed"
         continue
     fi
     mkdir -p "$folder/seed$seed"
-    train "$seed" 2>>"$folder/seed$seed/train.log" &
+    CUDA_VISIBLE_DEVICES=${visible[at % gpus]} train "$seed" 2>>"$folder/seed$seed/train.log" &
     processes+=($!)
 done
 failed=
 for process in "${processes[@]}"; do wait "$process" || failed=1; done
 [[ -z $failed ]] || { echo "a training failed: see $folder/seed*/train.log" >&2; exit 1; }
 for seed in "${seeds[@]}"; do pack "$seed"; done
+((gpus == 1)) || launcher=(-m torch.distributed.run --standalone --nproc-per-node "$gpus")
 evaluate default_100 --prompts 100 --variants --shares
-evaluate prompts_100 --prompts 100 --variants
-evaluate variants --prompts 100
-evaluate prompts_400 --prompts 400
+evaluate prompts_400 --prompts 400 --variants --shares 0.6 0.75 --data.tasks "${graded[@]}"
+evaluate variants --prompts 100 --shares
 echo "done: $folder"

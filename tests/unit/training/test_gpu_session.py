@@ -12,8 +12,8 @@ SCRIPT = Path(__file__).parents[3] / "training" / "gpu_session.sh"
 
 STAND_IN = """#!/usr/bin/env bash
 # Writes what each command would; a training fails once where FAIL names its seed.
-[[ $1 == -c ]] && exit 0
-echo "$*" >>"$LOG"
+[[ $1 == -c ]] && { [[ $2 != *device_count* ]] || echo "${GPUS:-1}"; exit 0; }
+echo "$CUDA_VISIBLE_DEVICES: $*" >>"$LOG"
 while [[ $# -gt 1 ]]; do
     case $1 in train|eval|join) kind=$1 ;; --out) out=$2 ;; --seed) seed=$2 ;; esac
     shift
@@ -31,7 +31,7 @@ def session(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
         ["bash", str(SCRIPT), str(folder), "a model", "corpus.jsonl.xz"],
         capture_output=True,
         text=True,
-        env=os.environ | environment,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment,
         check=False,
     )
 
@@ -50,16 +50,17 @@ def test_every_command_line_is_understood(tmp_path: Path) -> None:
         if arguments.command == "train":
             assert arguments.recipe == "smollm2"
             config = cli.apply_flags(recipes.RECIPES[arguments.recipe](), arguments)
-            assert config.optimizer.time_limit_s > 0
+            assert config.optimizer.time_limit_s == 0
             assert config.system.resume
             assert config.data.open_fraction > 0.5
             assert config.model.endswith("/a model")
         elif arguments.command == "eval":
             settings = cli.apply_flags(recipes.evaluation(), arguments)
-            at_default = "default" in arguments.out
-            assert settings.shares == (() if at_default else (0.6, 0.75, 0.85))
+            at_400 = "prompts_400" in arguments.out
+            assert settings.shares == ((0.6, 0.75) if at_400 else ())
+            assert len(settings.data.tasks) == (7 if at_400 else 10)
             assert Path(settings.scores) == tmp_path / "run" / "stored_scores"
-    assert kinds == ["train"] * 3 + ["eval", "eval", "eval", "join"] * 4
+    assert kinds == ["train"] * 3 + ["eval", "eval", "eval", "join"] * 3
     assert len(set(outs)) == len(outs)
     assert all(tmp_path / "run" in out.parents for out in outs)
 
@@ -76,13 +77,28 @@ def test_a_session_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     assert "eval" not in log.read_text()
     assert session(run, **given).stdout.startswith("done")
     lines = log.read_text().splitlines()
-    assert [line.split()[2] for line in lines].count("train") == 4
+    assert [line.split()[3] for line in lines].count("train") == 4
     assert {path.name for path in run.glob("*.tar.gz")} == {f"seed{at}.tar.gz" for at in range(3)}
     session(run, **given)
     assert log.read_text().splitlines() == lines
     (run / "prompts_400.json").unlink()
     session(run, **given)
     assert len(log.read_text().splitlines()) == len(lines) + 4
+
+
+def test_gpus_share_the_seeds_and_evaluate_together(tmp_path: Path) -> None:
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "LOG": str(log), "GPUS": "2", "CUDA_VISIBLE_DEVICES": "3,5"}
+    assert session(tmp_path / "run", **given).returncode == 0
+    lines = log.read_text().splitlines()
+    trainings = {line.split(" --seed ")[1][0]: line[0] for line in lines if " train " in line}
+    assert trainings == {"0": "3", "1": "5", "2": "3"}
+    evaluations = [line for line in lines if " eval " in line]
+    assert len(evaluations) == 9
+    launcher = "3,5: -m torch.distributed.run --standalone --nproc-per-node 2 -m training eval "
+    assert all(line.startswith(launcher) for line in evaluations)
 
 
 def test_arguments_are_asked_for() -> None:
