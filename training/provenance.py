@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def provenance(device: torch.device, corpus: str) -> dict[str, object]:
 
 
 def _git_commit() -> str:
+    if "FLUX_COMMIT" in os.environ:  # a copied tree without history
+        return os.environ["FLUX_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
