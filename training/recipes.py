@@ -49,7 +49,7 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
             recent_steps=20,
         ),
         optimizer=OptimizerSettings(
-            steps=800, batch_size=20, learning_rate=1.5e-3, micro_batch_tokens=65536
+            steps=1000, batch_size=20, learning_rate=1.5e-3, micro_batch_tokens=65536
         ),
         system=SystemSettings(compile_layers=True),
     )
