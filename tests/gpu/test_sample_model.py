@@ -168,7 +168,6 @@ def test_router_equals_transformers(sample_model, prompts_of, reference, chunk):
         answers = [
             engine.generate([prompt], 1)[0] for prompt in prompts_of(_log_spaced(100, 2000, 12))
         ]
-        engine.runtime.status()  # the decisions of steps in flight
     worst = 0.0
     for answer in answers:
         request = replay(

@@ -182,6 +182,8 @@ class Engine:
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
         )
+        if self.has_flux:
+            self.runtime.status()  # the decisions of steps in flight
         return [self._answer(output) for output in outputs]
 
     def _answer(self, output: Any) -> Answer:
