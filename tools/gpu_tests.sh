@@ -57,7 +57,8 @@ part serving_128 tests/gpu/test_serving.py -k H128 &
 part sample_model tests/gpu/test_sample_model.py &
 part batches tests/gpu/test_backend_batches.py tests/gpu/test_head_split.py &
 part attention $kernels/test_kernels_fa3.py $kernels/test_kernels_prefill.py &
-part others tests/unit --deselect $kernels/test_kernels_fa3.py \
+# Data needs the package datasets, and no GPU.
+part others tests/unit --ignore tests/unit/training/data --deselect $kernels/test_kernels_fa3.py \
     --deselect $kernels/test_kernels_prefill.py &
 parts_of_two &
 wait
