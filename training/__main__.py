@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens computed at once: as many prompts as fit, one at least (default: 32768)",
     )
     throughput.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
+    throughput.add_argument(
+        "--compile_layers",
+        choices=("true", "false"),
+        help="compile the model's norms and MLPs or not (default: as the recipe says)",
+    )
     return parser
 
 
@@ -111,7 +116,10 @@ def _run(arguments: argparse.Namespace) -> None:
         from training.throughput import measure
 
         given = {name: value for name, value in vars(arguments).items() if name != "command"}
-        measure(**given | {"lengths": tuple(arguments.lengths)})
+        given["lengths"] = tuple(arguments.lengths)
+        if arguments.compile_layers is not None:
+            given["compile_layers"] = arguments.compile_layers == "true"
+        measure(**given)
     else:
         from training.evaluation.report import join_runs, write_json
 

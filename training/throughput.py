@@ -74,6 +74,7 @@ def measure(
     lengths: tuple[int, ...],
     tokens: int,
     steps: int,
+    compile_layers: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every length with each loss, with and without recomputed activations.
 
@@ -84,6 +85,7 @@ def measure(
         lengths: tokens of a prompt.
         tokens: computed at once and in one step: as many prompts as fit, one at least.
         steps: timed of each case.
+        compile_layers: in place of the recipe's; None: as the recipe says.
 
     Returns: the rows.
     Raises: ValueError: a length that leaves no room for a prompt, or nothing to time.
@@ -94,6 +96,9 @@ def measure(
             f"found {lengths} and {steps}; correct --lengths or --steps"
         )
     base = dataclasses.replace(recipes.RECIPES[recipe](), model=model)
+    if compile_layers is not None:
+        system = dataclasses.replace(base.system, compile_layers=compile_layers)
+        base = dataclasses.replace(base, system=system)
     world = start_world(base.system.device)
     source = provenance(world.device, "")
     del source["corpus_sha256"]

@@ -1,5 +1,6 @@
 """Throughput at a tiny size on the CPU; its step against what the trainer itself reports."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,23 @@ def test_what_cannot_be_timed_is_refused(
 ) -> None:
     assert measure(tmp_path / "out.json", *flags) == 2
     assert "correct --lengths or --steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", [None, "true", "false"])
+def test_compilation_can_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str | None
+) -> None:
+    compiled = []
+    original = throughput.load_routed
+
+    def load(model: str, sinks: int, window: int, system: Any, world: Any) -> Any:
+        compiled.append(system.compile_layers)
+        plain = dataclasses.replace(system, compile_layers=False)
+        return original(model, sinks, window, plain, world)
+
+    monkeypatch.setattr(throughput, "load_routed", load)
+    out = tmp_path / "throughput.json"
+    flags = [] if wanted is None else ["--compile_layers", wanted]
+    assert measure(out, "--lengths", "128", *flags) == 0
+    assert compiled == [wanted == "true"] * 2
+    assert json.loads(out.read_text())["config"]["system"]["compile_layers"] == (wanted == "true")
