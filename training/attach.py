@@ -230,12 +230,13 @@ def _routed_attention(
     if torch.is_grad_enabled() and decided.requires_grad:
         if step.sparse is not None:
             raise UnsupportedConfigurationError(
-                "expected routers to be trained under the sparse pattern 'streaming', found "
-                "another attention for SPARSE layers in training; train without `sparse` and "
-                "evaluate the router under other patterns (--patterns)"
+                "expected routers to be trained under 'streaming' or 'triangle', which the plan "
+                "tells, found another attention for SPARSE layers in training; train without "
+                "`sparse` and evaluate the router under other patterns (--patterns)"
             )
         full = full_attention(query, key, value, scaling)
-        out = mix(full, layer.owner.sparse_attention(query, key, value, scaling), z_BT)
+        sparse_out = layer.owner.sparse_attention(query, key, value, scaling)
+        out = mix(full, sparse_out, z_BT.masked_fill(step.plan.is_tail, Route.FULL))
     else:
         out = _attend_as_needed(layer.owner, step, (query, key, value), scaling, z_BT)
     return out.transpose(1, 2), None

@@ -25,6 +25,9 @@ class RouterSettings:
     """First tokens a SPARSE layer always attends to."""
     window_tokens: int = 512
     """Latest tokens a SPARSE layer attends to, the query's own included."""
+    sparse_pattern: Literal["streaming", "triangle"] = "streaming"
+    """What SPARSE means in a prompt: sinks and window, or these and everything for the prompt's
+    last 128 queries."""
     full_bias: float = 4.5
     """Lead of the FULL logit at the start; the run begins with full attention."""
 
@@ -35,6 +38,13 @@ class RouterSettings:
             "router.sink_tokens",
             f"between 0 and window_tokens ({self.window_tokens})",
             self.sink_tokens,
+        )
+        patterns = ("streaming", "triangle")
+        _check(
+            self.sparse_pattern in patterns,
+            "router.sparse_pattern",
+            f"among {patterns}, which routers can be trained under",
+            self.sparse_pattern,
         )
 
 

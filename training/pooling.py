@@ -8,7 +8,7 @@ Dimension legend: B prompts, C chunks, T padded tokens, H head dim.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -27,15 +27,13 @@ class ChunkPlan:
     """[B, C] bool: the chunk that completes the prompt."""
     is_early: torch.Tensor
     """[B, C] bool: a chunk before that; neither means padding."""
+    is_tail: torch.Tensor
+    """[B, T] bool: the prompt's last queries, which attend to everything under both routes."""
 
     def to(self, device: torch.device) -> "ChunkPlan":
         """Copy to a device."""
-        return ChunkPlan(
-            *(
-                getattr(self, name).to(device, non_blocking=True)
-                for name in ("pool_weights", "chunk_of_token", "is_last", "is_early")
-            )
-        )
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return ChunkPlan(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def pooled_segments(span: PromptSpan, pool_tokens: int, pool_prefix: bool = True) -> list[range]:
@@ -60,6 +58,7 @@ def plan_chunks(
     padded_tokens: int,
     pool_tokens: int,
     pool_prefix: bool = True,
+    tail_tokens: int = 0,
 ) -> ChunkPlan:
     """Plan the chunks of a batch.
 
@@ -68,6 +67,7 @@ def plan_chunks(
         padded_tokens: T.
         pool_tokens: prompt tokens pooled at an end.
         pool_prefix: whether the prompt's first tokens are pooled too.
+        tail_tokens: queries at a prompt's end that SPARSE shows everything.
 
     Returns: ChunkPlan, on the CPU.
     """
@@ -76,6 +76,7 @@ def plan_chunks(
     chunk_of_token = torch.zeros(rows, padded_tokens, dtype=torch.int64)
     is_last = torch.zeros(rows, columns, dtype=torch.bool)
     is_early = torch.zeros(rows, columns, dtype=torch.bool)
+    is_tail = torch.zeros(rows, padded_tokens, dtype=torch.bool)
     for row, ends in enumerate(chunk_ends):
         start = 0
         for column, end in enumerate(ends):
@@ -86,9 +87,10 @@ def plan_chunks(
             start = end
         is_last[row, len(ends) - 1] = True
         is_early[row, : len(ends) - 1] = True
+        is_tail[row, max(0, ends[-1] - tail_tokens) : ends[-1]] = True
         weights[row, len(ends) :] = weights[row, len(ends) - 1]
     weights /= weights.sum(dim=-1, keepdim=True)
-    return ChunkPlan(weights, chunk_of_token, is_last, is_early)
+    return ChunkPlan(weights, chunk_of_token, is_last, is_early, is_tail)
 
 
 def pool(mean_query: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:

@@ -31,7 +31,12 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
         out=out,
         # Open prompts end with the question; whatever else is pooled dilutes it (docs/TRAINING.md).
         router=RouterSettings(
-            pool_tokens=16, pool_prefix=False, sink_tokens=64, window_tokens=512, full_bias=2.0
+            pool_tokens=16,
+            pool_prefix=False,
+            sink_tokens=64,
+            window_tokens=512,
+            sparse_pattern="triangle",
+            full_bias=2.0,
         ),
         data=DataSettings(
             tasks=SMOLLM2_TASKS,

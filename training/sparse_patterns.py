@@ -49,3 +49,8 @@ def make_pattern(name: str, sink_tokens: int, window_tokens: int) -> Streaming:
             "under it on the server"
         )
     return _PATTERNS[name](sink_tokens=sink_tokens, window_tokens=window_tokens)
+
+
+def tail_tokens(name: str) -> int:
+    """Return how many queries at a prompt's end a pattern shows everything."""
+    return Triangle.tail_tokens if name == "triangle" else 0

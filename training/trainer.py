@@ -41,6 +41,7 @@ from training.provenance import model_name, provenance
 from training.recent_prompts import RecentPrompts
 from training.relaxation import logistic_noise, temperature
 from training.schedule import rate_scale
+from training.sparse_patterns import tail_tokens
 from training.standardize import StandardizedRouter
 from training.storage import STORED_DTYPES, round_for_storage
 
@@ -270,6 +271,7 @@ class Trainer:
             router.pool_tokens,
             router.pool_prefix,
             self.config.loss.answer_tokens,
+            tail_tokens=tail_tokens(router.sparse_pattern),
         ).to(self.world.device)
 
     def _calibrate(self) -> None:
@@ -356,6 +358,7 @@ class Trainer:
             pool_prefix=router.pool_prefix,
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
+            sparse_pattern=router.sparse_pattern,
             provenance=provenance(self.world.device, self.config.data.corpus)
             | {
                 "config": self.config.to_dict(),

@@ -91,6 +91,7 @@ def collate(
     pool_prefix: bool = True,
     answer_tokens: int | None = None,
     skip_prefix: bool = False,
+    tail_tokens: int = 0,
 ) -> MicroBatch:
     """Pad prompts into one rectangle.
 
@@ -102,6 +103,7 @@ def collate(
         pool_prefix: whether the first tokens are pooled too.
         answer_tokens: most answer tokens of a prompt to look at, evenly spaced; None: all.
         skip_prefix: look at an open answer only after its prefix, as if that had been forced.
+        tail_tokens: queries at a prompt's end that SPARSE shows everything.
 
     Returns: MicroBatch, on the CPU.
     """
@@ -122,7 +124,7 @@ def collate(
         indices=indices,
         tasks=[prompt.task for prompt in prompts],
         token_ids=token_ids,
-        plan=plan_chunks(chunk_ends, width, pool_tokens, pool_prefix),
+        plan=plan_chunks(chunk_ends, width, pool_tokens, pool_prefix, tail_tokens),
         answer_rows=torch.cat(rows),
         answer_positions=torch.cat(positions),
         answer_tokens=torch.cat(tokens),

@@ -20,6 +20,7 @@ from training.config import (
 )
 from training.data.stream import PromptStream
 from training.distributed import World, shard_model
+from training.pooling import ChunkPlan
 from training.trainer import NonFiniteLossError, Trainer
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -29,11 +30,19 @@ CPU = World(0, 1, torch.device("cpu"))
 def make_trainer(
     tiny_model: Callable[..., Any], tokenizer: Any, corpus: Path, tmp_path: Path
 ) -> Callable[..., Trainer]:
-    def make(name: str = "run", steps: int = 60, world: World = CPU) -> Trainer:
+    def make(
+        name: str = "run", steps: int = 60, world: World = CPU, pattern: Any = "streaming"
+    ) -> Trainer:
         config = TrainConfig(
             model="tiny",
             out=str(tmp_path / name),
-            router=RouterSettings(pool_tokens=16, sink_tokens=8, window_tokens=32, full_bias=1.0),
+            router=RouterSettings(
+                pool_tokens=16,
+                sink_tokens=8,
+                window_tokens=32,
+                full_bias=1.0,
+                sparse_pattern=pattern,
+            ),
             data=DataSettings(
                 tasks=("needle", "repeat_end"),
                 corpus=str(corpus),
@@ -76,6 +85,31 @@ def test_run_reaches_its_targets_and_writes_a_router(make_trainer: Callable[...,
     assert (info.pool_tokens, info.sink_tokens, info.window_tokens) == (16, 8, 32)
     assert info.provenance["steps"] == 60
     assert info.provenance["config"]["optimizer"]["batch_size"] == 4  # type: ignore[index, call-overload]
+
+
+@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+def test_the_pattern_is_trained_under_and_written(
+    make_trainer: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str,
+) -> None:
+    trainer = make_trainer(steps=2, pattern=pattern)
+    marked: list[int] = []
+    forward = trainer.routed.forward
+
+    def watch(token_ids: torch.Tensor, plan: ChunkPlan, *more: Any) -> Any:
+        marked.extend(plan.is_tail.sum(dim=1).tolist())
+        return forward(token_ids, plan, *more)
+
+    monkeypatch.setattr(trainer.routed, "forward", watch)
+    _, info = read_router(trainer.run())
+    assert info.sparse_pattern == pattern
+    assert {count > 0 for count in marked} == {pattern == "triangle"}
+
+
+def test_a_pattern_that_cannot_be_trained_under_is_refused() -> None:
+    with pytest.raises(ValueError, match="router.sparse_pattern.*'xattention'"):
+        RouterSettings(sparse_pattern="xattention")  # type: ignore[arg-type]
 
 
 def test_a_killed_run_resumes_exactly(make_trainer: Callable[..., Trainer]) -> None:
