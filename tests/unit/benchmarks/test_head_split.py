@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 
+from tests.helpers.interpreter_runs import InterpreterRuns
 from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
-from tests.unit.attention_backend.test_kernels_interpreter import _run
 
 pytestmark = pytest.mark.vllm
 
@@ -26,9 +26,10 @@ in_interpreter = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="this process is the interpreter's")
 def test_in_the_interpreter() -> None:
-    done = _run(Path(__file__))
-    assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
-    assert f"{len(BATCHES) + 1} passed" in done.stdout, done.stdout
+    file = Path(__file__)
+    status, output = InterpreterRuns([file]).results()[file]
+    assert status == 0, output[-8000:]
+    assert f"{len(BATCHES) + 1} passed" in output, output
 
 
 @in_interpreter
