@@ -41,6 +41,8 @@ def main() -> None:
             "full": _engine(args, shape, {"policy": "full"}),
             "router": _engine(args, shape, {"router": str(router), "threshold": 0.0}),
         }
+        if args.control:
+            engines[f"{args.baseline} again"] = _engine(args, shape, None)
         with ExitStack() as stack:
             for engine in engines.values():
                 stack.enter_context(engine)
@@ -185,6 +187,8 @@ def _parse() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=0.25)
     add("--dtype", default="bfloat16")
     add("--eager", action="store_true", help="without CUDA graphs")
+    add("--control", action="store_true",
+        help="a second engine of the baseline: what two alike differ by")  # fmt: skip
     add("--profile", action="store_true", help="print a prefill's host times and GPU kernels too")
     add("--go", type=Path, help="wait for this file once the engines are loaded")
     return parser.parse_args()

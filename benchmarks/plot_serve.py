@@ -31,9 +31,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = json.loads(args.results.read_text())
     for metric, (suffix, title) in _TITLES.items():
-        chosen = [row for row in rows if row["metric"] == metric and row["batch"] == 1]
+        # Of what was measured again, the last.
+        chosen = {
+            (row["context"], row["sparse_share"]): row
+            for row in rows
+            if row["metric"] == metric and row["batch"] == 1
+        }
         if chosen:
-            _plot(chosen, title, Path(f"{args.prefix}_{suffix}.png"))
+            _plot([*chosen.values()], title, Path(f"{args.prefix}_{suffix}.png"))
 
 
 def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -95,8 +95,12 @@ PLANS: dict[str, list[Prefill | Decode]] = {
         Prefill(64 * K, (0.5, 0.75, 1.0)),
         Prefill(128 * K, (0.5, 0.75, 1.0), 3),
     ],
-    # Two rows and more of 256K, which only one engine at a time has memory for.
-    "8b_one_by_one": [Decode(256 * K, 3, (0.5, 0.75, 1.0))],
+    # What only one engine at a time has memory for.
+    "8b_one_by_one": [
+        Decode(256 * K, 3, (0.5, 0.75, 1.0)),
+        Decode(32 * K, 16),
+        Decode(128 * K, 4),
+    ],
     # Does it run at all; for any small model, also on a CPU.
     "smoke": [Prefill(512, (0.5, 1.0), 2), Decode(512, 2, (0.5,), 2)],
     "smoke_one_by_one": [Decode(512, 2, (0.5,), 2)],

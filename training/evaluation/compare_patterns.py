@@ -32,14 +32,17 @@ def compare_pattern(
 ) -> dict[str, Any]:
     """Compare with full attention what a router and all SPARSE score under one pattern."""
     return compare(cells, full, router) | {
-        "density": mean_density(router),
+        "density": mean_density(cells, router),
         "all_sparse_score": cells.overall(all_sparse.score),
         "all_sparse_by_group": cells.by_group(all_sparse.score),
-        "all_sparse_density": mean_density(all_sparse),
+        "all_sparse_density": mean_density(cells, all_sparse),
     }
 
 
-def mean_density(scores: Scores) -> float | None:
-    """Average the density over the prompts that had a SPARSE layer; None where none had."""
-    density = scores.density[~np.isnan(scores.density)]
-    return float(density.mean()) if len(density) else None
+def mean_density(cells: Cells, scores: Scores) -> float | None:
+    """Average the density over prompts that had a SPARSE layer, weighed as scores are.
+
+    Returns: None where no prompt had one.
+    """
+    known = ~np.isnan(scores.density)
+    return cells.where(known).overall(scores.density) if known.any() else None

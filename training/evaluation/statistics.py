@@ -24,6 +24,13 @@ class Cells:
             self.rows.setdefault(key, np.array([], dtype=np.int64))
             self.rows[key] = np.append(self.rows[key], row)
 
+    def where(self, kept: np.ndarray) -> "Cells":
+        """Keep some prompts, [P] bool; a cell without any is gone."""
+        found = Cells((), ())
+        rows = ((key, rows[kept[rows]]) for key, rows in self.rows.items())
+        found.rows = {key: some for key, some in rows if len(some)}
+        return found
+
     def by_cell(self, values: np.ndarray) -> dict[str, dict[str, float]]:
         """Mean by task and length."""
         found: dict[str, dict[str, float]] = {}

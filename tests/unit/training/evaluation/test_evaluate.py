@@ -19,10 +19,11 @@ from training.data.encoding import Encoded
 from training.distributed import World
 from training.evaluation import evaluate as module
 from training.evaluation import prompts as prompts_module
+from training.evaluation.compare_patterns import mean_density
 from training.evaluation.evaluate import choose_thresholds, evaluate
 from training.evaluation.prompts import write_prompts
 from training.evaluation.report import join_runs
-from training.evaluation.scoring import Condition, Scorer
+from training.evaluation.scoring import Condition, Scorer, Scores
 from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
 from training.policies import StaticPolicy, ThresholdPolicy
@@ -287,3 +288,14 @@ def test_interval_is_paired() -> None:
     error = 1.96 * full.std() / 20
     assert (low, high) == pytest.approx((full.mean() - error, full.mean() + error), abs=0.01)
     assert found["noisy-full"][1] - found["noisy-full"][0] > 0.05
+
+
+def test_density_is_weighed_as_scores_are() -> None:
+    # Prompts too short for anything but full density do not count: their group is not judged.
+    tasks = ["needle", "needle", "repeat_end", "arithmetic", "arithmetic"]
+    cells = Cells(tasks, [1536] * 5)
+    density = np.array([0.2, np.nan, 0.6, 1.0, 1.0], dtype=np.float32)
+    scores = Scores(density, density, np.zeros((5, 1), np.float32), density)
+    assert mean_density(cells, scores) == pytest.approx(0.4)
+    nowhere = dataclasses.replace(scores, density=np.full(5, np.nan, np.float32))
+    assert mean_density(cells, nowhere) is None
