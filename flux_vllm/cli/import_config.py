@@ -30,6 +30,14 @@ _DEFAULTS: dict[str, object] = {
     "use_softmax": False,
     "triangle_n_last": 128,
 }
+XATTENTION = {
+    "xattn_threshold": 0.9,
+    "xattn_stride": 16,
+    "xattn_norm": 1,
+    "threshold": 0.9,
+    "stride": 16,
+}
+"""What `xattn` is served with, by the names that a config.json may have for it."""
 # Of their training, or of how their own code runs a model: none changes a decision at batch 1.
 _WITHOUT_MEANING = (
     "auto_map",
@@ -37,14 +45,18 @@ _WITHOUT_MEANING = (
     "disable_linear_regularization_term",
     "enable_ada_sparsity",
     "enable_lambda_task",
+    "enable_layerwise_sparsity",
+    "erank_analysis_path",
     "mask_hard_sample",
     "mask_temp",
     "pooling_seq",
     "suggested_sparsity",
+    "suggested_threshold",
     "topk_k",
     "use_batch_routed_attention",
     "use_task_emb_for_mask",
 )
+_WITHOUT_MEANING_PREFIX = "layerwise_sparsity_"
 # Of a standard Llama or Qwen3, beside the sizes that `read_shape` reads.
 _STANDARD = {
     "_name_or_path",
@@ -141,12 +153,8 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
                 f"expected a checkpoint without {name}, as the published ones are, found "
                 f"{name} {config[name]!r}; import one without it"
             )
-    layer_types = config.get("layer_types") or []
-    if set(layer_types) - {"full_attention"}:
-        raise CommandError(
-            "expected layer_types of full_attention alone, as the published checkpoints have, "
-            f"found {layer_types!r}; a layer with a window of its own has no routes"
-        )
+    num_layers = _size(config, "num_hidden_layers", _MOST_LAYERS)
+    _check_layer_types(config.get("layer_types"), num_layers)
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     kv_heads = _size(config, "num_key_value_heads")
     if heads % kv_heads:
@@ -158,11 +166,11 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
         model_type=ARCHITECTURES[known[0]][1],
         hidden_size=hidden,
         intermediate_size=_size(config, "intermediate_size"),
-        num_layers=_size(config, "num_hidden_layers", _MOST_LAYERS),
+        num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         # The authors' rule, whatever the standard model's default is.
-        head_dim=_size(config, "head_dim") if config.get("head_dim") else hidden // heads,
+        head_dim=hidden // heads if config.get("head_dim") is None else _size(config, "head_dim"),
         vocab_size=_size(config, "vocab_size"),
         tied=_flag(config, "tie_word_embeddings"),
         attention_bias=_flag(config, "attention_bias"),
@@ -193,6 +201,12 @@ def read_settings(config: Mapping[str, Any]) -> RouterSettings:
     if pattern == "triangle":
         # A router file has no place for it; 128 is what the server takes.
         _expect(fields, "triangle_n_last", (128,), "another length does not fit a router file")
+    if pattern == "xattention":
+        # No place for these either.
+        for name, served in XATTENTION.items():
+            if name in config:
+                fields[name] = config[name]
+                _expect(fields, name, (served,), "another value does not fit a router file")
     return RouterSettings(
         sparse_pattern=pattern,
         sink_tokens=_whole_blocks(_size(fields, "sink_size", least=0)),
@@ -208,7 +222,7 @@ def standard_config(
     config: Mapping[str, Any], shape: ModelShape
 ) -> tuple[dict[str, Any], list[str]]:
     """Make the standard model's config.json, and list the fields that are left out of it."""
-    dropped = [name for name in config if name in _DEFAULTS or name in _WITHOUT_MEANING]
+    dropped = [name for name in config if _is_authors(name, config)]
     standard = {name: value for name, value in config.items() if name not in dropped}
     architecture, model_type = ARCHITECTURES[config["architectures"][0]]
     return standard | {
@@ -220,7 +234,34 @@ def standard_config(
 
 def unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """List the fields that are neither a standard model's nor known to be the authors'."""
-    return sorted(config.keys() - _STANDARD - _DEFAULTS.keys() - set(_WITHOUT_MEANING))
+    return sorted(name for name in config.keys() - _STANDARD if not _is_authors(name, config))
+
+
+def _is_authors(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a field is read here, or is known to have no meaning for serving."""
+    if name in XATTENTION:
+        # Under another pattern a bare `threshold` may be anything, the router's own for one.
+        return name.startswith("xattn_") or config.get("toggle_type") == "xattn"
+    return name in _DEFAULTS or name in _WITHOUT_MEANING or name.startswith(_WITHOUT_MEANING_PREFIX)
+
+
+def _check_layer_types(layer_types: object, num_layers: int) -> None:
+    if layer_types is None:
+        return
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != num_layers
+        or not all(isinstance(name, str) for name in layer_types)
+    ):
+        raise CommandError(
+            f"expected layer_types with a name for each of {num_layers} layers in config.json, "
+            f"found {layer_types!r}; download the checkpoint again"
+        )
+    if set(layer_types) - {"full_attention"}:
+        raise CommandError(
+            "expected layer_types of full_attention alone, as the published checkpoints have, "
+            f"found {layer_types!r}; a layer with a window of its own has no routes"
+        )
 
 
 def _expect(fields: Mapping[str, object], name: str, values: tuple[object, ...], why: str) -> None:

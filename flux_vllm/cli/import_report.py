@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flux_vllm.cli.import_config import ModelShape, RouterSettings, unknown_fields
+from flux_vllm.cli.import_config import (
+    XATTENTION,
+    ModelShape,
+    RouterSettings,
+    unknown_fields,
+)
 from flux_vllm.cli.import_source import StoredTensor
 from flux_vllm.cli.import_tensors import TIED_HEAD, SortedTensors
 
@@ -61,7 +66,7 @@ def make_report(
     kept = [
         f"{len(tensors.model)} weights, {size:.2f} GB in {_dtypes(tensors.model)}",
         f"the router, {shape.num_layers} layers in {_dtypes(tensors.router)}: {looks}",
-        f"SPARSE as {settings.sparse_pattern}: {sparse}",
+        f"SPARSE means {settings.sparse_pattern} in prompts, {sparse} in decode",
     ]
     if copied_files:
         kept.append(f"files: {', '.join(copied_files)}")
@@ -102,7 +107,7 @@ def _assumed(
     fields = settings.fields
     found = [
         f"pool_size {fields['pool_size']} is the number of tokens pooled at each end of the prompt",
-        "sink and window are counted in tokens; the authors' kernel attends to whole blocks of 128",
+        _assumed_of_pattern(settings),
     ]
     if settings.by_default:
         given = ", ".join(f"{name} {fields[name]!r}" for name in settings.by_default)
@@ -126,6 +131,25 @@ def _assumed(
             "both stay, vLLM's --dtype chooses"
         )
     return found
+
+
+def _assumed_of_pattern(settings: RouterSettings) -> str:
+    if settings.sparse_pattern == "xattention":
+        return (
+            f"xattention: threshold {XATTENTION['xattn_threshold']}, stride "
+            f"{XATTENTION['xattn_stride']}, norm {XATTENTION['xattn_norm']}; sink and window do "
+            "not enter in prompts"
+        )
+    tail = (
+        f"the prompt's last {settings.fields['triangle_n_last']} queries attend to everything, "
+        "before them "
+        if settings.sparse_pattern == "triangle"
+        else ""
+    )
+    return (
+        f"{settings.sparse_pattern}: {tail}sink and window are counted in tokens; the authors' "
+        "kernel attends to whole blocks of 128"
+    )
 
 
 def _dtypes(tensors: Mapping[str, StoredTensor]) -> str:

@@ -18,6 +18,9 @@ SINGLE = "model.safetensors"
 BYTES_OF_DTYPE = {"F16": 2, "BF16": 2, "F32": 4}
 """What weights may be stored as, by safetensors' names."""
 
+# Deeper than any checkpoint's, and far from where writing it again exceeds Python's stack.
+_MOST_NESTED = 32
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -37,10 +40,12 @@ class StoredTensor:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Raises: CommandError: missing or unreadable.
+    Raises: CommandError: missing, unreadable, or nested too deeply.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise _nested(file) from error
     except (OSError, ValueError) as error:
         raise CommandError(
             f"expected a JSON file at {file}, found: {error}; give the folder of a whole checkpoint"
@@ -49,6 +54,16 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CommandError(
             f"expected a JSON object in {file}, found {type(content).__name__}; download it again"
         )
+    level: list[Any] = [content]
+    for _ in range(_MOST_NESTED):
+        level = [
+            value
+            for outer in level
+            for value in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(value, dict | list)
+        ]
+    if level:
+        raise _nested(file)
     return content
 
 
@@ -118,6 +133,12 @@ def some(names: Collection[str]) -> str:
     """Show up to three names, and say how many more there are."""
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _nested(file: Path) -> CommandError:
+    return CommandError(
+        f"expected JSON of at most {_MOST_NESTED} levels in {file}, found more; download it again"
+    )
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:

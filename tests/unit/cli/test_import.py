@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from flux_vllm.attention_backend.patterns import triangle, xattention
 from flux_vllm.cli import import_config, import_weights, main
 from flux_vllm.cli.console import CommandError
 from flux_vllm.cli.import_model import import_checkpoint
@@ -182,7 +183,7 @@ def test_import_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     shown = capsys.readouterr().out
     for expected in (
         f"the router, {LAYERS} layers in F32: looks at the prompt's first and last 100 tokens",
-        "streaming: the first 128 and the latest 1024 tokens",
+        "SPARSE means streaming in prompts, the first 128 and the latest 1024 tokens in decode",
         "sparsity_lambda1_task",
         "attn_mask_log_alphas",
         "log_temp",
@@ -218,15 +219,89 @@ def test_import_copies_no_code(tmp_path: Path) -> None:
     assert stat.S_IMODE(out.stat().st_mode) == 0o755
 
 
+IN_TOKENS = "sink and window are counted in tokens; the authors' kernel attends to whole blocks of"
+TAIL = "the prompt's last 128 queries attend to everything"
+
+
 @pytest.mark.parametrize(
-    ("toggle_type", "pattern"), [("xattn", "xattention"), ("triangle", "triangle")]
+    ("toggle_type", "pattern", "assumed"),
+    [
+        ("streaming", "streaming", f"streaming: {IN_TOKENS} 128"),
+        (
+            "triangle",
+            "triangle",
+            f"triangle: {TAIL}, before them {IN_TOKENS} 128",
+        ),
+        (
+            "xattn",
+            "xattention",
+            "xattention: threshold 0.9, stride 16, norm 1; sink and window do not enter in prompts",
+        ),
+    ],
 )
-def test_import_other_pattern(toggle_type: str, pattern: str, tmp_path: Path) -> None:
+def test_import_pattern(toggle_type: str, pattern: str, assumed: str, tmp_path: Path) -> None:
     config, tensors = tiny_checkpoint(tmp_path)
     paw = write_checkpoint(tmp_path / "paw", config | {"toggle_type": toggle_type}, tensors)
     report = import_checkpoint(paw, tmp_path / "out")
     assert read_info(tmp_path / "out").sparse_pattern == pattern
-    assert f"SPARSE as {pattern}" in report.render()
+    means = "in prompts, the first 128 and the latest 1024 tokens in decode"
+    assert f"SPARSE means {pattern} {means}" in report.kept
+    assert [line for line in report.assumed if "sink and window" in line] == [assumed]
+
+
+def test_what_the_import_expects_is_what_is_served() -> None:
+    served = xattention.Pattern(sink_tokens=128, window_tokens=1024)
+    for prefix in ("xattn_", ""):
+        assert import_config.XATTENTION[f"{prefix}threshold"] == served.threshold
+        assert import_config.XATTENTION[f"{prefix}stride"] == served.stride
+    assert triangle.Pattern(sink_tokens=128, window_tokens=1024).tail_tokens == 128
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"xattn_threshold": 0.9, "xattn_stride": 16, "xattn_norm": 1},
+        {"threshold": 0.9, "stride": 16},
+    ],
+)
+def test_import_takes_the_xattention_that_is_served(fields: dict[str, Any], tmp_path: Path) -> None:
+    config, tensors = tiny_checkpoint(tmp_path)
+    config |= {"toggle_type": "xattn"} | fields
+    paw = write_checkpoint(tmp_path / "paw", config, tensors)
+    report = import_checkpoint(paw, tmp_path / "out")
+    assert not any("not known" in warning for warning in report.warnings)
+    assert fields.items() <= report.authors_fields.items()
+    assert not fields.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
+def test_import_without_xattention_has_no_use_for_its_fields(tmp_path: Path) -> None:
+    """But a threshold that is not said to be of xattention may be of the router."""
+    config, tensors = tiny_checkpoint(tmp_path)
+    config |= {"xattn_threshold": 0.8, "xattn_stride": 8, "threshold": 0.4}
+    report = import_checkpoint(
+        write_checkpoint(tmp_path / "paw", config, tensors), tmp_path / "out"
+    )
+    (said,) = [warning for warning in report.warnings if "not known" in warning]
+    assert "here: threshold;" in said
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.keys() & {"xattn_threshold", "xattn_stride", "threshold"} == {"threshold"}
+
+
+def test_import_drops_fields_of_training(tmp_path: Path) -> None:
+    config, tensors = tiny_checkpoint(tmp_path)
+    training: dict[str, Any] = {
+        "enable_layerwise_sparsity": True,
+        "layerwise_sparsity_schedule": "linear",
+        "layerwise_sparsity_min_ratio": 0.5,
+        "erank_analysis_path": None,
+        "suggested_threshold": 0.5,
+    }
+    paw = write_checkpoint(tmp_path / "paw", config | training, tensors)
+    report = import_checkpoint(paw, tmp_path / "out")
+    assert not any("not known" in warning for warning in report.warnings)
+    (dropped,) = [line for line in report.dropped if line.startswith("fields of config.json")]
+    assert all(name in dropped for name in training)
+    assert not training.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
 
 def test_every_pattern_of_the_authors_is_served() -> None:

@@ -44,6 +44,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"toggle_type": "triangle", "triangle_n_last": 64},
         "expected triangle_n_last 128",
     ),
+    "xattn-threshold": (
+        {"toggle_type": "xattn", "xattn_threshold": 0.8},
+        "expected xattn_threshold 0.9 in config.json, found 0.8",
+    ),
+    "xattn-stride": ({"toggle_type": "xattn", "xattn_stride": 8}, "expected xattn_stride 16"),
+    "xattn-norm": ({"toggle_type": "xattn", "xattn_norm": 2}, "expected xattn_norm 1"),
+    "threshold": ({"toggle_type": "xattn", "threshold": 0.95}, "expected threshold 0.9"),
+    "stride": ({"toggle_type": "xattn", "stride": None}, "expected stride 16"),
     "softmax-text": ({"use_softmax": "yes"}, "expected true or false as use_softmax"),
     "one-logit-said": ({"use_softmax": False}, "of shape [1, 4]"),
     "pool": ({"pool_size": 0}, "from 1 to"),
@@ -63,6 +71,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         "layer_types of full_attention alone",
     ),
+    "layer-types-number": (
+        {"layer_types": 5},
+        "expected layer_types with a name for each of 3 layers in config.json, found 5",
+    ),
+    "layer-types-false": ({"layer_types": False}, "each of 3 layers in config.json, found False"),
+    "layer-types-lists": ({"layer_types": [["a"]] * LAYERS}, "found [['a'], ['a'], ['a']]"),
+    "layer-types-fewer": (
+        {"layer_types": ["full_attention"] * (LAYERS - 1)},
+        "each of 3 layers in config.json",
+    ),
+    "head-dim": ({"head_dim": 0}, "head_dim in config.json, found 0"),
     "uneven-groups": ({"num_key_value_heads": 3}, "found 4 and 3"),
 }
 
@@ -161,6 +180,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-map": (lambda paw: (paw / INDEX).write_text("{}"), "expected a weight_map"),
     "bad-config": (lambda paw: (paw / "config.json").write_text("[]"), "expected a JSON object"),
     "no-config": (lambda paw: (paw / "config.json").unlink(), "config.json"),
+    "nested-config": (
+        lambda paw: (paw / "config.json").write_text('{"a":' * 100_000),
+        "config.json, found more; download it again",
+    ),
+    # Can be read, and not be written.
+    "nested-index": (
+        lambda paw: (paw / INDEX).write_text('{"a":' * 600 + "{}" + "}" * 600),
+        f"{INDEX}, found more; download it again",
+    ),
     "no-tokenizer-blob": (
         lambda paw: (paw / "tokenizer.json").symlink_to("../blobs/0a1b"),
         "tokenizer.json, found a link to nothing",
