@@ -30,6 +30,7 @@ from flux_vllm.attention_backend.cuda_kernels import (
     LayerCall,
     choose_kernels,
     split_cache,
+    workspace_nbytes,
 )
 from flux_vllm.attention_backend.cuda_pooling import GroupPooling, PromptStep
 from flux_vllm.attention_backend.cuda_views import RowFacts, ViewBuffers
@@ -320,12 +321,15 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> in
     if runtime.config.policy == "full":
         return 0
     rows, model = most_rows(vllm_config), vllm_config.model_config
+    heads = model.get_num_attention_heads(vllm_config.parallel_config)
     total = runtime.pattern.cuda_nbytes(
-        model.get_num_attention_heads(vllm_config.parallel_config),
+        heads,
         vllm_config.scheduler_config.max_num_batched_tokens,
         model.max_model_len,
         model.get_head_size() * model.dtype.itemsize,
     )
+    shapes = {(spec.num_kv_heads, spec.head_size) for spec in specs}
+    total += max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)
     for block_size in {spec.block_size for spec in specs}:
         # vLLM rounds a table's width up to whole 128 tokens.
         width = -(-model.max_model_len // block_size) + 128

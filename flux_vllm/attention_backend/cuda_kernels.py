@@ -2,17 +2,21 @@
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
 from flux_vllm.attention_backend.cuda_views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.triton_decode import (
+    QUERIES,
     DecodeWorkspace,
     attend_decode,
     choose_num_splits,
     decode_workspace,
+    most_shares,
 )
 from flux_vllm.attention_backend.kernels.triton_prefill import SUPPORTED_HEAD_DIMS, attend_prefill
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
@@ -106,6 +110,28 @@ def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
     return FA3Kernels(impl, runtime)
 
 
+def workspace_nbytes(
+    runtime: FluxRuntime, max_rows: int, heads: int, kv_heads: int, head_dim: int
+) -> int:
+    """Return the memory of the decode workspace, which the Triton kernels alone have.
+
+    Args:
+        runtime: of the worker.
+        max_rows: most rows of a batch.
+        heads: query heads of this rank.
+        kv_heads: of this rank.
+        head_dim: of a head.
+    """
+    if runtime.config.kernels != "triton":
+        # Without a GPU sizes are estimated, for one with FlashAttention-3.
+        if not torch.cuda.is_available():
+            return 0
+        if fa3.is_available() and get_flash_attn_version(head_size=head_dim) == 3:
+            return 0
+    shares = most_shares(max_rows, kv_heads, _num_sms(runtime))
+    return 4 * QUERIES * shares * heads * (head_dim + 1)
+
+
 class FA3Kernels:
     """FlashAttention-3: one call for mixed decode; window and sinks for sparse prefill."""
 
@@ -182,24 +208,26 @@ class FA3Kernels:
 class TritonKernels:
     """Our Triton kernels: any CUDA GPU."""
 
-    _workspaces: ClassVar[dict[tuple, DecodeWorkspace]] = {}
-    """Shared by all layers, by size: a captured graph keeps the one it was captured with."""
+    _workspaces: ClassVar[WeakKeyDictionary[FluxRuntime, DecodeWorkspace]] = WeakKeyDictionary()
+    """A worker's only one, of all its layers: captured graphs keep its address."""
 
     def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
         self.scale = impl.scale
         self._sink_tokens = runtime.sink_tokens
         self._window_tokens = runtime.window_tokens
-        device = runtime.table.device
-        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._runtime = runtime
+        self._num_sms = _num_sms(runtime)
 
     def _workspace(self, call: LayerCall) -> DecodeWorkspace:
-        rows = call.metadata.seq_lens.shape[0]
         tokens, heads, head_dim = call.query.shape
-        splits = choose_num_splits(rows, call.keys.shape[2], self._num_sms)
-        key = (tokens, heads, head_dim, splits, call.query.device)
-        if key not in self._workspaces:
-            self._workspaces[key] = decode_workspace(*key)
-        return self._workspaces[key]
+        rows, kv_heads = call.metadata.seq_lens.shape[0], call.keys.shape[2]
+        whole = self._workspaces.get(self._runtime)
+        if whole is None:
+            shares = most_shares(call.views.capacity, kv_heads, self._num_sms)
+            whole = decode_workspace(QUERIES * shares, heads, head_dim, 1, call.query.device)
+            self._workspaces[self._runtime] = whole
+        splits = choose_num_splits(rows, kv_heads, self._num_sms)
+        return whole.fit(splits, tokens, heads, head_dim)
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one split-KV call over the views."""
@@ -259,6 +287,11 @@ class TritonKernels:
             window_tokens=self._window_tokens,
             kv_batch_idx=call.row(call.views.kv_batch_idx),
         )
+
+
+def _num_sms(runtime: FluxRuntime) -> int:
+    count: int = torch.cuda.get_device_properties(runtime.table.device).multi_processor_count
+    return count
 
 
 def split_cache(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,23 +21,37 @@ from flux_vllm.attention_backend.kernels.tiles import (
     softmax_step,
 )
 
+QUERIES = 8
+"""So many queries a row does a workspace for rows hold at full split; rows of more get fewer."""
+
 
 class DecodeWorkspace(NamedTuple):
-    """Where shares meet; one serves every layer and step it is large enough for."""
+    """Where shares meet; one serves every layer and step, each from its beginning."""
 
     out: torch.Tensor
-    """[T, N, P, H] float32."""
+    """[tokens * N * P * H] float32, of the largest batch."""
     lse: torch.Tensor
-    """[T, N, P] float32, base 2."""
+    """[tokens * N * P] float32, base 2."""
+    num_splits: int
+    """P of this batch. With one the workspace is not touched, and may be empty."""
+
+    def fit(self, num_splits: int, tokens: int, heads: int, head_dim: int) -> "DecodeWorkspace":
+        """Return the workspace for `num_splits`, halved until a batch's shares fit in it."""
+        vectors = min(self.lse.numel(), self.out.numel() // head_dim)
+        while num_splits > 1 and tokens * heads * num_splits > vectors:
+            num_splits //= 2
+        return self._replace(num_splits=num_splits)
 
 
 def decode_workspace(
     max_tokens: int, heads: int, head_dim: int, num_splits: int, device: torch.device
 ) -> DecodeWorkspace:
-    """Allocate a workspace for up to `max_tokens` queries."""
+    """Allocate a workspace for up to `max_tokens` queries in `num_splits` shares."""
+    vectors = max_tokens * heads * num_splits
     return DecodeWorkspace(
-        torch.empty(max_tokens, heads, num_splits, head_dim, device=device),
-        torch.empty(max_tokens, heads, num_splits, device=device),
+        torch.empty(vectors * head_dim, device=device),
+        torch.empty(vectors, device=device),
+        num_splits,
     )
 
 
@@ -45,6 +59,12 @@ def choose_num_splits(rows: int, kv_heads: int, num_sms: int, most: int = 64) ->
     """Choose the shares a row is split in at most, from sizes that a CUDA graph fixes."""
     wanted = triton.cdiv(4 * num_sms, max(1, rows * kv_heads))
     return min(most, triton.next_power_of_2(max(1, wanted)))
+
+
+def most_shares(max_rows: int, kv_heads: int, num_sms: int) -> int:
+    """Return the most shares, over all rows, of a batch of up to `max_rows`; 0 if none is split."""
+    splits = {rows: choose_num_splits(rows, kv_heads, num_sms) for rows in range(1, max_rows + 1)}
+    return max((rows * count for rows, count in splits.items() if count > 1), default=0)
 
 
 def attend_decode(
@@ -74,7 +94,7 @@ def attend_decode(
         kv_batch_idx: [R] int32, the row of `table2` to read.
         query_start_loc: [R + 1] int32.
         seqused_k: [R] int32: keys in that row; the last is the last query's own.
-        workspace: for at least T tokens; its P is the number of splits.
+        workspace: for at least T tokens in its P shares.
         max_query_len: most queries a row has.
         scale: softmax scale.
         seqused_q: [R] int32: 0 skips a row; None attends every row.
@@ -85,8 +105,8 @@ def attend_decode(
     tokens, heads, head_dim = query.shape
     rows, kv_heads = seqused_k.shape[0], key_cache.shape[2]
     group = heads // kv_heads
-    splits = workspace.lse.shape[2]
-    assert workspace.lse.shape[0] >= tokens, "workspace too small"
+    splits = workspace.num_splits
+    assert workspace.fit(splits, *query.shape).num_splits == splits, "workspace too small"
     assert splits & (splits - 1) == 0, f"{splits} splits, expected a power of two"
     assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
     if tokens == 0 or rows == 0:

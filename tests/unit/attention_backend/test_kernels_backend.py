@@ -5,6 +5,7 @@ worker runs larger batches (tests/gpu/test_backend_batches.py).
 """
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -45,6 +46,55 @@ def test_batch(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
     for _ in range(2):  # the second step finds the buffers of the first
         worker.check(batch, worker.step(batch))
+
+
+def _decode_rows(count: int) -> list[Row]:
+    return [Row(1, 60 + index, SPARSE, False) for index in range(count)]
+
+
+DRAFTS = [Row(12, 100, SPARSE, False), Row(12, 70, FULL, False)]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "num_sms", "splits"),
+    [(2, 6, [16, 4, 1, 4]), (4, 1, [1, 1, 1, 1])],
+    ids=["split", "one-share"],
+)
+def test_all_batches_share_one_workspace_that_is_reserved(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_heads: int,
+    num_sms: int,
+    splits: list[int],
+) -> None:
+    """Many rows are split less or not at all, long drafts as far as it holds them."""
+    from flux_vllm.attention_backend import cuda, cuda_kernels
+    from tests.helpers.cuda_backend import LAYERS, BackendWorker, engine_config
+
+    properties = SimpleNamespace(multi_processor_count=num_sms)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    shape, folder = Shape(kv_heads=kv_heads), tmp_path_factory.getbasetemp()
+    batches = [
+        make_batch(rows, shape, "cpu")
+        for rows in (_decode_rows(1), _decode_rows(3), _decode_rows(13), DRAFTS)
+    ]
+    worker = BackendWorker(folder, batches[0], "triton")
+    used = []
+    for batch in batches:
+        with patch.object(cuda_kernels, "attend_decode", wraps=cuda_kernels.attend_decode) as spy:
+            for layer in worker.layers:
+                layer.kv_cache = batch.kv_cache
+            worker.check(batch, worker.step(batch))
+        used += [call.args[8] for call in spy.call_args_list]
+    assert [space.num_splits for space in used[::LAYERS]] == splits
+    assert len({(space.out.data_ptr(), space.lse.data_ptr()) for space in used}) == 1
+    taken = used[0].out.nbytes + used[0].lse.nbytes
+    assert (taken == 0) == (max(splits) == 1)
+    config = engine_config(folder, shape)
+    specs = [SimpleNamespace(block_size=16, num_kv_heads=kv_heads, head_size=64)]
+    stated = cuda.fixed_nbytes(worker.runtime, config, specs)
+    monkeypatch.setattr(cuda, "workspace_nbytes", lambda *_: 0)
+    assert stated - cuda.fixed_nbytes(worker.runtime, config, specs) == taken
 
 
 def test_head_dim_without_kernels_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:

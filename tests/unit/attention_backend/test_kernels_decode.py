@@ -9,9 +9,11 @@ import torch
 from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
 from flux_vllm.attention_backend.kernels.triton_decode import (
+    DecodeWorkspace,
     attend_decode,
     choose_num_splits,
     decode_workspace,
+    most_shares,
 )
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
@@ -186,13 +188,20 @@ def test_write_decode_views_by_layer(device: str) -> None:
     assert views.unrouted.item() == 2
 
 
-def run_decode(batch: Batch, views: Views, splits: int, **extra: object) -> torch.Tensor:
+def run_decode(
+    batch: Batch,
+    views: Views,
+    splits: int,
+    workspace: DecodeWorkspace | None = None,
+    **extra: object,
+) -> torch.Tensor:
     out = batch.poisoned_output()
     rows = len(batch.rows)
     tokens, heads, head_dim = batch.query.shape
-    workspace = decode_workspace(tokens + 3, heads, head_dim, splits, batch.query.device)
-    for part in workspace:
-        part.fill_(float("nan"))
+    if workspace is None:
+        workspace = decode_workspace(tokens + 3, heads, head_dim, splits, batch.query.device)
+    workspace.out.fill_(float("nan"))
+    workspace.lse.fill_(float("nan"))
     attend_decode(
         batch.query,
         batch.key_cache,
@@ -232,6 +241,30 @@ def test_choose_num_splits_fills_the_gpu_and_no_more() -> None:
     assert choose_num_splits(1, 8, 132) == 64
     assert choose_num_splits(16, 8, 132) == 8
     assert choose_num_splits(1024, 8, 132) == 1
+
+
+def test_most_shares_levels_off() -> None:
+    """One workspace is enough for all batches: many rows are split in fewer shares each."""
+    for rows in (1, 2, 16, 66):
+        splits = [choose_num_splits(n, 8, 132) for n in range(1, rows + 1)]
+        assert most_shares(rows, 8, 132) == max(n * p for n, p in enumerate(splits, 1) if p > 1)
+    assert most_shares(256, 8, 132) == most_shares(4096, 8, 132) == 130
+    assert most_shares(64, 8, 2) == 0  # one share fills the GPU
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6, 11, 100])
+def test_fit_halves_the_splits_of_a_batch_too_large(tokens: int) -> None:
+    workspace = decode_workspace(20, 3, 16, 2, torch.device("cpu"))
+    splits = workspace.fit(8, tokens, 3, 16).num_splits
+    assert splits == {1: 8, 5: 8, 6: 4, 11: 2, 100: 1}[tokens]
+    assert splits == 1 or tokens * splits <= 40
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attend_decode_in_one_share_needs_no_workspace(device: str) -> None:
+    batch = make_batch(SPECULATIVE, Shape(), device)
+    out = run_decode(batch, views_of(batch), 1, decode_workspace(0, 1, 1, 1, batch.query.device))
+    check_rows(batch, out, [True] * len(batch.rows))
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])

@@ -321,8 +321,8 @@ def test_memory_is_taken_before_the_cache_is_sized(
     monkeypatch.setattr(fa3, "is_available", lambda: True)
     shape = Shape(heads=6, kv_heads=2, head_dim=128)
     config = engine_config(tmp_path_factory.mktemp("model"), shape)
-    specs = [SimpleNamespace(block_size=shape.block_size)]
-    runtime = _runtime(shape, "triton", torch.device("cpu"), **XATTENTION)
+    specs = [SimpleNamespace(block_size=shape.block_size, num_kv_heads=2, head_size=128)]
+    runtime = _runtime(shape, "fa3", torch.device("cpu"), **XATTENTION)
     tokens = config.scheduler_config.max_num_batched_tokens
     stated = runtime.pattern.cuda_nbytes(6, tokens, MAX_LEN, 2 * 128)
     total = fixed_nbytes(runtime, config, specs)
