@@ -12,10 +12,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from training.block_attention import ChosenBlocks, attend_blocks, choose_blocks, pad_to_blocks
-from training.soft_attention import Attention
+from training.soft_attention import Attention, full_attention
 from training.sparse_patterns import Streaming, Triangle, XAttention
 
 ChunkEnds = Sequence[Sequence[int]]
@@ -99,28 +98,18 @@ class _TriangleAttention:
         scale: float,
         chunk_ends: ChunkEnds,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self._sink_window(q, k, v, scale)
-        tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
+        # Every query once more, for the sake of a few: the GPU's fastest kernel has no mask.
+        full = full_attention(q, k, v, scale)
         lens = _prompt_lens(chunk_ends)
-        tail = min(self._pattern.tail_tokens, int(lens.max()))
-        # A prompt shorter than the tail repeats its first query.
-        positions_BQ = torch.from_numpy((lens[:, None] - tail + np.arange(tail)).clip(0))
-        positions_BQ = positions_BQ.to(q.device)
-        index = positions_BQ[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-        causal = torch.arange(tokens, device=q.device) <= positions_BQ[:, None, :, None]
-        # Not enable_gqa: with a mask it leaves the GPU only the slowest kernel.
-        attended = functional.scaled_dot_product_attention(
-            q.gather(2, index),
-            k.repeat_interleave(groups, dim=1),
-            v.repeat_interleave(groups, dim=1),
-            attn_mask=causal,
-            scale=scale,
-        )
-        head = (lens - tail).clip(0)
+        head = (lens - self._pattern.tail_tokens).clip(0)
+        position = np.arange(q.shape[2])
+        in_tail = (head[:, None] <= position) & (position < lens[:, None])
+        chosen = torch.from_numpy(in_tail)[:, None, :, None].to(q.device)
+        out = torch.where(chosen, full, self._sink_window(q, k, v, scale))
         # The share of pairs in the head, attended as sinks and window; the tail's count whole.
         in_head = head * (head + 1) / (lens * (lens + 1))
         density = 1 - in_head * (1 - _sink_window_density(self._pattern, head))
-        return out.scatter(2, index, attended), _float32(density, q.device)
+        return out, _float32(density, q.device)
 
 
 class _XAttention:
