@@ -97,18 +97,22 @@ def flash_attn_error(model):
     return tuple(max(column) for column in zip(*errors, strict=True))
 
 
-def _check(answers, model, allowed, block_size=16, routed=True):
-    """Hold answers to twice the allowed errors. Returns: their replays."""
+def _check(answers, model, allowed, block_size=16, routed=True, sources=None):
+    """Hold answers to twice the allowed errors. Returns: their replays.
+
+    Of each answer `sources` has the replay whose blocks it may have found in the prefix cache.
+    """
     folder, router, reference = model
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size)
     worst, requests = (0.0, 0.0), []
-    for answer in answers:
+    for answer, source in zip(answers, sources or [None] * len(answers), strict=True):
         request = replay(
             reference,
             answer,
             pattern,
             routes=None if routed else ROUTES,
             router=ReferenceRouter.load(router / ROUTER_FILE_NAME) if routed else None,
+            history=source and source.history,
             margin=P_FULL_MARGIN,
             follow_tokens=True,
         )
@@ -267,6 +271,27 @@ def test_preemption_and_block_sizes(model, flash_attn_error):
     assert sum(answer.preemptions for answer in answers) > 0
     allowed = (flash_attn_error[0], 1.5 * flash_attn_error[1])  # eight times the tokens
     _check(answers, model, allowed, block_size)
+
+
+def test_prefix_caching(model, flash_attn_error):
+    """Prompts asked again, and one that begins as another did: they read blocks and query sums.
+
+    Prompt log-probabilities are not asked for: vLLM computes such prompts anew.
+    """
+    prompts = _prompts([161, 500, 1100, 3001])
+    sharing = prompts[2][:700] + random_prompt(333, seed=7)
+    arguments = DEFAULTS | {"enable_prefix_caching": True}
+    with Engine(model[0], {"router": str(model[1])}, **arguments) as engine:
+        first = engine.generate(prompts, OUTPUT)
+        again = engine.generate([*prompts, sharing], OUTPUT)
+    assert [answer.cached_tokens for answer in first] == [0] * len(prompts)
+    # In whole blocks, and the last prompt token is computed each time.
+    assert [answer.cached_tokens for answer in again] == [160, 496, 1088, 3000 // 16 * 16, 688]
+    sources = _check(first, model, flash_attn_error)
+    sources.append(sources[2])
+    requests = _check(again, model, flash_attn_error, sources=sources)
+    assert [answer.routes for answer in again] == [request.routes for request in requests]
+    assert len({tuple(answer.routes) for answer in again}) > 1
 
 
 def test_router_of_the_latest_tokens_alone(model, flash_attn_error, tmp_path):
