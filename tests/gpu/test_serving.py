@@ -97,13 +97,15 @@ def flash_attn_error(model):
     return tuple(max(column) for column in zip(*errors, strict=True))
 
 
-def _check(answers, model, allowed, block_size=16, routed=True, sources=None):
-    """Hold answers to twice the allowed errors. Returns: their replays.
+def _check(
+    answers, model, allowed, block_size=16, routed=True, sources=None, kind="streaming", times=2
+):
+    """Hold answers to `times` the allowed errors. Returns: their replays.
 
     Of each answer `sources` has the replay whose blocks it may have found in the prefix cache.
     """
     folder, router, reference = model
-    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size)
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size, kind)
     worst, requests = (0.0, 0.0), []
     for answer, source in zip(answers, sources or [None] * len(answers), strict=True):
         request = replay(
@@ -119,8 +121,8 @@ def _check(answers, model, allowed, block_size=16, routed=True, sources=None):
         requests.append(request)
         worst = tuple(map(max, worst, logprob_errors(answer, request)))
     print(f"\nworst prompt, output error {worst}, FLASH_ATTN {allowed}", flush=True)
-    assert worst[0] <= 2 * allowed[0]
-    assert worst[1] <= 2 * allowed[1]
+    assert worst[0] <= times * allowed[0]
+    assert worst[1] <= times * allowed[1]
     return requests
 
 
@@ -313,6 +315,21 @@ def test_router_of_the_latest_tokens_alone(model, flash_attn_error, tmp_path):
         answers = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
     assert len({tuple(answer.routes) for answer in answers}) > 3
     _check(answers, (folder, tmp_path, reference), flash_attn_error)
+
+
+@pytest.mark.parametrize("case", ["triangle-fa3", "xattention-fa3", "xattention-triton"])
+def test_other_patterns(model, flash_attn_error, case):
+    """Prompts in chunks at odd offsets beside others' decodes, with graphs.
+
+    In bfloat16 XAttention may choose otherwise among blocks near its threshold: on the CPU that made
+    the error 2.6 times that of full attention, another pattern's mask 30 times.
+    """
+    kind, kernels = case.split("-")
+    flux = STATIC | {"sparse_pattern": kind, "kernels": kernels}
+    with Engine(model[0], flux, max_num_batched_tokens=331, **DEFAULTS) as engine:
+        answers = engine.generate(_prompts(LENGTHS), OUTPUT, prompt_logprobs=True)
+    times = 4 if kind == "xattention" else 2
+    _check(answers, model, flash_attn_error, routed=False, kind=kind, times=times)
 
 
 @pytest.mark.parametrize("case", ["static-fa3", "router-triton"])
