@@ -321,8 +321,8 @@ def test_router_of_the_latest_tokens_alone(model, flash_attn_error, tmp_path):
 def test_other_patterns(model, flash_attn_error, case):
     """Prompts in chunks at odd offsets beside others' decodes, with graphs.
 
-    In bfloat16 XAttention may choose otherwise among blocks near its threshold: on the CPU that made
-    the error 2.6 times that of full attention, another pattern's mask 30 times.
+    In bfloat16 XAttention may choose otherwise among blocks near its threshold: on the CPU that
+    made the error 2.6 times that of full attention, another pattern's mask 30 times.
     """
     kind, kernels = case.split("-")
     flux = STATIC | {"sparse_pattern": kind, "kernels": kernels}
