@@ -1,7 +1,7 @@
 """Test files run in Triton's interpreter, each in a process of its own, beside other tests.
 
 The interpreter has to be chosen before Triton is imported, and vLLM imports Triton. The processes
-take what the others leave of the machine: most tests use one core.
+take what the others leave of the machine.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Begins the kernels' runs in Triton's interpreter before the first test: they take minutes."""
+"""Runs the kernels in Triton's interpreter beside the unit tests, which leave a core free.
+
+They begin with this folder's first test, after those of whole engines, and are collected last.
+"""
 
 from pathlib import Path
 
@@ -13,14 +16,19 @@ LONGEST = ("test_kernels_patterns.py", "test_kernels_at_once.py")
 RUNS = pytest.StashKey[InterpreterRuns]()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the runs where the test that collects them is chosen."""
-    items = [item for item in session.items if item.name == COLLECTING]
-    if session.config.option.collectonly or not items or triton.knobs.runtime.interpret:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Collect the runs after everything else."""
+    items.sort(key=lambda item: item.name == COLLECTING)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the runs before the first test of this folder, where the one that collects is chosen."""
+    chosen = [other for other in item.session.items if other.name == COLLECTING]
+    if not chosen or triton.knobs.runtime.interpret or RUNS in item.config.stash:
         return
-    files = [file for file in HERE.glob("test_kernels_*.py") if file != items[0].path]
+    files = [file for file in HERE.glob("test_kernels_*.py") if file != chosen[0].path]
     files.sort(key=lambda file: (file.name not in LONGEST, file.name))
-    session.config.stash[RUNS] = InterpreterRuns(files)
+    item.config.stash[RUNS] = InterpreterRuns(files)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

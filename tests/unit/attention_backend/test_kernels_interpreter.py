@@ -1,6 +1,6 @@
 """The Triton kernels' tests in Triton's interpreter, where there is no GPU.
 
-`conftest.py` begins them with the session, as processes of their own; this collects them.
+`conftest.py` begins them, as processes of their own; this collects them.
 """
 
 import pytest
