@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Start the runs before the first test of this folder, where the one that collects is chosen."""
+    """Start the runs before this folder's first test, where the one that collects is chosen."""
     chosen = [other for other in item.session.items if other.name == COLLECTING]
     if not chosen or triton.knobs.runtime.interpret or RUNS in item.config.stash:
         return
