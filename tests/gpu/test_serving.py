@@ -185,7 +185,6 @@ def served(request, model):
             engine.generate(_prompts(TRIO), OUTPUT),
             _one_by_one(engine, TRIO),
         )
-        engine.runtime.status()  # counts the steps in flight
         metrics = parse(generate_latest().decode())
     unrouted = total(metrics, "flux_unrouted_rows_total", model_name=name)
     assert unrouted == 0
