@@ -1,8 +1,8 @@
 """SPARSE attention under the server's sparse patterns, over whole prompts with their answers.
 
 A prompt's queries attend as the pattern says for the prompt's chunks. The answer's follow in the
-same forward pass, and attend as a server decodes them: to sinks and window. For evaluation alone:
-training is under `streaming`, without this file.
+same forward pass, and attend as a server decodes them: to sinks and window. For evaluation alone;
+training has `soft_attention.py`.
 
 Dimension legend: B prompts, N query heads, K kv heads, T padded tokens, H head dim.
 """

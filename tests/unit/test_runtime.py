@@ -250,6 +250,19 @@ class TestSlots:
         runtime.end_step()
         assert [routes for _, routes, _ in recorded(runtime)] == [[[FULL, SPARSE, FULL]]] * 2
 
+    def test_left_step_is_not_current_and_ends_before_the_next(self) -> None:
+        """vLLM may run batches of its own making between two steps."""
+        runtime = make()
+        runtime.begin_step(step(("a", 0, 5, 5)))
+        runtime.defer(lambda: decide(runtime, {"a": [FULL, SPARSE, FULL]}))
+        runtime.leave_step()
+        assert runtime.step is None
+        assert recorded(runtime) == []
+        runtime.leave_step()  # as when nothing ran
+        runtime.begin_step(step(("a", 5, 1, 5)))
+        assert not runtime.step.to_route.any()
+        assert recorded(runtime) == [(("a",), [[FULL, SPARSE, FULL]], [True])]
+
     def test_abandoned_step(self) -> None:
         runtime = make()
         runtime.begin_step(step(("a", 0, 9, 9)))

@@ -26,7 +26,7 @@ class StoredScorer:
 
     Args:
         scorer: computes what is missing.
-        folder: for the results; may be shared by evaluations of several routers.
+        folder: for the results; may be shared by evaluations of several routers, also at once.
         setting: what else scores depend on: model, dtype.
     """
 
@@ -45,20 +45,31 @@ class StoredScorer:
         Raises: TypeError: a policy that has no known identity.
         """
         condition = condition or Condition()
-        parts = []
+        pieces = []
         for piece in _pieces(len(prompts)):
-            chosen = prompts[piece]
             cut = Condition(condition.chunk_tokens, _cut(condition.cached, piece))
-            path = self.folder / f"{self._key(chosen, policy, cut)}.npz"
-            if path.exists():
-                parts.append(_read(path))
-                continue
-            parts.append(self.scorer.score(chosen, policy, cut))
-            if self.scorer.world.is_main:
-                _write(path, parts[-1])
-            # No process may look for a later piece before this one is there for all.
-            self.scorer.world.wait()
+            key = self._key(prompts[piece], policy, cut)
+            pieces.append((self.folder / f"{key}.npz", prompts[piece], cut))
+        if self.scorer.world.size == 1:
+            # Evaluations side by side take different pieces first.
+            for path, chosen, cut in pieces:
+                if not path.exists() and _claim(path):
+                    self._compute(path, chosen, policy, cut)
+        parts = [
+            _read(path) if path.exists() else self._compute(path, chosen, policy, cut)
+            for path, chosen, cut in pieces
+        ]
         return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
+
+    def _compute(
+        self, path: Path, prompts: Sequence[Encoded], policy: Policy, condition: Condition
+    ) -> Scores:
+        scores = self.scorer.score(prompts, policy, condition)
+        if self.scorer.world.is_main:
+            _write(path, scores)
+        # No process may look for a later piece before this one is there for all.
+        self.scorer.world.wait()
+        return scores
 
     def _key(self, prompts: Sequence[Encoded], policy: Policy, condition: Condition) -> str:
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode())
@@ -101,12 +112,23 @@ def _cut(cached: Scores | None, piece: slice) -> Scores | None:
     return Scores(*(getattr(cached, name)[piece] for name in _NAMES))
 
 
+def _claim(path: Path) -> bool:
+    """Say whether no other evaluation has begun a piece; what one that was cut had begun is done by
+    whoever misses it in the end."""
+    try:
+        path.with_suffix(".begun").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def _write(path: Path, scores: Scores) -> None:
     """Write in one atomic step: a cut leaves no half file, nor do two evaluations at once."""
     temporary = path.with_suffix(f".{os.getpid()}.writing")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **{name: getattr(scores, name) for name in _NAMES})
     temporary.replace(path)
+    path.with_suffix(".begun").unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Scores:

@@ -128,3 +128,31 @@ def test_a_policy_without_identity_is_refused(
 
     with pytest.raises(TypeError, match="found Unknown"):
         StoredScorer(scorer, tmp_path, {}).score(prompts, Unknown())
+
+
+def test_what_another_evaluation_has_begun_comes_last(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be there by then; of one that was cut it is not, and is computed."""
+    monkeypatch.setattr(stored_scores, "_PIECE", 3)
+    policy = pattern(4, [0, 2])
+    stored = StoredScorer(scorer, tmp_path, {})
+    expected = stored.score(prompts, policy)
+    first, *others = (
+        tmp_path / f"{stored._key(prompts[at : at + 3], policy, Condition())}.npz"
+        for at in (0, 3, 6)
+    )
+    for path in (first, *others):
+        path.unlink()
+    first.with_suffix(".begun").touch()
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        scorer,
+        "score",
+        lambda chosen, *rest: sizes.append(len(chosen)) or Scorer.score(scorer, chosen, *rest),
+    )
+    found = stored.score(prompts, policy)
+    assert sizes == [3, 1, 3]
+    np.testing.assert_array_equal(found.score, expected.score)
+    np.testing.assert_array_equal(found.sparse, expected.sparse)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz"] * 3
