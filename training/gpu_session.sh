@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains seeds of the recipe smollm2 side by side and evaluates them, all under FOLDER. Each visible
-# GPU trains its share of the seeds; all of them together evaluate one seed after the other.
+# Trains seeds of the recipe smollm2 and evaluates them, all under FOLDER. Each visible GPU has its
+# share of the seeds; those of one GPU run side by side, and all share stored scores.
 #
 #   training/gpu_session.sh FOLDER MODEL CORPUS
 #
@@ -31,12 +31,12 @@ export OMP_NUM_THREADS=4
 
 graded=(needle multi_key variable_tracking repeat_end list_end continue_text code_completion)
 
-training() { # training ARGUMENTS...: one command of the package, after LAUNCHER
+training() { # training ARGUMENTS...: one command of the package
     if [[ -n ${DRY_RUN:-} ]]; then
-        printf '%q ' "${launcher[@]}" -m training "$@"
+        printf '%q ' -m training "$@"
         echo
     else
-        "${PYTHON:-python3}" "${launcher[@]}" -m training "$@"
+        "${PYTHON:-python3}" -m training "$@"
     fi
 }
 
@@ -48,26 +48,47 @@ train() { # train SEED
         --optimizer.time_limit_s "${TRAIN_SECONDS:-0}" --system.save_every 40
 }
 
-evaluate() { # evaluate PASS FLAGS...: all seeds, one after the other: the static baselines are shared
-    local pass=$1 reports=() seed
-    shift
+evaluate() { # evaluate SEED PASS FLAGS...
+    local seed=$1 pass=$2
+    shift 2
     [[ -e $folder/$pass.json ]] && return
-    for seed in "${seeds[@]}"; do
-        training eval --model "$model" --router "$folder/seed$seed" \
-            --out "$folder/seed$seed/$pass" --scores "$folder/stored_scores" \
-            --data.corpus "$corpus" --data.workers 14 --micro_batch_tokens 32768 \
-            --validation_prompts 20 --random_patterns 30 --variant_prompts 25 "$@"
-        reports+=("$folder/seed$seed/$pass/quality.json")
-        pack "$seed"
+    training eval --model "$model" --router "$folder/seed$seed" \
+        --out "$folder/seed$seed/$pass" --scores "$folder/stored_scores" \
+        --data.corpus "$corpus" --data.workers 8 --micro_batch_tokens 32768 \
+        --validation_prompts 20 --random_patterns 30 --variant_prompts 25 "$@"
+    pack "$seed"
+}
+
+for_all() { # for_all NAME FUNCTION FLAGS...: call FUNCTION SEED FLAGS... for every seed
+    local name=$1 function=$2 at seed failed='' processes=()
+    shift 2
+    for at in "${!seeds[@]}"; do
+        seed=${seeds[at]}
+        if [[ -n ${DRY_RUN:-} ]]; then
+            "$function" "$seed" "$@"
+            continue
+        fi
+        mkdir -p "$folder/seed$seed"
+        CUDA_VISIBLE_DEVICES=${visible[at % ${#visible[@]}]} "$function" "$seed" "$@" \
+            2>>"$folder/seed$seed/$name.log" &
+        processes+=($!)
     done
-    training join "${reports[@]}" --out "$folder/$pass.json"
+    for process in "${processes[@]}"; do wait "$process" || failed=1; done
+    [[ -z $failed ]] || { echo "$name failed: see $folder/seed*/$name.log" >&2; exit 1; }
+}
+
+pass() { # pass NAME FLAGS...: evaluate all seeds, and join what was found
+    for_all "$1" evaluate "$@"
+    [[ -n ${DRY_RUN:-} ]] ||
+        tar -C "$folder" -czf "$folder/stored_scores.tar.gz" stored_scores
+    local reports=("${seeds[@]/#/$folder/seed}")
+    [[ -e $folder/$1.json ]] ||
+        training join "${reports[@]/%//$1/quality.json}" --out "$folder/$1.json"
 }
 
 pack() { # pack SEED: what is worth bringing back
-    [[ -n ${DRY_RUN:-} ]] && return
-    tar -C "$folder" --exclude=checkpoints -czf "$folder/seed$1.tar.gz" "seed$1"
-    [[ ! -d $folder/stored_scores ]] ||
-        tar -C "$folder" -czf "$folder/stored_scores.tar.gz" stored_scores
+    [[ -n ${DRY_RUN:-} ]] ||
+        tar -C "$folder" --exclude=checkpoints -czf "$folder/seed$1.tar.gz" "seed$1"
 }
 
 gpus=1
@@ -76,24 +97,9 @@ if [[ -z ${DRY_RUN:-} ]]; then
     gpus=$("${PYTHON:-python3}" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
-launcher=()
-processes=()
-for at in "${!seeds[@]}"; do
-    seed=${seeds[at]}
-    if [[ -n ${DRY_RUN:-} ]]; then
-        train "$seed"
-        continue
-    fi
-    mkdir -p "$folder/seed$seed"
-    CUDA_VISIBLE_DEVICES=${visible[at % gpus]} train "$seed" 2>>"$folder/seed$seed/train.log" &
-    processes+=($!)
-done
-failed=
-for process in "${processes[@]}"; do wait "$process" || failed=1; done
-[[ -z $failed ]] || { echo "a training failed: see $folder/seed*/train.log" >&2; exit 1; }
+for_all train train
 for seed in "${seeds[@]}"; do pack "$seed"; done
-((gpus == 1)) || launcher=(-m torch.distributed.run --standalone --nproc-per-node "$gpus")
-evaluate default_100 --prompts 100 --variants --shares
-evaluate prompts_400 --prompts 400 --variants --shares 0.6 0.75 --data.tasks "${graded[@]}"
-evaluate variants --prompts 100 --shares
+pass default_100 --prompts 100 --variants --shares
+pass prompts_400 --prompts 400 --variants --shares 0.6 0.75 --data.tasks "${graded[@]}"
+pass variants --prompts 100 --shares
 echo "done: $folder"
