@@ -325,7 +325,10 @@ def test_other_patterns(model, flash_attn_error, case):
     """
     kind, kernels = case.split("-")
     flux = STATIC | {"sparse_pattern": kind, "kernels": kernels}
-    with Engine(model[0], flux, max_num_batched_tokens=331, **DEFAULTS) as engine:
+    memory = 2 << 30  # XAttention's workspace comes out of the KV cache's
+    with Engine(
+        model[0], flux, max_num_batched_tokens=331, kv_cache_memory_bytes=memory, **DEFAULTS
+    ) as engine:
         answers = engine.generate(_prompts(LENGTHS), OUTPUT, prompt_logprobs=True)
     times = 4 if kind == "xattention" else 2
     _check(answers, model, flash_attn_error, routed=False, kind=kind, times=times)
