@@ -102,8 +102,6 @@ class CudaStep:
     """By layer of the group: whether any row may need the full pass."""
     sparse_pass: list[bool]
     """By layer of the group: whether any row may need the sparse pass."""
-    plans: torch.Tensor | None = None
-    """[L, size]: of a step without prefill rows, what the kernels planned for their calls."""
     has_prefill: bool = False
     by_vllm: bool = False
     """Whether vLLM's own call serves the batch: all rows are prefill within the SPARSE pattern's
@@ -170,8 +168,6 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 facts,
                 runtime.table.routes,
             )
-        if not step.has_prefill:
-            step.plans = self._layers[0].impl._kernels.plan(views, metadata)
         if active is not None:
             step.pooling = self._group_pooling(runtime)
             if step.pooling is not None:
@@ -296,7 +292,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
             )  # fmt: skip
         keys, values = split_cache(kv_cache, self.head_size)
         out = output[:tokens].view(query.shape)
-        call = LayerCall(query, keys, values, out, attn_metadata, step.views, index, step.plans)
+        call = LayerCall(query, keys, values, out, attn_metadata, step.views, index)
         if not step.has_prefill:
             self._kernels.decode(call)
             return output

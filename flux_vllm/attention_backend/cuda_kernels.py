@@ -10,7 +10,6 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
 from flux_vllm.attention_backend.cuda_views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
-from flux_vllm.attention_backend.kernels.decode_plan import CallShape
 from flux_vllm.attention_backend.kernels.triton_decode import (
     QUERIES,
     DecodeWorkspace,
@@ -47,8 +46,6 @@ class LayerCall:
     views: ViewBuffers
     index: int
     """The layer's index within its KV cache group."""
-    plans: torch.Tensor | None = None
-    """[L, size]: what `Kernels.plan` returned for the batch."""
 
     def row(self, buffer: torch.Tensor) -> torch.Tensor:
         """Return this layer's part [R] of one of the views' buffers [L, C]."""
@@ -60,16 +57,6 @@ class Kernels(Protocol):
 
     scale: float
     """Of the scores."""
-
-    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
-        """Plan the `decode` calls of all layers that share the views.
-
-        Args:
-            views: of the batch, written.
-            metadata: vLLM's for the batch.
-
-        Returns: [L, size], in memory of the views; None where calls need no plan.
-        """
 
     def decode(self, call: LayerCall) -> None:
         """Attend a batch without prefill rows, each row through its view."""
@@ -150,27 +137,13 @@ class FA3Kernels:
 
     def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
         self.scale = impl.scale
-        self._heads = (impl.num_heads, impl.num_kv_heads, impl.head_size)
-        self._runtime = runtime
         self._sink_tokens = runtime.sink_tokens
         self._window_tokens = runtime.window_tokens
-
-    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
-        """Write the plans that each call would otherwise make for itself."""
-        if metadata.max_num_splits == 0:  # FA3 chooses, so no graph replays the calls
-            return None
-        return views.plan(
-            metadata.query_start_loc,
-            CallShape(*self._heads, _num_sms(self._runtime)),
-            max_query_len=metadata.max_query_len,
-            num_splits=metadata.max_num_splits,
-        )
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one call over the views."""
         metadata = call.metadata
-        plan = None if call.plans is None else call.plans[call.index]
-        self._attend(call, metadata.query_start_loc, None, metadata.max_query_len, plan)
+        self._attend(call, metadata.query_start_loc, None, metadata.max_query_len)
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend likewise, less the rows that the other pass takes."""
@@ -193,7 +166,6 @@ class FA3Kernels:
         query_start_loc: torch.Tensor,
         seqused_q: torch.Tensor | None,
         max_query_len: int,
-        plan: torch.Tensor | None = None,
     ) -> None:
         metadata = call.metadata
         fa3.attend(
@@ -209,7 +181,6 @@ class FA3Kernels:
             max_seq_len=metadata.max_seq_len,
             scale=self.scale,
             seqused_q=seqused_q,
-            scheduler_metadata=plan,
             num_splits=metadata.max_num_splits,
         )
 
@@ -257,10 +228,6 @@ class TritonKernels:
             self._workspaces[self._runtime] = whole
         splits = choose_num_splits(rows, kv_heads, self._num_sms)
         return whole.fit(splits, tokens, heads, head_dim)
-
-    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
-        """Plan nothing: the shares of a batch are all alike."""
-        return None
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one split-KV call over the views."""
