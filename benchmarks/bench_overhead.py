@@ -28,6 +28,8 @@ from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
 
 _TIMED_PREFILLS = 20
+_PROFILED_STEPS = 16
+_PRINTED_KERNELS = 24
 
 
 def main() -> None:
@@ -81,10 +83,15 @@ def _profile(engines: dict[str, Engine], args: argparse.Namespace) -> None:
             for function, (calls, seconds) in times.items():
                 calls, micros = calls / _TIMED_PREFILLS, 1e6 * seconds / _TIMED_PREFILLS
                 print(f"  {micros:9.0f} us {calls:5.0f} x  {function}")
-            kernels = engine.profile(context)
-            print(f"{name}, {context} tokens: {sum(ms for _, _, ms in kernels):.3f} ms of kernels")
-            for kernel, calls, ms in kernels[:14]:
-                print(f"  {ms:9.3f} ms {calls:5d} x  {kernel[:100]}")
+            _print_kernels(f"{name}, {context} tokens", 1, engine.profile(context))
+            steps = engine.profile_steps(context, _PROFILED_STEPS)
+            _print_kernels(f"{name}, decode at {context} tokens, a step", _PROFILED_STEPS, steps)
+
+
+def _print_kernels(what: str, times: int, kernels: list[tuple[str, int, float]]) -> None:
+    print(f"{what}: {sum(ms for _, _, ms in kernels) / times:.3f} ms of kernels")
+    for kernel, calls, ms in kernels[:_PRINTED_KERNELS]:
+        print(f"  {ms / times:9.3f} ms {calls / times:7.1f} x  {kernel[:100]}")
 
 
 def write_random_router(

@@ -3,7 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -57,6 +58,15 @@ class Engine:
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:
         """List the GPU kernels of one prefill: name, calls, total milliseconds; longest first."""
         return self._call("profile", tokens)
+
+    def profile_steps(self, context: int, steps: int) -> list[tuple[str, int, float]]:
+        """List the GPU kernels of decode steps of one request, likewise; graphs' are among them.
+
+        Args:
+            context: tokens of the prompt.
+            steps: decode steps, counted together.
+        """
+        return self._call("profile_steps", context, steps)
 
     def start(self, context: int, batch: int, attend: bool = True) -> list[str]:
         """Bring requests into decode.
@@ -171,13 +181,13 @@ class _Driver:
         return statistics.median(seconds)
 
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:
-        kind = torch.profiler.ProfilerActivity
-        activity = kind.CUDA if torch.cuda.is_available() else kind.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
-            self.prefill_seconds(tokens, 1)
-        events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
-        events.sort(key=lambda e: -e.self_device_time_total)
-        return [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
+        return _kernels(partial(self.prefill_seconds, tokens, 1))
+
+    def profile_steps(self, context: int, steps: int) -> list[tuple[str, int, float]]:
+        names = self.start(context, 1, attend=True)
+        found = _kernels(partial(self.step_seconds, steps, 1))
+        self.stop(names)
+        return found
 
     def _random_prompt(self, tokens: int) -> list[int]:
         self._next += 1
@@ -214,6 +224,19 @@ class _Driver:
         self._core.abort_request(list(names))
         while self._core.has_unfinished_requests():
             self._core.step()
+
+
+def _kernels(work: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """List what runs on the GPU meanwhile: name, calls, total milliseconds; longest first."""
+    kind = torch.profiler.ProfilerActivity
+    activity = kind.CUDA if torch.cuda.is_available() else kind.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # steps in flight
+    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    return [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
 
 
 def _sampling(tokens: int) -> Any:
