@@ -176,6 +176,7 @@ class FluxRuntime:
         """
         if self.config.needs_router:
             raise AssertionError("fix_routes: the policy is `router`")
+        self.end_step()  # under the routes that it ran with
         routes = [int(Route.UNDECIDED)] * self.table.num_layers
         for layer in self.routed_layers:
             routes[layer] = int(Route.FULL)

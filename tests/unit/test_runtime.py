@@ -307,6 +307,13 @@ class TestFixedRoutes:
         kept = [routes[layer] for layer in ROUTED]
         assert recorded(runtime) == [(("a", "b"), [kept, kept], [True, False])]
 
+    def test_step_before_a_new_pattern_is_counted_under_the_old_one(self) -> None:
+        runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
+        runtime.begin_step(step(("a", 0, 9, 9)))
+        runtime.leave_step()
+        runtime.fix_routes((0, 3))
+        assert recorded(runtime) == [(("a",), [[FULL, SPARSE, FULL]], [True])]
+
     def test_new_pattern_is_for_all_requests(self) -> None:
         runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
         run(runtime, step(("a", 0, 9, 9)), {})
