@@ -153,6 +153,14 @@ class Request:
         """The likeliest token wherever one was sampled, forced or not."""
         return [int(row.argmax()) for row in self.output_logprobs]
 
+    @property
+    def margins(self) -> torch.Tensor:
+        """Give of each computed position `StepRecord.margins`, as computed last."""
+        margins = torch.full((len(self.history),), float("inf"))
+        for record in self.steps:
+            margins[record.start : record.start + record.length] = record.margins
+        return margins
+
     def step(
         self,
         length: int,

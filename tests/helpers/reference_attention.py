@@ -3,6 +3,8 @@
 Dimension legend: N query heads, K key-value heads, H head dim.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +71,13 @@ def visible_keys(
 def chosen_blocks(
     query: torch.Tensor, key: torch.Tensor, scaling: float, pattern: SparsePattern
 ) -> torch.Tensor:
+    """Choose XAttention's key blocks of 128 for one head; see `choose_blocks`."""
+    return choose_blocks(query, key, scaling, pattern)[0]
+
+
+def choose_blocks(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, pattern: SparsePattern
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose XAttention's key blocks of 128 for one head, by the text of arXiv 2503.16428.
 
     Every block of stride x stride query-key products is summed along its anti-diagonal, the sums
@@ -80,7 +89,8 @@ def chosen_blocks(
         key: [n, H] float32, all positions.
         scaling: factor on the scores.
         pattern: of kind "xattention".
-    Returns: [all query blocks, key blocks] bool; False for query blocks before the chunk's.
+    Returns: [all query blocks, key blocks] bool, False for query blocks before the chunk's; and
+        [all query blocks] the choice's margin, infinite where there was none to make.
     """
     end, stride = len(key), pattern.stride
     blocks = -(-end // _BLOCK)
@@ -95,13 +105,40 @@ def chosen_blocks(
     mass[(row_end <= end - len(query)) | (row_end - stride >= end)] = 0
     mass = mass.view(blocks, per_block, blocks, per_block).sum(dim=(1, 3))
     chosen = torch.zeros(blocks, blocks, dtype=torch.bool)
+    margin = torch.full((blocks,), float("inf"))
     for block in range((end - len(query)) // _BLOCK, blocks):
         order = sorted(set(range(1, block)), key=lambda b: -mass[block, b].item())
         taken = sorted({0, block})
         while mass[block, taken].sum() < pattern.threshold * mass[block].sum() and order:
             taken.append(order.pop(0))
         chosen[block, taken] = True
-    return chosen
+        margin[block] = choice_margin(
+            mass[block, : block + 1].tolist(), taken, order, pattern.threshold
+        )
+    return chosen, margin
+
+
+def choice_margin(
+    mass: Sequence[float], taken: Sequence[int], left: Sequence[int], share: float
+) -> float:
+    """Say by what factor estimates would have to be off for another choice, as a logarithm.
+
+    Args:
+        mass: of each block.
+        taken: the blocks taken, the first one and the query's own before those taken by mass.
+        left: the others, by mass.
+        share: of the mass, below 1, to be held by those taken.
+    """
+    may_be_left = (1 - share) * sum(mass)
+    rest, logs = sum(mass[b] for b in left), [float("inf")]
+    if rest > 0:
+        logs.append(math.log(may_be_left / rest))
+    if taken[-1] not in (0, len(mass) - 1):
+        last = mass[taken[-1]]
+        logs.append(math.log((rest + last) / may_be_left))
+        if rest > 0:
+            logs.append(math.log(last / mass[left[0]]))
+    return min(logs)
 
 
 def masked_attention(
@@ -113,6 +150,7 @@ def masked_attention(
     phase: Phase,
     pattern: SparsePattern,
     prompt_len: int | None = None,
+    margins: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with the last tokens of a sequence to all of it, under one route's mask.
 
@@ -125,6 +163,7 @@ def masked_attention(
         phase: "prefill" or "decode".
         pattern: what SPARSE means.
         prompt_len: tokens of the prompt, for the kinds that ask for it.
+        margins: [q], lowered to the margins of the queries' block choices; see `choose_blocks`.
     Returns: [q, N, H] float32.
     """
     heads, length, head_dim = query.shape
@@ -134,8 +173,12 @@ def masked_attention(
     by_blocks = None
     if (route, phase, pattern.kind) == (SPARSE, "prefill", "xattention"):
         group = heads // kv_heads
-        chosen = [chosen_blocks(query[n], key[n // group], scaling, pattern) for n in range(heads)]
-        by_blocks = torch.stack(chosen)
+        choices = [choose_blocks(query[n], key[n // group], scaling, pattern) for n in range(heads)]
+        by_blocks = torch.stack([chosen for chosen, _ in choices])
+        if margins is not None:
+            closest = torch.stack([margin for _, margin in choices]).amin(dim=0)
+            closest = closest[torch.arange(seq_len - length, seq_len) // _BLOCK]
+            margins.copy_(margins.minimum(closest))
     # The window of a decode row is its first query's, so the row is not cut.
     slice_length = _QUERY_SLICE if phase == "prefill" else length
     for low in range(0, length, slice_length):

@@ -7,7 +7,7 @@ Dimension legend: N query heads, K key-value heads, H head dim, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class StepRecord:
         routes: per layer FULL or SPARSE.
         p_full: [layers] P(FULL), or None where no router was asked.
         pooled: [layers, H] pooled query features, or None likewise.
+        margins: [length] of XAttention: the least margin of a position's block choices, over
+            layers and heads; infinite where nothing was chosen.
     """
 
     start: int
@@ -73,6 +75,10 @@ class StepRecord:
     routes: list[int]
     p_full: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
+    margins: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.margins = torch.full((self.length,), float("inf"))
 
 
 @dataclass(slots=True)
@@ -127,7 +133,7 @@ def _attend(
     history.keys[layer] = torch.cat([history.keys[layer], key[0]], dim=1)
     history.values[layer] = torch.cat([history.values[layer], value[0]], dim=1)
     output = masked_attention(
-        query[0],
+        query[0].float(),
         history.keys[layer],
         history.values[layer],
         scaling,
@@ -135,26 +141,29 @@ def _attend(
         step.record.phase,
         step.pattern,
         step.prompt_len,
+        step.record.margins,
     )
-    return output[None], None
+    return output[None].to(query.dtype), None
 
 
 AttentionInterface.register(_ATTENTION_NAME, _attend)
 
 
 class StepModel:
-    """A causal LM of transformers in float32 whose attention follows routes.
+    """A causal LM of transformers whose attention follows routes.
 
     Works for models whose attention has `q_proj` and, where it normalises queries, a `q_norm`
     that keeps heads in the last dimension but one (Llama, Qwen2, Qwen3, Mistral, ...).
 
     Args:
         model_folder: a Hugging Face model.
+        dtype: of weights and activations. Below float32 it tells what error any server of that
+            dtype makes: attention alone is still computed in float32, and rounded afterwards.
     """
 
-    def __init__(self, model_folder: str | Path) -> None:
+    def __init__(self, model_folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=torch.float32, attn_implementation=_ATTENTION_NAME
+            model_folder, dtype=dtype, attn_implementation=_ATTENTION_NAME
         ).eval()
         config = self.model.config
         self.num_layers = config.num_hidden_layers

@@ -101,22 +101,31 @@ def assert_routed(
     return request
 
 
-def logprob_errors(answer: Answer, request: Request) -> tuple[float, float]:
-    """Give the largest error of a prompt token's and of an output token's log-probability."""
-    prompt = [
-        abs(got - expected)
-        for got, expected in zip(
-            answer.prompt_logprobs[1:], request.prompt_logprobs[1:].tolist(), strict=False
-        )
-        if expected == expected  # NaN: the predecessor was cached
-    ]
+def token_errors(answer: Answer, request: Request) -> tuple[list[float], list[float]]:
+    """Give the errors of each prompt token's but the first and each output token's log-probability.
+
+    NaN for a prompt token whose predecessor was cached.
+    """
+    pairs = zip(answer.prompt_logprobs[1:], request.prompt_logprobs[1:].tolist(), strict=False)
+    prompt = [abs(got - expected) for got, expected in pairs]
     output = [
         abs(got - row[token].item())
         for got, token, row in zip(
             answer.logprobs, answer.tokens, request.output_logprobs, strict=False
         )
     ]
-    return max(prompt, default=0.0), max(output)
+    return prompt, output
+
+
+def logprob_errors(answer: Answer, request: Request) -> tuple[float, float]:
+    """Give the largest error of a prompt token's and of an output token's log-probability."""
+    prompt, output = token_errors(answer, request)
+    computed = [
+        error
+        for error, expected in zip(prompt, request.prompt_logprobs[1:].tolist(), strict=False)
+        if expected == expected  # NaN: the predecessor was cached
+    ]
+    return max(computed, default=0.0), max(output)
 
 
 def assert_same(answer: Answer, request: Request) -> None:
