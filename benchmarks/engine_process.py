@@ -177,7 +177,6 @@ class _Driver:
             begin = time.perf_counter()
             self._llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
             seconds.append(time.perf_counter() - begin)
-            self._core.step()  # the one without requests that a server goes on to by itself
         return statistics.median(seconds)
 
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:

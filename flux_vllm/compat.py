@@ -123,11 +123,6 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     """Tell the runtime of each step's requests and of those that ended."""
 
     def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        # The step before ends only now: a reply with its tokens need not wait for that.
-        if scheduler_output.total_num_scheduled_tokens:
-            runtime.end_step()
-        elif scheduler_output.finished_req_ids:
-            runtime.catch_up()  # requests ended and none runs: nothing else may come for long
         runtime.finish(scheduler_output.finished_req_ids)
         try:
             output = original(scheduler_output, *args, **kwargs)
@@ -135,14 +130,17 @@ def hook_worker(worker: Any, runtime: Any) -> None:
             runtime.abandon_step()
             raise
         if output is not None:
-            runtime.leave_step()  # nothing is sampled here
+            runtime.end_step()  # nothing was run, so nothing is sampled
         return output
 
     def sample_tokens(original: Callable, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original(*args, **kwargs)
-        finally:
-            runtime.leave_step()
+            output = original(*args, **kwargs)
+        except BaseException:
+            runtime.abandon_step()
+            raise
+        runtime.end_step()
+        return output
 
     _wrap_object(worker, "execute_model", execute_model)
     _wrap_object(worker, "sample_tokens", sample_tokens)

@@ -152,8 +152,6 @@ class FluxRuntime:
         )
         self.table = RouteTable(num_layers, max_requests, device)
         self.step: ActiveStep | None = None
-        """The one that runs; None while vLLM runs a batch of its own making."""
-        self._left: ActiveStep | None = None
         self.reporter: RouteReporter | None = None
         self.journal: RouteJournal | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
@@ -176,7 +174,6 @@ class FluxRuntime:
         """
         if self.config.needs_router:
             raise AssertionError("fix_routes: the policy is `router`")
-        self.end_step()  # under the routes that it ran with
         routes = [int(Route.UNDECIDED)] * self.table.num_layers
         for layer in self.routed_layers:
             routes[layer] = int(Route.FULL)
@@ -188,7 +185,8 @@ class FluxRuntime:
 
     def begin_step(self, context: StepContext) -> None:
         """Take up the rows of the step that is about to run."""
-        self.end_step()
+        if self.step is not None:
+            self.end_step()  # a step that nobody sampled from
         is_new = np.array([self.table.slot(name) is None for name in context.request_ids], bool)
         slots = self.table.acquire(context.request_ids)
         settled = self.table.settled_prompt_len[slots] == context.prompt_lens
@@ -221,35 +219,27 @@ class FluxRuntime:
         for work in deferred:
             work()
 
-    def leave_step(self) -> None:
-        """Keep the current step for `end_step`: its tokens are sampled."""
-        if self.step is not None:
-            self._left, self.step = self.step, None
-
     @torch.inference_mode()
     def end_step(self) -> None:
         """Settle the routes of prompts that are complete, and count the step.
 
-        Called when the next step begins, so that no reply waits for it. On a GPU the routes come
-        back without waiting for them, so counting lags behind by the steps in flight.
+        Called when the step's tokens are sampled, so that the device has work meanwhile. On a GPU
+        the routes come back without waiting for them, so counting lags behind by the steps in
+        flight.
         """
-        self.leave_step()
         self.do_deferred()
-        step, self._left = self._left, None
+        step, self.step = self.step, None
         if step is None:
+            # vLLM's empty step after the last request: nothing else may come for long.
+            self._count_finished(wait=False)
+            if self.reporter is not None:
+                self.reporter.flush()
             return
         settled = step.to_route & step.context.completes_prompt
         self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
         self._finished.append(FinishedStep.read(step, settled, self.table, self.fixed_routes))
-        self.table.clean()
+        self.table.clean()  # now that the step is launched
         self._count_finished(wait=False)
-
-    def catch_up(self) -> None:
-        """Count every step so far and publish it; waits for the steps in flight."""
-        self.end_step()
-        self._count_finished(wait=True)
-        if self.reporter is not None:
-            self.reporter.flush()
 
     def _count_finished(self, wait: bool) -> None:
         while self._finished and (wait or self._finished[0].is_ready()):
@@ -298,7 +288,9 @@ class FluxRuntime:
 
     def status(self) -> dict[str, object]:
         """Describe the state, for tools and tests; waits for the steps in flight."""
-        self.catch_up()
+        self._count_finished(wait=True)
+        if self.reporter is not None:
+            self.reporter.flush()
         return {
             "live_requests": len(self.table),
             "routed_layers": list(self.routed_layers),

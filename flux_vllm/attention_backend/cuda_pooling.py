@@ -2,7 +2,8 @@
 
 In a step whose routes matter to the step itself, each layer adds its queries to the sums, pools and
 decides before it attends. Short prompts attend alike under both routes: there a layer only keeps
-its queries' mean over heads, and the rest is done for all layers together before the next step.
+its queries' mean over heads, and the rest is done for all layers together once the step's tokens
+are sampled.
 
 Dimension legend: L layers, P prompt rows, T tokens of the step, G granules of the KV cache, H head
 dim.

@@ -132,7 +132,7 @@ class Engine:
 
     def _log_routes(self) -> None:
         runtime = self.runtime
-        leave_step = runtime.leave_step
+        end_step = runtime.end_step
 
         def logged() -> None:
             if runtime.step is not None:
@@ -141,9 +141,9 @@ class Engine:
                 for name, slot in zip(names, runtime.step.slots, strict=True):
                     routes = runtime.table.routes[int(slot)].tolist()
                     self._step_routes.setdefault(name, []).append(routes)
-            leave_step()
+            end_step()
 
-        runtime.leave_step = logged
+        runtime.end_step = logged
 
     @property
     def worker(self) -> Any:

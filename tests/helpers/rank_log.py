@@ -56,7 +56,7 @@ class RankLogger:
         runtime = self.flux_status.__self__
         self._rank_steps: list[tuple] = []
         self._unrouted_before = _unrouted_rows()
-        runtime.leave_step = _logged(runtime, runtime.leave_step, self._rank_steps)
+        runtime.end_step = _logged(runtime, runtime.end_step, self._rank_steps)
 
     def take_rank_log(self: Any) -> RankLog:
         """Return what was logged, and begin anew; waits for the steps in flight."""
@@ -75,8 +75,8 @@ class RankLogger:
         return RankLog(steps, unrouted)
 
 
-def _logged(runtime: Any, leave_step: Callable[[], None], steps: list[tuple]) -> Callable[[], None]:
-    """Copy what a step's rows have in the route table once its tokens are sampled."""
+def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> Callable[[], None]:
+    """Copy what a step's rows have in the route table before it ends."""
 
     @torch.inference_mode()
     def logged() -> None:
@@ -86,7 +86,7 @@ def _logged(runtime: Any, leave_step: Callable[[], None], steps: list[tuple]) ->
             rows = to_device(step.slots, table.device)
             facts = (step.context.request_ids, step.context.is_prefill, step.to_route)
             steps.append((facts, (table.routes[rows], table.full_probability[rows])))
-        leave_step()
+        end_step()
 
     return logged
 

@@ -248,9 +248,7 @@ class TestWorkerHooks:
         runtime.begin_step.side_effect = lambda context: events.append(
             f"begin {context.request_ids}"
         )
-        runtime.leave_step.side_effect = lambda: events.append("leave")
         runtime.end_step.side_effect = lambda: events.append("end")
-        runtime.catch_up.side_effect = lambda: events.append("catch up")
         runtime.abandon_step.side_effect = lambda: events.append("abandon")
         worker = SimpleNamespace(model_runner=runner, events=events)
         worker.execute_model = lambda output: runner.execute(output)
@@ -272,29 +270,22 @@ class TestWorkerHooks:
         runner.execute = execute
         return runner
 
-    OUTPUT = SimpleNamespace(
-        finished_req_ids={"z"}, num_scheduled_tokens={"a": 9}, total_num_scheduled_tokens=9
-    )
+    OUTPUT = SimpleNamespace(finished_req_ids={"z"}, num_scheduled_tokens={"a": 9})
 
     def test_order_of_a_step(self) -> None:
         worker, _, events = self.make(self.runner_v1())
         assert worker.execute_model(self.OUTPUT) is None
         assert worker.sample_tokens("grammar") is None
-        assert events == ["end", "finish ['z']", "begin ('a',)", "sample grammar", "leave"]
+        assert events == ["finish ['z']", "begin ('a',)", "sample grammar", "end"]
 
-    @pytest.mark.parametrize(
-        ("finished", "before"), [({"z"}, ["catch up", "finish ['z']"]), (set(), ["finish []"])]
-    )
-    def test_step_without_tokens(self, finished: set[str], before: list[str]) -> None:
-        """One that ends no request comes between a step and its reply, which does not wait."""
+    def test_step_without_tokens_ends_at_once(self) -> None:
         runner = self.runner_v1()
         worker, _, events = self.make(runner)
         runner.execute = lambda output: "nothing to sample"
-        output = SimpleNamespace(finished_req_ids=finished, total_num_scheduled_tokens=0)
-        assert worker.execute_model(output) == "nothing to sample"
-        assert events == [*before, "leave"]
+        assert worker.execute_model(self.OUTPUT) == "nothing to sample"
+        assert events == ["finish ['z']", "end"]
 
-    def test_error_in_sampling_leaves_the_step(self) -> None:
+    def test_error_in_sampling_abandons_the_step(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
         del worker.sample_tokens
 
@@ -305,7 +296,7 @@ class TestWorkerHooks:
         compat.hook_worker(worker, runtime)
         with pytest.raises(KeyboardInterrupt):
             worker.sample_tokens(None)
-        assert events == ["leave"]
+        assert events == ["abandon"]
 
     def test_warm_up_is_no_step(self) -> None:
         runner = self.runner_v1()
@@ -324,7 +315,7 @@ class TestWorkerHooks:
         runner.execute = fail
         with pytest.raises(KeyboardInterrupt):
             worker.execute_model(self.OUTPUT)
-        assert events == ["end", "finish ['z']", "begin ('a',)", "abandon"]
+        assert events == ["finish ['z']", "begin ('a',)", "abandon"]
 
     def test_collective_rpc(self) -> None:
         worker, runtime, _ = self.make(self.runner_v1())

@@ -250,19 +250,6 @@ class TestSlots:
         runtime.end_step()
         assert [routes for _, routes, _ in recorded(runtime)] == [[[FULL, SPARSE, FULL]]] * 2
 
-    def test_left_step_is_not_current_and_ends_before_the_next(self) -> None:
-        """vLLM may run batches of its own making between two steps."""
-        runtime = make()
-        runtime.begin_step(step(("a", 0, 5, 5)))
-        runtime.defer(lambda: decide(runtime, {"a": [FULL, SPARSE, FULL]}))
-        runtime.leave_step()
-        assert runtime.step is None
-        assert recorded(runtime) == []
-        runtime.leave_step()  # as when nothing ran
-        runtime.begin_step(step(("a", 5, 1, 5)))
-        assert not runtime.step.to_route.any()
-        assert recorded(runtime) == [(("a",), [[FULL, SPARSE, FULL]], [True])]
-
     def test_abandoned_step(self) -> None:
         runtime = make()
         runtime.begin_step(step(("a", 0, 9, 9)))
@@ -306,13 +293,6 @@ class TestFixedRoutes:
         runtime.end_step()
         kept = [routes[layer] for layer in ROUTED]
         assert recorded(runtime) == [(("a", "b"), [kept, kept], [True, False])]
-
-    def test_step_before_a_new_pattern_is_counted_under_the_old_one(self) -> None:
-        runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
-        runtime.begin_step(step(("a", 0, 9, 9)))
-        runtime.leave_step()
-        runtime.fix_routes((0, 3))
-        assert recorded(runtime) == [(("a",), [[FULL, SPARSE, FULL]], [True])]
 
     def test_new_pattern_is_for_all_requests(self) -> None:
         runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
