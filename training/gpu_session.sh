@@ -56,7 +56,6 @@ evaluate() { # evaluate SEED PASS FLAGS...
         --out "$folder/seed$seed/$pass" --scores "$folder/stored_scores" \
         --data.corpus "$corpus" --data.workers 8 --micro_batch_tokens 32768 \
         --validation_prompts 20 --random_patterns 30 --variant_prompts 25 "$@"
-    pack "$seed"
 }
 
 for_all() { # for_all NAME FUNCTION FLAGS...: call FUNCTION SEED FLAGS... for every seed
@@ -79,16 +78,19 @@ for_all() { # for_all NAME FUNCTION FLAGS...: call FUNCTION SEED FLAGS... for ev
 
 pass() { # pass NAME FLAGS...: evaluate all seeds, and join what was found
     for_all "$1" evaluate "$@"
-    [[ -n ${DRY_RUN:-} ]] ||
-        tar -C "$folder" -czf "$folder/stored_scores.tar.gz" stored_scores
     local reports=("${seeds[@]/#/$folder/seed}")
     [[ -e $folder/$1.json ]] ||
         training join "${reports[@]/%//$1/quality.json}" --out "$folder/$1.json"
 }
 
-pack() { # pack SEED: what is worth bringing back
-    [[ -n ${DRY_RUN:-} ]] ||
-        tar -C "$folder" --exclude=checkpoints -czf "$folder/seed$1.tar.gz" "seed$1"
+pack() { # what is worth bringing back, also of a session that was cut
+    local seed
+    for seed in "${seeds[@]}"; do
+        [[ ! -d $folder/seed$seed ]] ||
+            tar -C "$folder" --exclude=checkpoints -czf "$folder/seed$seed.tar.gz" "seed$seed"
+    done
+    [[ ! -d $folder/stored_scores ]] ||
+        tar -C "$folder" --exclude="*.begun" -czf "$folder/stored_scores.tar.gz" stored_scores
 }
 
 gpus=1
@@ -97,8 +99,8 @@ if [[ -z ${DRY_RUN:-} ]]; then
     gpus=$("${PYTHON:-python3}" -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+[[ -n ${DRY_RUN:-} ]] || trap pack EXIT
 for_all train train
-for seed in "${seeds[@]}"; do pack "$seed"; done
 pass default_100 --prompts 100 --variants --shares
 pass prompts_400 --prompts 400 --variants --shares 0.6 0.75 --data.tasks "${graded[@]}"
 pass variants --prompts 100 --shares

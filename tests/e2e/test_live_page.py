@@ -130,7 +130,7 @@ class TestLivePage:
         engines = page.locator("#engines").inner_text()
         for text in ("sample", "router", "SmolLM2-135M-Instruct", "30 of 30"):
             assert text in engines
-        assert "Sparse pattern\nstreaming" in engines
+        assert "Sparse pattern\ntriangle" in engines
 
     def test_shows_just_these_routes_without_reload(self, server: str, page: Any) -> None:
         page.evaluate("window.notReloaded = true")

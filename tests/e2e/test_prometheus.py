@@ -28,7 +28,7 @@ from tests.helpers.prometheus import DEPLOY, Prometheus
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROUTER = Path(flux_vllm.__file__).parent / "data" / "smollm2-135m-instruct"
-LAYERS, SINK, WINDOW = 30, 64, 512
+LAYERS, SINK, WINDOW, TAIL = 30, 64, 512, 128
 EVERYTHING = "10m"
 """A window from before the first request to now."""
 
@@ -84,7 +84,9 @@ def saved(requests: list[Request], phase: str, block: int) -> float:
         # The first token comes out of the prefill, the last one is never computed.
         decode = range(end, end + request.generated_tokens - 1)
         for position in range(end) if phase == "prefill" else decode:
+            sees_all = phase == "prefill" and position >= end - TAIL
             sparse = keys(position, None if phase == "prefill" else block)
+            sparse = position + 1 if sees_all else sparse
             full_layers = LAYERS - request.sparse_layers
             attended += request.sparse_layers * sparse + full_layers * (position + 1)
             context += LAYERS * (position + 1)

@@ -25,7 +25,7 @@ SPARSE_LAYERS = [0, 1, 2, 3, 4, 5]
 NUM_LAYERS = 30
 SECONDS = 30  # of processor time until a mistake is told, imports included
 FLUX = '{"flux": {"policy": "static", "sparse_layers": [0, 1, 2, 3, 4, 5], %s}}'
-SIZES = '"sink_tokens": 16, "window_tokens": 64'
+SIZES = '"sparse_pattern": "streaming", "sink_tokens": 16, "window_tokens": 64'
 
 
 def _arguments(model: Path, flux: str) -> list[str]:

@@ -19,15 +19,18 @@ class InterpreterRuns:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._processes: list[subprocess.Popen[str]] = []
+        # Now: tests beside change them for a while.
+        self._python = sys.executable
+        self._environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         self._pool = ThreadPoolExecutor(2)
         self._futures = {file: self._pool.submit(self._run, file) for file in files}
 
     def _run(self, file: Path) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
+        command = [self._python, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
         process = subprocess.Popen(
             ["nice", "-n", "19", *command, str(file)],
             cwd=REPOSITORY,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

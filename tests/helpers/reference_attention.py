@@ -127,8 +127,10 @@ def choice_margin(
         mass: of each block.
         taken: the blocks taken, the first one and the query's own before those taken by mass.
         left: the others, by mass.
-        share: of the mass, below 1, to be held by those taken.
+        share: of the mass, to be held by those taken; with all of it, nothing else can be chosen.
     """
+    if share == 1:
+        return float("inf")
     may_be_left = (1 - share) * sum(mass)
     rest, logs = sum(mass[b] for b in left), [float("inf")]
     if rest > 0:

@@ -113,8 +113,8 @@ def _cut(cached: Scores | None, piece: slice) -> Scores | None:
 
 
 def _claim(path: Path) -> bool:
-    """Say whether no other evaluation has begun a piece; what one that was cut had begun is done by
-    whoever misses it in the end."""
+    """Say whether no other evaluation has begun a piece."""
+    # One that was cut leaves its mark; the piece is then computed by whoever misses it in the end.
     try:
         path.with_suffix(".begun").touch(exist_ok=False)
     except FileExistsError:

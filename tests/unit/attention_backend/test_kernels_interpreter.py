@@ -17,5 +17,6 @@ def test_kernels_in_the_interpreter(interpreter_runs: InterpreterRuns) -> None:
     results = interpreter_runs.results()
     for file, (status, output) in results.items():
         print(output)
-        assert status in (0, ALL_DESELECTED), f"{file.name}\n{output[-8000:]}"
-    assert sum(" passed" in output for _, output in results.values()) >= 4
+        is_run = status == 0 and " passed" in output
+        assert is_run or status == ALL_DESELECTED, f"{file.name}\n{output[-8000:]}"
+    assert sum(status == 0 for status, _ in results.values()) >= 4

@@ -76,6 +76,7 @@ def test_a_session_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "train failed: see" in failed.stderr
     assert "eval" not in log.read_text()
+    assert (run / "seed1.tar.gz").exists()
     assert session(run, **given).stdout.startswith("done")
     lines = log.read_text().splitlines()
     assert [line.split()[3] for line in lines].count("train") == 4
