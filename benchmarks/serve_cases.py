@@ -98,6 +98,8 @@ PLANS: dict[str, list[Prefill | Decode]] = {
     # What only one engine at a time has memory for.
     "8b_one_by_one": [
         Decode(256 * K, 3, (0.5, 0.75, 1.0)),
+    ],
+    "8b_batches_one_by_one": [
         Decode(32 * K, 16),
         Decode(128 * K, 4),
     ],

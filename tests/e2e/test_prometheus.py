@@ -84,9 +84,10 @@ def saved(requests: list[Request], phase: str, block: int) -> float:
         # The first token comes out of the prefill, the last one is never computed.
         decode = range(end, end + request.generated_tokens - 1)
         for position in range(end) if phase == "prefill" else decode:
-            sees_all = phase == "prefill" and position >= end - TAIL
-            sparse = keys(position, None if phase == "prefill" else block)
-            sparse = position + 1 if sees_all else sparse
+            if phase == "decode":
+                sparse = keys(position, block)
+            else:
+                sparse = keys(position, None) if position < end - TAIL else position + 1
             full_layers = LAYERS - request.sparse_layers
             attended += request.sparse_layers * sparse + full_layers * (position + 1)
             context += LAYERS * (position + 1)

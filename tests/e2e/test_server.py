@@ -25,7 +25,8 @@ SPARSE_LAYERS = [0, 1, 2, 3, 4, 5]
 NUM_LAYERS = 30
 SECONDS = 30  # of processor time until a mistake is told, imports included
 FLUX = '{"flux": {"policy": "static", "sparse_layers": [0, 1, 2, 3, 4, 5], %s}}'
-SIZES = '"sparse_pattern": "streaming", "sink_tokens": 16, "window_tokens": 64'
+# The pattern too: else it is that of the router beside the model.
+SETTINGS = '"sparse_pattern": "streaming", "sink_tokens": 16, "window_tokens": 64'
 
 
 def _arguments(model: Path, flux: str) -> list[str]:
@@ -40,7 +41,7 @@ def _arguments(model: Path, flux: str) -> list[str]:
 def server(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The sample model behind a port, under a static policy."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with Server(_arguments(sample_model, FLUX % SIZES), log) as running:
+    with Server(_arguments(sample_model, FLUX % SETTINGS), log) as running:
         yield running.url
 
 

@@ -1,5 +1,6 @@
 """Compare an engine's answer with the reference that computes the same steps."""
 
+import math
 from collections.abc import Sequence
 
 from .engine import Answer
@@ -125,6 +126,8 @@ def logprob_errors(answer: Answer, request: Request) -> tuple[float, float]:
         for error, expected in zip(prompt, request.prompt_logprobs[1:].tolist(), strict=False)
         if expected == expected  # NaN: the predecessor was cached
     ]
+    # The greatest of numbers may pass over a NaN.
+    assert all(math.isfinite(error) for error in (*computed, *output))
     return max(computed, default=0.0), max(output)
 
 
