@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,8 @@ class StoredScorer:
         self.routed = scorer.routed
         self.folder = folder
         self.setting = setting | {"pattern": repr(scorer.pattern)}
+        # How long to wait for a piece that another has begun: twice the longest one here.
+        self.patience_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
     def score(
@@ -56,15 +59,28 @@ class StoredScorer:
                 if not path.exists() and _claim(path):
                     self._compute(path, chosen, policy, cut)
         parts = [
-            _read(path) if path.exists() else self._compute(path, chosen, policy, cut)
+            _read(path) if self._is_there(path) else self._compute(path, chosen, policy, cut)
             for path, chosen, cut in pieces
         ]
         return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
 
+    def _is_there(self, path: Path) -> bool:
+        """Say whether a piece is stored, or is so within the time that computing it would take."""
+        # Processes of one evaluation must agree, and do not wait.
+        patience = self.patience_s if self.scorer.world.size == 1 else 0.0
+        deadline = time.monotonic() + patience
+        while not path.exists():
+            if time.monotonic() > deadline or not path.with_suffix(".begun").exists():
+                return path.exists()
+            time.sleep(0.05)
+        return True
+
     def _compute(
         self, path: Path, prompts: Sequence[Encoded], policy: Policy, condition: Condition
     ) -> Scores:
+        began = time.monotonic()
         scores = self.scorer.score(prompts, policy, condition)
+        self.patience_s = max(self.patience_s, 2 * (time.monotonic() - began))
         if self.scorer.world.is_main:
             _write(path, scores)
         # No process may look for a later piece before this one is there for all.

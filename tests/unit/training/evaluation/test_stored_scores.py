@@ -156,3 +156,27 @@ def test_what_another_evaluation_has_begun_comes_last(
     np.testing.assert_array_equal(found.score, expected.score)
     np.testing.assert_array_equal(found.sparse, expected.sparse)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz"] * 3
+
+
+def test_what_another_evaluation_ends_meanwhile_is_not_computed_again(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that began together would otherwise do much of the work twice."""
+    monkeypatch.setattr(stored_scores, "_PIECE", 3)
+    policy = pattern(4, [0, 2])
+    stored = StoredScorer(scorer, tmp_path, {})
+    expected = stored.score(prompts, policy)
+    last = tmp_path / f"{stored._key(prompts[6:], policy, Condition())}.npz"
+    content = last.read_bytes()
+    last.unlink()
+    last.with_suffix(".begun").touch()
+
+    def end(seconds: float) -> None:  # the other's work, while this one sleeps
+        last.write_bytes(content)
+        last.with_suffix(".begun").unlink()
+
+    monkeypatch.setattr(stored_scores.time, "sleep", end)
+    before = scorer.tokens
+    found = stored.score(prompts, policy)
+    assert scorer.tokens == before
+    np.testing.assert_array_equal(found.score, expected.score)
