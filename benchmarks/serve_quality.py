@@ -46,7 +46,7 @@ import torch
 from benchmarks import quality_report as report
 from benchmarks.quality_client import SERVED_NAME, Client
 from benchmarks.row_file import RowFile, say, time_limit
-from demo.server import Server
+from demo.server import Server, leave_on_signals
 from flux_vllm.router.checkpoint import read_router
 from training.config import SystemSettings
 from training.data.encoding import Encoded
@@ -104,6 +104,7 @@ def main() -> int:
     Returns: exit status.
     """
     args = _parse()
+    leave_on_signals()
     made, _ = read_prompts(args.prompts)
     cached, before = read_prompts(args.cached) if args.cached else (None, [])
     if cached and not before:

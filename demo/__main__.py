@@ -1,14 +1,12 @@
 """`python -m demo`: the demo from the sample model to the server's last metric."""
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from demo.conversation import Conversation
-from demo.server import DemoError, Server
+from demo.server import DemoError, Server, leave_on_signals
 from demo.setting import serve_arguments, shell_line
 from flux_vllm.cli.console import CommandError
 from flux_vllm.cli.sample_model import MODEL_NAME, is_sample_model, make_sample_model
@@ -27,8 +25,7 @@ def main() -> int:
         "--log", type=Path, default=REPOSITORY / "runs" / "demo-server.log", help="server's log"
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGHUP, _leave)
+    leave_on_signals()
     try:
         _demonstrate(args.model, args.log)
     except (CommandError, DemoError) as error:
@@ -68,11 +65,6 @@ def _demonstrate(model: Path, log: Path) -> None:
         print()
         say("stopping the server")
     say("done")
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that the server is stopped on the way out.
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

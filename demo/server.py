@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 LOG_TAIL_LINES = 25
 # "(APIServer pid=7) INFO 11-22 08:08:05 [compilation.py:317] ": who, when and where.
@@ -132,6 +132,17 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def leave_on_signals() -> None:
+    """Stop servers on the way out when this process is asked to end (`timeout`, a closed shell)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that a server's `with` is left.
+    sys.exit(128 + number)
 
 
 def _free_port() -> int:

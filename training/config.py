@@ -257,7 +257,8 @@ class EvalConfig:
     )  # fmt: skip
     """Values of `threshold` (FULL where P(FULL) reaches it) tried on validation prompts."""
     shares: tuple[float, ...] = (0.6, 0.75, 0.85)
-    """Least shares of SPARSE layers; the best threshold for each is scored on test prompts."""
+    """Least shares of SPARSE layers; the lowest threshold that reaches each is scored on test
+    prompts."""
     random_patterns: int = 30
     """Random static patterns beside the greedy one."""
     variants: tuple[str, ...] = ()

@@ -162,7 +162,8 @@ def test_router_equals_transformers(sample_model, prompts_of, reference, chunk):
     """Routes of each step wherever |P(FULL) - threshold| is above the margin."""
     router = ReferenceRouter.load(ROUTER)
     sizes = (int(router.metadata[name]) for name in ("sink_tokens", "window_tokens"))
-    pattern = SparsePattern(*sizes, DEFAULTS["block_size"])
+    kind = router.metadata["sparse_pattern"]
+    pattern = SparsePattern(*sizes, DEFAULTS["block_size"], kind)
     arguments = DEFAULTS | {"max_num_batched_tokens": chunk, "enforce_eager": True}
     with Engine(sample_model, {"router": str(ROUTER)}, **arguments) as engine:
         answers = [
@@ -177,4 +178,5 @@ def test_router_equals_transformers(sample_model, prompts_of, reference, chunk):
         pairs = zip(answer.p_full, request.p_full.tolist(), strict=True)
         worst = max([worst, *(abs(got - expected) for got, expected in pairs)])
     print(f"\nlargest difference of P(FULL): {worst:.3f}", flush=True)
+    assert worst < P_FULL_MARGIN
     assert len({tuple(answer.routes) for answer in answers}) > 1

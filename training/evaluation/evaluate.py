@@ -294,7 +294,10 @@ class Evaluation:
 def choose_thresholds(
     tried: dict[float, tuple[float, float]], shares: tuple[float, ...]
 ) -> list[float]:
-    """Choose, for each share to reach, the threshold with the best validation score there.
+    """Choose, for each share to reach, the lowest threshold that reaches it on validation.
+
+    More layers are FULL under a lower threshold. The validation scores would tell neighbours apart
+    by chance alone.
 
     Args:
         tried: threshold to (share, score) on validation.
@@ -305,8 +308,7 @@ def choose_thresholds(
     chosen = {_DEFAULT_THRESHOLD}
     for least in shares:
         good = [threshold for threshold, (share, _) in tried.items() if share >= least]
-        if good:
-            chosen.add(max(good, key=lambda threshold: tried[threshold][1]))
+        chosen.update(sorted(good)[:1])
     return sorted(chosen)
 
 

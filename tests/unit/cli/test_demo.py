@@ -1,6 +1,8 @@
 """The demo's parts that need no engine: its counters, its text, its server's life and death."""
 
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -110,10 +112,38 @@ def test_server_ends_with_all_its_processes(
         assert server.get("/health") == "healthy"
         child = int(server.log_tail().split()[1])
         assert _is_running(child)
+    assert _has_ended(child)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_server_ends_with_a_program_that_is_asked_to_end(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    program = f"""
+import sys, time
+from pathlib import Path
+from demo.server import Server, leave_on_signals
+leave_on_signals()
+Server.program = (sys.executable, "-c", {FAKE_SERVER!r})
+with Server([], Path({str(tmp_path / "log")!r}), start_seconds=30) as server:
+    print(server.log_tail().split()[1], flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert _is_running(child)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number
+    assert _has_ended(child)
+
+
+def _has_ended(process: int) -> bool:
     deadline = time.monotonic() + 10
-    while _is_running(child) and time.monotonic() < deadline:
+    while _is_running(process) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _is_running(child)
+    return not _is_running(process)
 
 
 def test_server_that_dies_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

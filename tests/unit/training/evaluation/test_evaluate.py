@@ -264,9 +264,9 @@ def test_open_prompts_are_routed_without_the_prefix_and_scored_after_it(
     assert (seen[0] - seen[2]).abs().max() > 0.01
 
 
-def test_choose_thresholds_takes_the_best_of_each_share() -> None:
-    tried = {0.1: (0.5, 0.9), 0.5: (0.7, 0.8), 0.9: (0.8, 0.85)}
-    assert choose_thresholds(tried, (0.6, 0.75)) == [0.5, 0.9]
+def test_choose_thresholds_takes_the_lowest_that_reaches_each_share() -> None:
+    tried = {0.9: (0.8, 0.85), 0.1: (0.5, 0.9), 0.3: (0.6, 0.8), 0.5: (0.7, 0.86)}
+    assert choose_thresholds(tried, (0.6, 0.75)) == [0.3, 0.5, 0.9]
     assert choose_thresholds(tried, (0.95,)) == [0.5]
 
 
