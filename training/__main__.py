@@ -32,8 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     prompts = commands.add_parser("prompts", help="write held-out prompts as JSON lines")
     cli.add_flags(prompts, EvalConfig, recipes.evaluation())
     join = commands.add_parser("join", help="join the quality.json files of several seeds")
-    join.add_argument("files", type=Path, nargs="+")
-    join.add_argument("--out", type=Path, required=True)
+    join.add_argument("files", type=Path, nargs="+", help="quality.json of each seed")
+    join.add_argument(
+        "--out", type=Path, required=True, help="JSON file; the seeds' curves go beside it as .png"
+    )
     ablations = commands.add_parser(
         "ablations", help="train a recipe and one change each, and evaluate them into one table"
     )
@@ -121,9 +123,11 @@ def _run(arguments: argparse.Namespace) -> None:
             given["compile_layers"] = arguments.compile_layers == "true"
         measure(**given)
     else:
-        from training.evaluation.report import join_runs, write_json
+        from training.evaluation.report import join_runs, plot_seeds, write_json
 
-        write_json(arguments.out, join_runs(arguments.files))
+        joined = join_runs(arguments.files)
+        write_json(arguments.out, joined)
+        plot_seeds(arguments.out.with_suffix(".png"), joined)
 
 
 def _require(config: cli.Config, *names: str) -> cli.Config:

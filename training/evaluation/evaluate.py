@@ -183,7 +183,7 @@ class Evaluation:
         self.store("thresholds and layers tried", static_patterns=statics)
         scored: dict[int, Scores] = {}
         points: list[dict[str, Any]] = []
-        for threshold in choose_thresholds(tried, self.config.shares):
+        for threshold, least_shares in choose_thresholds(tried, self.config.shares).items():
             routed = default
             if threshold != _DEFAULT_THRESHOLD:
                 routed = self.scorer.score(self.test.prompts, self.policy(threshold))
@@ -203,18 +203,16 @@ class Evaluation:
                 scored[layers] = self.scorer.score(
                     self.test.prompts, pattern(self.routed.num_layers, chosen)
                 )
-            points.append(self._point(threshold, full, routed, scored[layers]))
+            chosen_by = {"threshold": threshold, "least_shares": least_shares}
+            points.append(chosen_by | self._point(full, routed, scored[layers]))
             self.store(f"threshold {threshold}", points=points, static_patterns=statics)
 
-    def _point(
-        self, threshold: float, full: Scores, routed: Scores, static: Scores
-    ) -> dict[str, Any]:
+    def _point(self, full: Scores, routed: Scores, static: Scores) -> dict[str, Any]:
         cells = self.test.cells
         values = {"full": full.score, "router": routed.score, "static": static.score}
         versus = {"static": static.score, "router": routed.score}
         share = routed.sparse.mean(axis=1)
         return {
-            "threshold": threshold,
             "share": cells.overall(share),
             "share_by_group": cells.by_group(share),
             "static_share": float(static.sparse.mean()),
@@ -293,7 +291,7 @@ class Evaluation:
 
 def choose_thresholds(
     tried: dict[float, tuple[float, float]], shares: tuple[float, ...]
-) -> list[float]:
+) -> dict[float, list[float]]:
     """Choose, for each share to reach, the lowest threshold that reaches it on validation.
 
     More layers are FULL under a lower threshold. The validation scores would tell neighbours apart
@@ -303,13 +301,15 @@ def choose_thresholds(
         tried: threshold to (share, score) on validation.
         shares: least shares of SPARSE layers.
 
-    Returns: thresholds, ascending and different; the default threshold is always among them.
+    Returns: thresholds, ascending, each with the shares that it was chosen for; the default
+        threshold is always among them.
     """
-    chosen = {_DEFAULT_THRESHOLD}
+    chosen: dict[float, list[float]] = {_DEFAULT_THRESHOLD: []}
     for least in shares:
         good = [threshold for threshold, (share, _) in tried.items() if share >= least]
-        chosen.update(sorted(good)[:1])
-    return sorted(chosen)
+        if good:
+            chosen.setdefault(min(good), []).append(least)
+    return dict(sorted(chosen.items()))
 
 
 def heat_map(made: PromptSet, scores: Scores) -> dict[str, list[float]]:

@@ -9,19 +9,33 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def plot_curve(path: Path, report: dict[str, Any]) -> None:
-    """Plot mean and retrieval score against the share of SPARSE layers, router and static."""
+def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Plot mean and retrieval score against the share of SPARSE layers, routers and static.
+
+    Args:
+        path: of the picture.
+        runs: contents of `quality.json` by the router's name; all of the same prompts.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    points = sorted(report["points"], key=lambda point: point["share"])
-    shares = [100 * point["share"] for point in points]
+    first = next(iter(runs.values()))
+    every = [point for run in runs.values() for point in run["points"]]
+    static = sorted({point["static_share"]: point for point in every}.items())
     for axes, kind, title in ((left, "score", "mean score"), (right, "retrieval", "retrieval")):
-        axes.plot(shares, [point[f"router_{kind}"] for point in points], "o-", label="router")
-        axes.plot(shares, [point[f"static_{kind}"] for point in points], "s--", label="best static")
+        for name, run in runs.items():
+            points = sorted(run["points"], key=lambda point: point["share"])
+            shares = [100 * point["share"] for point in points]
+            axes.plot(shares, [point[f"router_{kind}"] for point in points], "o-", label=name)
+        axes.plot(
+            [100 * share for share, _ in static],
+            [point[f"static_{kind}"] for _, point in static],
+            "ks--",
+            label="best static pattern",
+        )
         axes.set_title(title)
         axes.set_xlabel("SPARSE layers, % (mean)")
         axes.grid(alpha=0.3)
-    left.axhline(report["full_score"], color="black", linewidth=0.8, label="all FULL")
-    left.axhline(report["all_sparse_score"], color="grey", linewidth=0.8, label="all SPARSE")
+    left.axhline(first["full_score"], color="black", linewidth=0.8, label="all FULL")
+    left.axhline(first["all_sparse_score"], color="grey", linewidth=0.8, label="all SPARSE")
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy as np
 _MEANS = ("full_score", "all_sparse_score", "share_local", "share_retrieval")
 _PATTERN_MEANS = ("share", "score", "of_full", "all_sparse_score", "all_sparse_density")
 _POINT_MEANS = (
+    "threshold",
     "share",
+    "static_share",
     "router_score",
     "static_score",
     "router_retrieval",
@@ -19,6 +22,7 @@ _POINT_MEANS = (
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write figures in one atomic step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
     temporary.write_text(json.dumps(report, indent=1, default=float) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -29,24 +33,39 @@ def plot_report(folder: Path, report: dict[str, Any]) -> None:
 
     Raises: ValueError: matplotlib is not installed.
     """
+    plots = _plots(folder / "quality.json")
+    plots.plot_curves(folder / "curve.png", {"router": report})
+    plots.plot_heat_map(folder / "heat_map.png", report)
+    if len(report["patterns"]) > 1:
+        plots.plot_patterns(folder / "patterns.png", report)
+
+
+def plot_seeds(path: Path, joined: dict[str, Any]) -> None:
+    """Plot the curves of several seeds, as `join_runs` joined them.
+
+    Raises: ValueError: matplotlib is not installed.
+    """
+    runs = {f"router, seed {seed}": run for seed, run in joined["seeds"].items()}
+    _plots(path.with_suffix(".json")).plot_curves(path, runs)
+
+
+def _plots(figures: Path) -> ModuleType:
     try:
-        from training.evaluation.plots import plot_curve, plot_heat_map, plot_patterns
+        from training.evaluation import plots
     except ImportError as error:
         raise ValueError(
             f"expected matplotlib for the plots, found none ({error}); install the extra `train`. "
-            f"The figures are in {folder / 'quality.json'}"
+            f"The figures are in {figures}"
         ) from error
-    plot_curve(folder / "curve.png", report)
-    plot_heat_map(folder / "heat_map.png", report)
-    if len(report["patterns"]) > 1:
-        plot_patterns(folder / "patterns.png", report)
+    return plots
 
 
 def join_runs(files: list[Path]) -> dict[str, Any]:
     """Join the reports of several seeds: their means in front, each run below `seeds`.
 
-    Points are averaged over the runs that have one at the same threshold, two at least; patterns
-    over the runs that have them.
+    Points are averaged over the runs, two at least, that have one at the default threshold
+    (`least_share` None), or one chosen for the same least share of SPARSE layers; patterns over the
+    runs that have them.
 
     Raises: ValueError: no file.
     """
@@ -57,13 +76,17 @@ def join_runs(files: list[Path]) -> dict[str, Any]:
         name: float(np.mean([run[name] for run in runs if run[name] is not None]))
         for name in _MEANS
     }
-    by_threshold: dict[float, list[dict[str, Any]]] = {}
-    for point in (point for run in runs for point in run["points"]):
-        by_threshold.setdefault(point["threshold"], []).append(point)
+    alike: dict[float | None, list[dict[str, Any]]] = {}
+    for run in runs:
+        for point in run["points"]:
+            if point["threshold"] == run["default"]["threshold"]:
+                alike.setdefault(None, []).append(point)
+            for least in point["least_shares"]:
+                alike.setdefault(least, []).append(point)
     joined["points"] = [
-        {"threshold": threshold, "runs": len(points)}
+        {"least_share": least, "runs": len(points)}
         | {name: float(np.mean([point[name] for point in points])) for name in _POINT_MEANS}
-        for threshold, points in sorted(by_threshold.items())
+        for least, points in alike.items()
         if len(points) >= min(2, len(runs))
     ]
     by_pattern: dict[str, list[dict[str, Any]]] = {}

@@ -22,7 +22,7 @@ from training.evaluation import prompts as prompts_module
 from training.evaluation.compare_patterns import mean_density
 from training.evaluation.evaluate import choose_thresholds, evaluate
 from training.evaluation.prompts import write_prompts
-from training.evaluation.report import join_runs
+from training.evaluation.report import join_runs, plot_seeds
 from training.evaluation.scoring import Condition, Scorer, Scores
 from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
@@ -82,6 +82,7 @@ def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
         assert name in written
     for point in written["points"]:
         assert {"threshold", "share", "router_score", "static_score"} <= point.keys()
+        assert "least_shares" in point
         assert {"router_retrieval", "static_retrieval"} <= point.keys()
         assert point["static_share"] <= point["share"] + 1e-6
     assert set(written["variants"]) == set(VARIANTS)
@@ -89,10 +90,41 @@ def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
     assert written["provenance"]["router"]["training"]["config"]["seed"] == 7
     assert {path.name for path in Path(config.out).glob("*.png")} == {"curve.png", "heat_map.png"}
     assert sorted(report["static_patterns"]["order"]) == [0, 1, 2, 3]
-    joined = join_runs([Path(config.out) / "quality.json"] * 2)
-    assert joined["full_score"] == pytest.approx(written["full_score"])
-    assert len(joined["points"]) == len(written["points"])
-    assert list(joined["seeds"]) == ["7"]
+
+
+def test_join_averages_points_chosen_for_the_same_share(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = []
+    for seed, lower in enumerate((0.1, 0.3)):
+        points = [
+            made_point(lower, [0.6], 0.62 + lower),
+            made_point(0.5, [0.75] if seed else [], 0.8),
+        ]
+        run = dict.fromkeys(("full_score", "all_sparse_score", "share_local"), 0.5) | {
+            "share_retrieval": None if seed else 0.4,
+            "default": {"threshold": 0.5},
+            "points": points,
+            "patterns": {},
+            "provenance": {"router": {"training": {"config": {"seed": seed}}}},
+        }
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps(run))
+    joined = join_runs(files)
+    assert joined["share_retrieval"] == 0.4
+    found = {point["least_share"]: point for point in joined["points"]}
+    assert set(found) == {0.6, None}  # 0.75 in one run alone
+    assert found[0.6]["threshold"] == pytest.approx(0.2)
+    assert found[0.6]["share"] == pytest.approx(0.82)
+    assert found[None]["runs"] == 2
+    assert list(joined["seeds"]) == ["0", "1"]
+    plot_seeds(tmp_path / "curves.png", joined)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def made_point(threshold: float, least_shares: list[float], share: float) -> dict[str, Any]:
+    scores = [f"{kind}_{name}" for kind in ("router", "static") for name in ("score", "retrieval")]
+    place = {"threshold": threshold, "least_shares": least_shares}
+    return place | {"share": share, "static_share": 0.6} | dict.fromkeys(scores, 0.5)
 
 
 def test_an_unknown_variant_is_refused(config: EvalConfig) -> None:
@@ -266,8 +298,9 @@ def test_open_prompts_are_routed_without_the_prefix_and_scored_after_it(
 
 def test_choose_thresholds_takes_the_lowest_that_reaches_each_share() -> None:
     tried = {0.9: (0.8, 0.85), 0.1: (0.5, 0.9), 0.3: (0.6, 0.8), 0.5: (0.7, 0.86)}
-    assert choose_thresholds(tried, (0.6, 0.75)) == [0.3, 0.5, 0.9]
-    assert choose_thresholds(tried, (0.95,)) == [0.5]
+    assert choose_thresholds(tried, (0.6, 0.75)) == {0.3: [0.6], 0.5: [], 0.9: [0.75]}
+    assert choose_thresholds(tried, (0.65, 0.7)) == {0.5: [0.65, 0.7]}
+    assert choose_thresholds(tried, (0.95,)) == {0.5: []}
 
 
 def test_overall_weighs_groups_and_cells_equally() -> None:
