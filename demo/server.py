@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 LOG_TAIL_LINES = 25
+_LEAVE_ON = (signal.SIGTERM, signal.SIGHUP)
 # "(APIServer pid=7) INFO 11-22 08:08:05 [compilation.py:317] ": who, when and where.
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) *)?([A-Z]+ [\d-]+ [\d:]+ )?(\[[^]]*\] )?")
 
@@ -122,25 +123,29 @@ class Server:
         if process is None:
             return
         _clear_line()
-        if process.poll() is None:
-            process.terminate()
-            try:
+        try:
+            if process.poll() is None:
+                process.terminate()
                 process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                print("  the server does not stop; ending its processes", flush=True)
-        # Engine processes outlive a server that was killed or crashed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        except subprocess.TimeoutExpired:
+            print("  the server does not stop; ending its processes", flush=True)
+        finally:
+            # Engine processes outlive a server that was killed or crashed.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def leave_on_signals() -> None:
     """Stop servers on the way out when this process is asked to end (`timeout`, a closed shell)."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    for number in _LEAVE_ON:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
+            signal.signal(number, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
+    for other in _LEAVE_ON:
+        signal.signal(other, signal.SIG_IGN)  # a second one would cut the server's end short
     # As an exception, so that a server's `with` is left.
     sys.exit(128 + number)
 

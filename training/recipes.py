@@ -48,7 +48,7 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
         loss=LossSettings(
             distillation_weight=0.0,
             lm_weight=1.0,
-            # Layers go where they are worth most (docs/TRAINING.md): a mean share of 0.75.
+            # Layers go where they are worth most; 0.77 SPARSE came of these (docs/TRAINING.md).
             targets=("retrieval=0.455", "variable_tracking=0.7", "local=0.967", "few_shot=0.9"),
             multiplier_rate=0.02,
             spread_penalty=6.0,

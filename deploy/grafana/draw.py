@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 import flux_vllm
-from demo.server import Server
+from demo.server import Server, leave_on_signals
 from deploy.grafana.dashboard import FILE
 from tests.helpers.prometheus import Prometheus
 
@@ -113,6 +113,7 @@ def draw(prometheus: Prometheus, begin: float, name: str, titles: dict[str, Call
 
 def main() -> None:
     """Serve, ask, scrape, draw."""
+    leave_on_signals()
     mpl.use("Agg")
     random.seed(7)
     flux = json.dumps({"flux": {"router": str(ROUTER)}})

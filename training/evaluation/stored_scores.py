@@ -19,6 +19,10 @@ _PIECE = 100
 """Prompts scored between two writes. A hundred prompts a task and length fill whole pieces, so that
 an evaluation of more of them begins with those."""
 
+_MARK = ".begun"
+"""Ends the name of an empty file that stands for a piece while it is computed."""
+_FIRST_PATIENCE_S = 60.0
+
 _NAMES = [field.name for field in fields(Scores)]
 
 
@@ -36,8 +40,10 @@ class StoredScorer:
         self.routed = scorer.routed
         self.folder = folder
         self.setting = setting | {"pattern": repr(scorer.pattern)}
-        # How long to wait for a piece that another has begun: twice the longest one here.
-        self.patience_s = 0.0
+        # How old a mark of another evaluation's may be before its piece is computed here: twice
+        # what the longest one took here.
+        self.patience_s = _FIRST_PATIENCE_S
+        self._longest_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
     def score(
@@ -65,22 +71,22 @@ class StoredScorer:
         return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
 
     def _is_there(self, path: Path) -> bool:
-        """Say whether a piece is stored, or is so within the time that computing it would take."""
-        # Processes of one evaluation must agree, and do not wait.
-        patience = self.patience_s if self.scorer.world.size == 1 else 0.0
-        deadline = time.monotonic() + patience
-        while not path.exists():
-            if time.monotonic() > deadline or not path.with_suffix(".begun").exists():
-                return path.exists()
+        """Say whether a piece is stored, waiting while another evaluation may be computing it."""
+        if self.scorer.world.size > 1:
+            return bool(self.scorer.world.gather(path.exists())[0])  # all do as the first sees it
+        while not path.exists() and _age(path) < self.patience_s:
             time.sleep(0.05)
-        return True
+        return path.exists()
 
     def _compute(
         self, path: Path, prompts: Sequence[Encoded], policy: Policy, condition: Condition
     ) -> Scores:
+        if self.scorer.world.size == 1:
+            path.with_suffix(_MARK).touch()  # whoever waits for another's waits for this one
         began = time.monotonic()
         scores = self.scorer.score(prompts, policy, condition)
-        self.patience_s = max(self.patience_s, 2 * (time.monotonic() - began))
+        self._longest_s = max(self._longest_s, time.monotonic() - began)
+        self.patience_s = 2 * self._longest_s
         if self.scorer.world.is_main:
             _write(path, scores)
         # No process may look for a later piece before this one is there for all.
@@ -131,11 +137,23 @@ def _cut(cached: Scores | None, piece: slice) -> Scores | None:
 def _claim(path: Path) -> bool:
     """Say whether no other evaluation has begun a piece."""
     # One that was cut leaves its mark; the piece is then computed by whoever misses it in the end.
+    mark = path.with_suffix(_MARK)
     try:
-        path.with_suffix(".begun").touch(exist_ok=False)
+        mark.touch(exist_ok=False)
     except FileExistsError:
         return False
+    if path.exists():  # ended since it was looked for
+        mark.unlink(missing_ok=True)
+        return False
     return True
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since an evaluation began a piece; infinite where none has."""
+    try:
+        return time.time() - path.with_suffix(_MARK).stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _write(path: Path, scores: Scores) -> None:
@@ -144,7 +162,7 @@ def _write(path: Path, scores: Scores) -> None:
     with temporary.open("wb") as file:
         np.savez_compressed(file, **{name: getattr(scores, name) for name in _NAMES})
     temporary.replace(path)
-    path.with_suffix(".begun").unlink(missing_ok=True)
+    path.with_suffix(_MARK).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Scores:

@@ -120,12 +120,17 @@ def test_server_ends_with_all_its_processes(
 def test_server_ends_with_a_program_that_is_asked_to_end(
     tmp_path: Path, number: signal.Signals
 ) -> None:
+    """Asked twice, as by `timeout` and a closed shell, while the server takes its time."""
+    slow = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *given: (time.sleep(1), os._exit(0)))\n"
+    )
     program = f"""
 import sys, time
 from pathlib import Path
 from demo.server import Server, leave_on_signals
 leave_on_signals()
-Server.program = (sys.executable, "-c", {FAKE_SERVER!r})
+Server.program = (sys.executable, "-c", {slow + FAKE_SERVER!r})
 with Server([], Path({str(tmp_path / "log")!r}), start_seconds=30) as server:
     print(server.log_tail().split()[1], flush=True)
     time.sleep(600)
@@ -135,8 +140,22 @@ with Server([], Path({str(tmp_path / "log")!r}), start_seconds=30) as server:
         child = int(process.stdout.readline())
         assert _is_running(child)
         process.send_signal(number)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + number
     assert _has_ended(child)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    program = """
+import signal
+from demo.server import leave_on_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+leave_on_signals()
+print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, callable(signal.getsignal(15)))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert found.stdout.split() == [b"True", b"True"]
 
 
 def _has_ended(process: int) -> bool:

@@ -1,6 +1,8 @@
 """Stored scores against a plain scorer's; pins: scores of another policy or prompt reused."""
 
 import itertools
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +158,23 @@ def test_what_another_evaluation_has_begun_comes_last(
     np.testing.assert_array_equal(found.score, expected.score)
     np.testing.assert_array_equal(found.sparse, expected.sparse)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz"] * 3
+
+
+def test_a_mark_left_by_a_cut_is_not_waited_for(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_scores, "_PIECE", 3)
+    policy = pattern(4, [0, 2])
+    stored = StoredScorer(scorer, tmp_path, {})
+    for at in (0, 3, 6):
+        key = stored._key(prompts[at : at + 3], policy, Condition())
+        mark = tmp_path / f"{key}.begun"
+        mark.touch()
+        os.utime(mark, (time.time() - 61, time.time() - 61))
+    monkeypatch.setattr(stored_scores.time, "sleep", lambda seconds: pytest.fail("waits"))
+    found = stored.score(prompts, policy)
+    np.testing.assert_array_equal(found.score, scorer.score(prompts, policy).score)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}
 
 
 def test_what_another_evaluation_ends_meanwhile_is_not_computed_again(
