@@ -121,7 +121,6 @@ def _engine(args: argparse.Namespace, shape: Shape, flux: dict[str, Any] | None)
         dtype=args.dtype,
         max_model_len=max(args.contexts) + 4352,
         max_num_batched_tokens=args.chunk,
-        max_num_seqs=16,
         worker_extension_cls="benchmarks.host_times.TimedWorker",
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         gpu_memory_utilization=args.gpu_memory_utilization,

@@ -7,8 +7,8 @@
 # On one GPU: serving by head size, the sample model, the backend's batches with the benchmarks'
 # head split, and the kernels. Where two GPUs are visible, tensor parallel 2 beside them: small models
 # by head size, and Llama 3.1 8B's widths where ../shared/gpu/shapes/llama-3.1-8b or
-# FLUX_TEST_8B_SHAPE=FOLDER has their config.json. On two H200s with 64 cores all took 6 minutes, the
-# tensor-parallel ones under 3 of them. The summary names what did not run.
+# FLUX_TEST_8B_SHAPE=FOLDER has their config.json. On two H200s with 64 cores all took 6 to 8 minutes,
+# the tensor-parallel ones under 3 of them. The summary names what did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
 [[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")

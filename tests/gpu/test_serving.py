@@ -332,6 +332,16 @@ def test_other_patterns(model, flash_attn_error, case):
         _check(answers, model, flash_attn_error, routed=False, kind=kind)
 
 
+@pytest.mark.parametrize("kernels", ["fa3", "triton"])
+def test_router_under_triangle(model, flash_attn_error, kernels):
+    """What ships: mixed routes in one batch, whose prompts' last queries see everything."""
+    flux = {"router": str(model[1]), "sparse_pattern": "triangle", "kernels": kernels}
+    with Engine(model[0], flux, max_num_batched_tokens=CHUNK, **DEFAULTS) as engine:
+        answers = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
+    assert len({tuple(answer.routes) for answer in answers}) > 3
+    _check(answers, model, flash_attn_error, kind="triangle")
+
+
 @pytest.mark.parametrize("case", ["static-fa3", "router-triton"])
 def test_speculative_decoding(model, flash_attn_error, case):
     """Rows of several queries in graphs; three allowed tokens make n-grams foretell the output."""
