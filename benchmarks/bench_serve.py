@@ -4,7 +4,8 @@
 
 Both engines are alive at once, each in processes of its own on the same GPU (plans `*_one_by_one`:
 one after the other, for what only one has memory for). Routes are policy `static`, switched between
-measurements, so that one load serves every share of SPARSE layers.
+measurements, so that one load serves every share of SPARSE layers; cases that mix rows give live
+requests routes of their own.
 Rows are written after every turn: a run that is cut short keeps what it measured.
 """
 
@@ -38,7 +39,7 @@ def main() -> None:
     rows = RowFile(args.out)
 
     def keep(row: Row) -> None:
-        key = row.metric, row.context, row.batch, row.sparse_share
+        key = row.metric, row.context, row.batch, row.sparse_share, row.mixed
         rows.keep(key, row.as_dict(), str(row))
 
     common = {"vocab_size": shape.vocab_size, **_arguments(args)}
@@ -70,13 +71,20 @@ def _measure(
     shortest: dict[int, float] = {}
     saved: dict[int, float | None] = {}
     for planned in PLANS[args.plan]:
-        case = replace(planned, shares=shape.shares(planned.shares))
+        case = _possible(planned, shape)
         if isinstance(case, Prefill):
             if case.context not in saved and in_time():
                 saved[case.context] = _most_saved(shape, base, flux, case.context)
             _measure_prefill(shape, base, flux, case, keep, in_time, saved.get(case.context))
         else:
             _measure_decode(args, shape, base, flux, case, keep, in_time, shortest)
+
+
+def _possible(case: Prefill | Decode, shape: Shape) -> Prefill | Decode:
+    """Give a case the shares that whole layers, or rows, can have."""
+    if isinstance(case, Decode) and case.mixed:
+        return replace(case, shares=tuple(round(f * case.batch) / case.batch for f in case.shares))
+    return replace(case, shares=shape.shares(case.shares))
 
 
 def _measure_prefill(
@@ -151,7 +159,10 @@ def _measure_decode(
     for turn in range(case.repeats + 1):
         for share in case.shares:
             # Both engines take as many steps, so that their contexts grow alike.
-            flux.fix_routes(shape.spread(share))
+            if case.mixed:
+                flux.mix_rows(round(share * case.batch))
+            else:
+                flux.fix_routes(shape.spread(share))
             pair = step_ms(base), step_ms(flux)
             if turn:  # the first warms up
                 base_values.append(pair[0])
@@ -177,7 +188,9 @@ def _keep_decode(
     longest = statistics.median(base_values)
     for share in case.shares:
         ideal = longest - share * (longest - shortest)
-        keep(Row("tpot_ms", case.context, case.batch, share, ideal, values[share], base_values))
+        row = Row("tpot_ms", case.context, case.batch, share, ideal, values[share], base_values)
+        row.mixed = case.mixed
+        keep(row)
 
 
 def _measure_one_by_one(

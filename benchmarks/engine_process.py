@@ -92,6 +92,10 @@ class Engine:
         """Make these layers SPARSE and the others FULL (flux engines)."""
         self._call("fix_routes", layers)
 
+    def mix_rows(self, sparse_rows: int) -> None:
+        """Make so many of the running requests SPARSE in all layers (flux engines)."""
+        self._call("mix_rows", sparse_rows)
+
     def call_worker(self, method: str) -> Any:
         """Call a method without arguments on the worker."""
         return self._call("call_worker", method)
@@ -162,6 +166,9 @@ class _Driver:
 
     def fix_routes(self, layers: Sequence[int] | None) -> None:
         self._llm.collective_rpc("flux_fix_routes", args=(layers,))
+
+    def mix_rows(self, sparse_rows: int) -> None:
+        self._llm.collective_rpc("mix_rows", args=(sparse_rows,))
 
     def call_worker(self, method: str) -> Any:
         return self._llm.collective_rpc(method)[0]

@@ -65,6 +65,8 @@ class Decode:
     batch: int
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     repeats: int = 5
+    mixed: bool = False
+    """Share of the rows, SPARSE in all layers, beside rows that are FULL in all; not of layers."""
 
 
 K = 1024
@@ -103,8 +105,21 @@ PLANS: dict[str, list[Prefill | Decode]] = {
         Decode(32 * K, 16),
         Decode(128 * K, 4),
     ],
+    # FULL and SPARSE rows in each layer's call, beside the same share by layers.
+    "8b_mixed": [
+        Decode(32 * K, 4, (0.5,)),
+        Decode(32 * K, 4, (0.25, 0.5, 0.75), mixed=True),
+        Decode(16 * K, 16, (0.5,)),
+        Decode(16 * K, 16, (0.25, 0.5, 0.75), mixed=True),
+        Decode(64 * K, 4, (0.5,)),
+        Decode(64 * K, 4, (0.25, 0.5, 0.75), mixed=True),
+    ],
     # Does it run at all; for any small model, also on a CPU.
-    "smoke": [Prefill(512, (0.5, 1.0), 2), Decode(512, 2, (0.5,), 2)],
+    "smoke": [
+        Prefill(512, (0.5, 1.0), 2),
+        Decode(512, 2, (0.5,), 2),
+        Decode(512, 2, (0.5,), 2, mixed=True),
+    ],
     "smoke_one_by_one": [Decode(512, 2, (0.5,), 2)],
 }
 
@@ -135,6 +150,8 @@ class Row:
     """Of a prefill: bytes of tensors on the GPU, (the most during it, after it)."""
     flash_attn_memory: tuple[int, int] | None = None
     """Likewise."""
+    mixed: bool = False
+    """The share is of rows, not of layers."""
 
     @property
     def flux(self) -> float:
@@ -155,7 +172,8 @@ class Row:
             ]
             memory = f", {taken[0]:.2f} and {taken[1]:.2f} GiB beside what stays"
         return (
-            f"{self.metric} {self.context:7d} x {self.batch:2d} f={self.sparse_share:.2f}: flux "
+            f"{self.metric} {self.context:7d} x {self.batch:2d} f={self.sparse_share:.2f}"
+            f"{' of rows' if self.mixed else ''}: flux "
             f"{self.flux:.4f}, FLASH_ATTN {self.flash_attn:.4f}, "
             f"{self.flash_attn / self.flux:.3f}x {ideal} ({len(self.flux_values)} turns{memory})"
         )

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from flux_vllm.router.route import Route
+
 
 class BenchmarkWorker:
     """Mixed into vLLM's worker; its methods are called through `collective_rpc`."""
@@ -21,6 +23,18 @@ class BenchmarkWorker:
                 layer.impl.forward = _leave_output
             else:
                 vars(layer.impl).pop("forward", None)
+
+    @torch.inference_mode()  # as vLLM's steps, whose tensors nothing else may write to
+    def mix_rows(self: Any, sparse_rows: int) -> None:
+        """Make so many of the live requests SPARSE in all layers, and the others FULL.
+
+        Only decode goes by it: prefill under the policy `static` has the same routes for all.
+        """
+        runtime = self.flux_fix_routes.__self__
+        runtime.fix_routes(())
+        slots = [*runtime.table._slots.values()][:sparse_rows]
+        rows = torch.tensor(slots, dtype=torch.long)[:, None]
+        runtime.table.routes[rows, torch.tensor(runtime.routed_layers)] = int(Route.SPARSE)
 
     def forget_peak_memory(self) -> None:
         """Begin anew to look for the most memory that tensors take."""
