@@ -32,9 +32,11 @@ def live_snapshot(directory: Path, limit: int) -> dict[str, Any]:
     workers = read_journals(directory, limit)
     live = [worker for worker in workers if worker.is_live]
     requests: list[dict[str, Any]] = [
-        {"engine": worker.name, "number": int(record["number"])} | shown
+        {"engine": worker.name, "number": number} | shown
         for worker in live
-        for record, shown in zip(worker.records, _requests(worker.records), strict=True)
+        for number, shown in zip(
+            worker.records["number"].tolist(), _requests(worker.records), strict=True
+        )
     ]
     requests.sort(key=lambda request: request["time"], reverse=True)
     return {

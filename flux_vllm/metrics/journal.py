@@ -168,12 +168,16 @@ def _latest(ring: np.ndarray, limit: int, is_wanted: Callable[[bytes], bool] | N
     if is_wanted is not None:
         rows = rows[[is_wanted(name) for name in ring["request_id"][rows].tolist()]]
     records = ring[rows]
-    return records[[_is_whole(record.tobytes()) for record in records]]
+    return records[_are_whole(records)]
 
 
-def _is_whole(record: bytes) -> bool:
-    checksum = int.from_bytes(record[:_CHECKSUM_BYTES], "little")
-    return zlib.crc32(record[_CHECKSUM_BYTES:]) == checksum
+def _are_whole(records: np.ndarray) -> list[bool]:
+    # A view of their bytes: each record by itself would be copied, a millisecond for 256 of them.
+    data, size = memoryview(records.tobytes()), records.itemsize
+    return [
+        zlib.crc32(data[at * size + _CHECKSUM_BYTES : (at + 1) * size]) == checksum
+        for at, checksum in enumerate(records["checksum"].tolist())
+    ]
 
 
 def _is_locked(file: BinaryIO) -> bool:
