@@ -188,9 +188,9 @@ def _keep_decode(
     longest = statistics.median(base_values)
     for share in case.shares:
         ideal = longest - share * (longest - shortest)
-        row = Row("tpot_ms", case.context, case.batch, share, ideal, values[share], base_values)
-        row.mixed = case.mixed
-        keep(row)
+        times = values[share], base_values
+        place = case.context, case.batch, share
+        keep(Row("tpot_ms", *place, ideal, *times, mixed=case.mixed))
 
 
 def _measure_one_by_one(

@@ -20,7 +20,7 @@ from training.evaluation import stored_scores
 from training.evaluation.scoring import Condition, Scorer
 from training.evaluation.static_patterns import pattern
 from training.evaluation.stored_scores import StoredScorer
-from training.policies import ThresholdPolicy
+from training.policies import StaticPolicy, ThresholdPolicy
 from training.sparse_patterns import Triangle, make_pattern
 
 
@@ -132,6 +132,12 @@ def test_a_policy_without_identity_is_refused(
         StoredScorer(scorer, tmp_path, {}).score(prompts, Unknown())
 
 
+def pieces(stored: StoredScorer, prompts: list[Encoded], policy: StaticPolicy) -> list[Path]:
+    """Return where the scores of three prompts at a time lie."""
+    keys = [stored._key(prompts[at : at + 3], policy, Condition()) for at in (0, 3, 6)]
+    return [stored.folder / f"{key}.npz" for key in keys]
+
+
 def test_what_another_evaluation_has_begun_comes_last(
     scorer: Scorer, prompts: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,10 +146,7 @@ def test_what_another_evaluation_has_begun_comes_last(
     policy = pattern(4, [0, 2])
     stored = StoredScorer(scorer, tmp_path, {})
     expected = stored.score(prompts, policy)
-    first, *others = (
-        tmp_path / f"{stored._key(prompts[at : at + 3], policy, Condition())}.npz"
-        for at in (0, 3, 6)
-    )
+    first, *others = pieces(stored, prompts, policy)
     for path in (first, *others):
         path.unlink()
     first.with_suffix(".begun").touch()
@@ -166,9 +169,8 @@ def test_a_mark_left_by_a_cut_is_not_waited_for(
     monkeypatch.setattr(stored_scores, "_PIECE", 3)
     policy = pattern(4, [0, 2])
     stored = StoredScorer(scorer, tmp_path, {})
-    for at in (0, 3, 6):
-        key = stored._key(prompts[at : at + 3], policy, Condition())
-        mark = tmp_path / f"{key}.begun"
+    for path in pieces(stored, prompts, policy):
+        mark = path.with_suffix(".begun")
         mark.touch()
         os.utime(mark, (time.time() - 61, time.time() - 61))
     monkeypatch.setattr(stored_scores.time, "sleep", lambda seconds: pytest.fail("waits"))
@@ -185,7 +187,7 @@ def test_what_another_evaluation_ends_meanwhile_is_not_computed_again(
     policy = pattern(4, [0, 2])
     stored = StoredScorer(scorer, tmp_path, {})
     expected = stored.score(prompts, policy)
-    last = tmp_path / f"{stored._key(prompts[6:], policy, Condition())}.npz"
+    last = pieces(stored, prompts, policy)[-1]
     content = last.read_bytes()
     last.unlink()
     last.with_suffix(".begun").touch()
