@@ -283,7 +283,11 @@ def _parse() -> argparse.Namespace:
     add("--baseline", default="FLASH_ATTN", help="attention backend to compare with")
     add("--sink-tokens", type=int, default=128)
     add("--window-tokens", type=int, default=2048)
-    add("--chunk", type=int, help="max_num_batched_tokens (default 8192; one_chunk: the prompt)")
+    add(
+        "--chunk",
+        type=int,
+        help="max_num_batched_tokens (default 8192; one_chunk: the longest prompt)",
+    )
     add("--steps", type=int, default=24, help="decode steps a turn (default 24)")
     add("--kv-gib", type=float, default=44, help="KV cache of each engine, GiB (default 44)")
     add("--gpu-memory-utilization", type=float, default=0.45)

@@ -97,6 +97,7 @@ PLANS: dict[str, list[Prefill | Decode]] = {
         Prefill(64 * K, (0.5, 0.75, 1.0)),
         Prefill(128 * K, (0.5, 0.75, 1.0), 3),
     ],
+    "one_chunk_64k": [Prefill(64 * K, (0.75, 1.0))],
     # What only one engine at a time has memory for.
     "8b_one_by_one": [
         Decode(256 * K, 3, (0.5, 0.75, 1.0)),
@@ -131,7 +132,7 @@ def longest_context(plan: str) -> int:
 
 def default_chunk(plan: str) -> int:
     """Return the tokens of a step (`max_num_batched_tokens`) that a plan is meant for."""
-    return longest_context(plan) if plan == "one_chunk" else CHUNK
+    return longest_context(plan) if plan.startswith("one_chunk") else CHUNK
 
 
 @dataclass(slots=True)
