@@ -135,7 +135,8 @@ def test_full_equals_flash_attn(model_alone, prompts_of):
         together = engine.generate(prompts, 32, candidates=10)
     noise = _noise(stock, together)
     found = {"flash_attn_noise": noise, "flash_attn_against_itself": _ties(stock, together)}
-    for policy in ({"policy": "full"}, {"policy": "static", "sparse_layers": []}):
+    no_sparse_layer = {"policy": "static", "sparse_layers": []}
+    for policy in ({"policy": "full"}, no_sparse_layer | {"sink_tokens": 64, "window_tokens": 512}):
         with Engine(model_alone, policy, **DEFAULTS) as engine:
             ours = [engine.generate([prompt], 32, candidates=10)[0] for prompt in prompts]
         name = policy["policy"]

@@ -25,7 +25,8 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
 def find_row(query_start_loc, tile, num_rows, BLOCK_Q: tl.constexpr):
     """Find the row of a tile, where row r's tiles begin at query_start_loc[r] // BLOCK_Q + r.
 
-    Returns the row and the tile's number within it; a row may own a tile more than it needs.
+    Returns the row and the tile's number within it; a row may own a tile more than it needs. Tiles
+    before the first row, whose queries need not be the batch's first, have negative numbers in it.
     """
     low = 0
     high = num_rows
@@ -36,7 +37,7 @@ def find_row(query_start_loc, tile, num_rows, BLOCK_Q: tl.constexpr):
             low = middle + 1
         else:
             high = middle
-    row = low - 1
+    row = tl.maximum(low - 1, 0)
     return row, tile - tl.load(query_start_loc + row) // BLOCK_Q - row
 
 

@@ -194,7 +194,7 @@ def _prefill_kernel(
     )
     queries = tl.load(seqused_q + row)
     first_query = q_tile * BLOCK_Q
-    if first_query >= queries:
+    if (q_tile < 0) | (first_query >= queries):
         return
     kv_head = tl.program_id(1)
     keys = tl.load(seqused_k + row)

@@ -109,6 +109,40 @@ def test_attend_prefill_reads_the_table_row_it_is_given(device: str) -> None:
     check_rows(batch, out, [True, True])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_attend_prefill_of_the_last_queries_alone(device: str) -> None:
+    """Rows whose queries begin further on in the batch; before each tensor lies a whole row."""
+    tails = [3, 9, 20]
+    batch = make_batch([Row(140, 150), Row(9, 30), Row(50, 83)], Shape(), device)
+    ends, seqused_q = batch.query_start_loc[1:], torch.tensor(tails, dtype=torch.int32)
+
+    def after_a_row(values: torch.Tensor, row: list[int]) -> torch.Tensor:
+        """Hold the row where an index of -1 reads."""
+        before = torch.tensor(row, dtype=torch.int32, device=device).expand(1, *values.shape[1:])
+        return torch.cat([before, values.to(device)])[1:]
+
+    begins = torch.cat([ends - seqused_q.to(device), ends[-1:]])
+    out = batch.poisoned_output()
+    attend_prefill(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        after_a_row(batch.block_table, batch.block_table[0].tolist()),
+        after_a_row(begins, [0]),
+        after_a_row(seqused_q, [140]),
+        after_a_row(batch.seq_lens, [150]),
+        scale=batch.scale,
+        sparse=False,
+    )
+    exact, low = batch.oracle(), batch.oracle(batch.shape.dtype)
+    for index, tail in enumerate(tails):
+        tokens = batch.tokens_of(index)
+        head, last = slice(tokens.start, tokens.stop - tail), slice(tokens.stop - tail, tokens.stop)
+        assert out[head].isnan().all(), f"row {index}: queries before its last {tail} were written"
+        assert_as_exact_as_torch(out[last], exact[last], low[last], f"row {index}")
+
+
 def window_pass(batch: Batch, seqused_q: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the window alone, with its log-sum-exp: what FA3 hands to `merge_sinks`."""
     out = batch.poisoned_output()
