@@ -36,6 +36,9 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     left.axhline(first["full_score"], color="black", linewidth=0.8, label="all FULL")
     left.axhline(first["all_sparse_score"], color="grey", linewidth=0.8, label="all SPARSE")
+    full_retrieval = first["default"]["full_by_group"].get("retrieval")
+    if full_retrieval is not None:
+        right.axhline(full_retrieval, color="black", linewidth=0.8)
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

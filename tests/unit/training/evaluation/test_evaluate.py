@@ -102,7 +102,7 @@ def test_join_averages_points_chosen_for_the_same_share(tmp_path: Path) -> None:
         ]
         run = dict.fromkeys(("full_score", "all_sparse_score", "share_local"), 0.5) | {
             "share_retrieval": None if seed else 0.4,
-            "default": {"threshold": 0.5},
+            "default": {"threshold": 0.5, "full_by_group": {"retrieval": 0.5}},
             "points": points,
             "patterns": {},
             "provenance": {"router": {"training": {"config": {"seed": seed}}}},
