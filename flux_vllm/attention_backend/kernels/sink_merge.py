@@ -71,9 +71,9 @@ def merge_sinks(
         out: [T, N, H], in and out: attention over the window.
         lse: [N, T] float32, its log-sum-exp (natural logarithm).
         block_table: [>= R, M] int32; entries past the sinks are never read.
-        query_start_loc: [R + 1] int32.
-        seqused_q: [R] int32 on the device: all of the row's queries, or 0 to skip it.
-        seqused_k: [R] int32: keys, this step's queries included.
+        query_start_loc: [R + 1] int32: where in the batch each row's queries begin, ascending.
+        seqused_q: [R] int32 on the device: how many there are from there on, 0 to skip the row.
+        seqused_k: [R] int32: keys; the last is the last query's.
         scale: softmax scale.
         sink_tokens: S.
         window_tokens: W, the query's own key included.
@@ -202,7 +202,7 @@ def _sink_kernel(
     first_query = q_tile * BLOCK_Q * TILES
     stop_query = tl.minimum(first_query + BLOCK_Q * TILES, queries)
     context = keys - queries
-    if (first_query >= queries) | (context + stop_query <= WINDOW_TOKENS):
+    if (q_tile < 0) | (first_query >= queries) | (context + stop_query <= WINDOW_TOKENS):
         return
     kv_head = tl.program_id(1)
     table_row = row

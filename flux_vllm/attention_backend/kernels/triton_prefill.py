@@ -83,8 +83,8 @@ def attend_prefill(
         value_cache: [B, block_size, K, H], likewise.
         out: [T, N, H], written for attended rows only.
         block_table: [>= R, M] int32; entries past a row's keys are never read.
-        query_start_loc: [R + 1] int32.
-        seqused_q: [R] int32 on the device: all of the row's queries, or 0 to skip it.
+        query_start_loc: [R + 1] int32: where in the batch each row's queries begin, ascending.
+        seqused_q: [R] int32 on the device: how many there are from there on, 0 to skip the row.
         seqused_k: [R] int32: keys, this step's queries included; the last is the last query's.
         scale: softmax scale.
         sparse: attend to sinks and window instead of every earlier key.

@@ -109,40 +109,6 @@ def test_attend_prefill_reads_the_table_row_it_is_given(device: str) -> None:
     check_rows(batch, out, [True, True])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_attend_prefill_of_the_last_queries_alone(device: str) -> None:
-    """Rows whose queries begin further on in the batch; before each tensor lies a whole row."""
-    tails = [3, 9, 20]
-    batch = make_batch([Row(140, 150), Row(9, 30), Row(50, 83)], Shape(), device)
-    ends, seqused_q = batch.query_start_loc[1:], torch.tensor(tails, dtype=torch.int32)
-
-    def after_a_row(values: torch.Tensor, row: list[int]) -> torch.Tensor:
-        """Hold the row where an index of -1 reads."""
-        before = torch.tensor(row, dtype=torch.int32, device=device).expand(1, *values.shape[1:])
-        return torch.cat([before, values.to(device)])[1:]
-
-    begins = torch.cat([ends - seqused_q.to(device), ends[-1:]])
-    out = batch.poisoned_output()
-    attend_prefill(
-        batch.query,
-        batch.key_cache,
-        batch.value_cache,
-        out,
-        after_a_row(batch.block_table, batch.block_table[0].tolist()),
-        after_a_row(begins, [0]),
-        after_a_row(seqused_q, [140]),
-        after_a_row(batch.seq_lens, [150]),
-        scale=batch.scale,
-        sparse=False,
-    )
-    exact, low = batch.oracle(), batch.oracle(batch.shape.dtype)
-    for index, tail in enumerate(tails):
-        tokens = batch.tokens_of(index)
-        head, last = slice(tokens.start, tokens.stop - tail), slice(tokens.stop - tail, tokens.stop)
-        assert out[head].isnan().all(), f"row {index}: queries before its last {tail} were written"
-        assert_as_exact_as_torch(out[last], exact[last], low[last], f"row {index}")
-
-
 def window_pass(batch: Batch, seqused_q: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the window alone, with its log-sum-exp: what FA3 hands to `merge_sinks`."""
     out = batch.poisoned_output()
@@ -187,6 +153,82 @@ def test_merge_sinks_completes_the_window(device: str, shape: Shape, rows: list[
         window_tokens=shape.window_tokens,
     )
     check_rows(batch, out, sparse_rows)
+
+
+class Tails:
+    """The last queries of each row as a row of their own, that begins further on in the batch.
+
+    An index of -1 reads what is in front of a tensor: that is a whole row here.
+    """
+
+    lengths = (3, 9, 20)
+
+    def __init__(self, device: str, route: int) -> None:
+        rows = [Row(140, 150, route), Row(9, 30, route), Row(50, 83, route)]
+        self.batch = batch = make_batch(rows, Shape(), device)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        ends = batch.query_start_loc[1:]
+        self.begins = self._after(torch.cat([ends - lengths, ends[-1:]]), [0])
+        self.seqused_q = self._after(lengths, [140])
+        self.seqused_k = self._after(batch.seq_lens, [150])
+        self.table = self._after(batch.block_table, batch.block_table[0].tolist())
+
+    @staticmethod
+    def _after(values: torch.Tensor, row: list[int]) -> torch.Tensor:
+        before = torch.tensor(row, dtype=torch.int32, device=values.device)
+        return torch.cat([before.expand(1, *values.shape[1:]), values])[1:]
+
+    def check(self, out: torch.Tensor, untouched: torch.Tensor) -> None:
+        """Hold the tails to the oracle, and all else to what it was."""
+        exact, low = self.batch.oracle(), self.batch.oracle(self.batch.shape.dtype)
+        for index, length in enumerate(self.lengths):
+            tokens = self.batch.tokens_of(index)
+            head = slice(tokens.start, tokens.stop - length)
+            tail = slice(head.stop, tokens.stop)
+            torch.testing.assert_close(out[head], untouched[head], rtol=0, atol=0, equal_nan=True)
+            assert_as_exact_as_torch(out[tail], exact[tail], low[tail], f"row {index}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attend_prefill_of_the_last_queries_alone(device: str) -> None:
+    tails = Tails(device, FULL)
+    batch, out = tails.batch, tails.batch.poisoned_output()
+    attend_prefill(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        tails.table,
+        tails.begins,
+        tails.seqused_q,
+        tails.seqused_k,
+        scale=batch.scale,
+        sparse=False,
+    )
+    tails.check(out, batch.poisoned_output())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_merge_sinks_of_the_last_queries_alone(device: str) -> None:
+    tails = Tails(device, SPARSE)
+    batch = tails.batch
+    out, lse = window_pass(batch, [True] * len(batch.rows))
+    untouched = out.clone()
+    merge_sinks(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        lse,
+        tails.table,
+        tails.begins,
+        tails.seqused_q,
+        tails.seqused_k,
+        scale=batch.scale,
+        sink_tokens=batch.shape.sink_tokens,
+        window_tokens=batch.shape.window_tokens,
+    )
+    tails.check(out, untouched)
 
 
 LONG = [
