@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
@@ -31,15 +32,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompts = commands.add_parser("prompts", help="write held-out prompts as JSON lines")
     cli.add_flags(prompts, EvalConfig, recipes.evaluation())
+    _add_join(commands)
+    ablations = commands.add_parser(
+        "ablations", help="train a recipe and one change each, and evaluate them into one table"
+    )
+    cli.add_flags(ablations, AblationConfig, AblationConfig())
+    _add_throughput(commands)
+    return parser
+
+
+def _add_join(commands: Any) -> None:
     join = commands.add_parser("join", help="join the quality.json files of several seeds")
     join.add_argument("files", type=Path, nargs="+", help="quality.json of each seed")
     join.add_argument(
         "--out", type=Path, required=True, help="JSON file; the seeds' curves go beside it as .png"
     )
-    ablations = commands.add_parser(
-        "ablations", help="train a recipe and one change each, and evaluate them into one table"
+    join.add_argument(
+        "--beside",
+        action="extend",
+        type=_named_file,
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="further reports, as eval and join write them, put under NAME into the joined one",
     )
-    cli.add_flags(ablations, AblationConfig, AblationConfig())
+
+
+def _add_throughput(commands: Any) -> None:
     throughput = commands.add_parser(
         "throughput", help="measure training speed and peak memory against prompt length"
     )
@@ -70,7 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("true", "false"),
         help="compile the model's norms and MLPs or not (default: as the recipe says)",
     )
-    return parser
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, found {text!r}")
+    return name, Path(file)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,9 +148,9 @@ def _run(arguments: argparse.Namespace) -> None:
             given["compile_layers"] = arguments.compile_layers == "true"
         measure(**given)
     else:
-        from training.evaluation.report import join_runs, plot_seeds, write_json
+        from training.evaluation.report import join_runs, plot_seeds, put_beside, write_json
 
-        joined = join_runs(arguments.files)
+        joined = put_beside(join_runs(arguments.files), arguments.beside)
         write_json(arguments.out, joined)
         plot_seeds(arguments.out.with_suffix(".png"), joined)
 

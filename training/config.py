@@ -250,21 +250,24 @@ class EvalConfig:
     """Prompts a task and length."""
     validation_prompts: int = 40
     """Prompts a task and length on which thresholds and static patterns are chosen."""
-    validation_lengths: tuple[int, ...] = (1536, 3072)
-    """Length buckets of those."""
+    validation_lengths: tuple[int, ...] = (1536, 3072, 5120, 8000)
+    """Length buckets of those; the test's, so that nothing is chosen on short prompts alone."""
     thresholds: tuple[float, ...] = (
         0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99, 0.999,
     )  # fmt: skip
     """Values of `threshold` (FULL where P(FULL) reaches it) tried on validation prompts."""
     shares: tuple[float, ...] = (0.6, 0.75, 0.85)
     """Least shares of SPARSE layers; the lowest threshold that reaches each is scored on test
-    prompts."""
+    prompts. Empty: none is tried."""
+    score_thresholds: tuple[float, ...] = ()
+    """Thresholds fixed beforehand, scored on test prompts too."""
     random_patterns: int = 30
     """Random static patterns beside the greedy one."""
     variants: tuple[str, ...] = ()
     """Extra conditions at threshold 0.5: plain, begun (prompts end with the answer's first
     words), wording (paraphrased instructions), wrapper:NAME, chunks:TOKENS, cached (after a local
-    question on the same context)."""
+    question on the same context; tasks without a context are left out). The last two are also
+    compared with the same prompts in one chunk, or alone."""
     variant_prompts: int = 100
     """Prompts a task and length for each of these."""
     patterns: tuple[str, ...] = ()
@@ -277,3 +280,5 @@ class EvalConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.patterns) - set(SPARSE_PATTERNS))
         _check(not unknown, "patterns", f"among {list(SPARSE_PATTERNS)}", unknown)
+        outside = [value for value in self.score_thresholds if not 0 <= value <= 1]
+        _check(not outside, "score_thresholds", "numbers from 0 to 1", outside)

@@ -12,9 +12,15 @@
 #   cp runs/long/*.tar.gz runs/long/*.json ELSEWHERE
 #
 # Results: FOLDER/seed0.tar.gz and so on (router, log, figures), FOLDER/PASS.json (seeds joined),
-# FOLDER/stored_scores.tar.gz. The passes, in the order of what must not be missed: 100 prompts a
-# task and length at the default threshold; 400 prompts of the retrieval and local tasks with other
-# thresholds and static patterns; the variants. They share scores, so a later pass repeats nothing.
+# FOLDER/stored_scores.tar.gz. The passes, in the order of what must not be missed: default_100,
+# 100 prompts a task and length at the default threshold; prompts_400, 400 prompts of the retrieval
+# and local tasks with other thresholds and static patterns, chosen on 20 validation prompts a task
+# and length; variants, 50 prompts a task and length under each variant. What one pass scored on
+# test prompts the next looks up, but for the variants' own prompts: 50 of a cell fill no piece of
+# 100. One file of them all:
+#
+#   python -m training join FOLDER/seed*/prompts_400/quality.json --out quality.json \
+#       --beside prompts_100=FOLDER/default_100.json variants_50=FOLDER/variants.json
 #
 # Environment: PYTHON (python3) has torch and the extra `train`. SEEDS ("0 1 2") are trained.
 # TRAIN_SECONDS (0: no limit) ends trainings early, which cannot be repeated step for step.
@@ -55,7 +61,7 @@ evaluate() { # evaluate SEED PASS FLAGS...
     training eval --model "$model" --router "$folder/seed$seed" \
         --out "$folder/seed$seed/$pass" --scores "$folder/stored_scores" \
         --data.corpus "$corpus" --data.workers 8 --micro_batch_tokens 32768 \
-        --validation_prompts 20 --random_patterns 30 --variant_prompts 25 "$@"
+        --validation_prompts 20 --random_patterns 30 --variant_prompts 50 "$@"
 }
 
 for_all() { # for_all NAME FUNCTION FLAGS...: call FUNCTION SEED FLAGS... for every seed

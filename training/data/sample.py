@@ -72,4 +72,5 @@ class TaskFamily:
     """Share of SPARSE layers to train for, unless the recipe says otherwise."""
     make: Callable[[Request], Sample]
     short_prompt: bool = False
-    """The length lies in the answer: the prompt stays short whatever length is asked for."""
+    """The length lies in the answer: the prompt has no context and stays short whatever length is
+    asked for."""

@@ -6,8 +6,6 @@ Nothing but the index is remembered, so a resumed run sees exactly the prompts i
 import math
 import random
 import warnings
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +148,3 @@ def warn_if_unbalanced(weights: dict[str, float]) -> None:
             + ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
             stacklevel=2,
         )
-
-
-def task_counts(prompts: Sequence[Encoded]) -> dict[str, int]:
-    """Count prompts by task."""
-    return dict(Counter(prompt.task for prompt in prompts))

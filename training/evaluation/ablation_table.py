@@ -49,7 +49,7 @@ class Evaluated:
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluated":
-        """Read what an evaluation wrote, at the threshold it chose or else at the default one."""
+        """Read what an evaluation wrote, at its lowest threshold beside the default, or at that."""
         report = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
         with np.load(folder / "scores.npz") as stored:
             thresholds = [name.partition("@")[2] for name in stored if name.startswith("router@")]

@@ -5,6 +5,7 @@ Dimension legend: P prompts, L layers.
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import numpy as np
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig
-from training.data.encoding import WRAPPERS, Wrapper
 from training.distributed import World, start_world
 from training.evaluation.compare_patterns import compare, compare_pattern
 from training.evaluation.prompts import PromptSet, PromptSetting, make_prompts
 from training.evaluation.report import plot_report, write_json
-from training.evaluation.scoring import Condition, Scorer, Scores, group_of
+from training.evaluation.scoring import Scorer, Scores, group_of
 from training.evaluation.static_patterns import best_pattern, layers_by_sensitivity, pattern
 from training.evaluation.statistics import Cells, interval
 from training.evaluation.stored_scores import StoredScorer
+from training.evaluation.variants import Variant, measure_variant, read_variant
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import Policy, StaticPolicy, ThresholdPolicy
 from training.provenance import provenance
@@ -36,11 +37,14 @@ class Evaluation:
     Args:
         config: of the run.
         world: this process among the others.
+
+    Raises: ValueError: an unknown variant.
     """
 
     def __init__(self, config: EvalConfig, world: World) -> None:
         self.config = config
         self.world = world
+        self.variants = [read_variant(name) for name in config.variants]
         router, self.info = read_router(Path(config.router))
         self.router: LayerRouter = router.to(world.device)
         self.tokenizer = load_tokenizer(config.model)
@@ -117,12 +121,12 @@ class Evaluation:
         }
         self._keep(_DEFAULT_THRESHOLD, default)
         self._patterns(full)
-        if self.config.shares:
+        if self.config.shares or self.config.score_thresholds:
             self._points(full, default)
-        variants = {}
-        for name in self.config.variants:
-            variants[name] = self.variant(name)
-            self.store(f"variant {name}", variants=variants)
+        found = {}
+        for variant in self.variants:
+            found[variant.name] = self.variant(variant)
+            self.store(f"variant {variant.name}", variants=found)
         if self.world.is_main:
             path = Path(self.config.out) / "scores.npz"
             np.savez_compressed(path, **self.by_prompt)  # type: ignore[arg-type]
@@ -168,12 +172,16 @@ class Evaluation:
             self.store(f"pattern {name}", patterns=found)
 
     def _points(self, full: Scores, default: Scores) -> None:
-        """Score thresholds chosen on validation, each beside the best static pattern."""
-        count, lengths = self.config.validation_prompts, self.config.validation_lengths
+        """Score thresholds chosen on validation and given ones, each beside a static pattern.
+
+        The pattern is the best on validation of those with as many SPARSE layers.
+        """
+        config = self.config
+        count, lengths = config.validation_prompts, config.validation_lengths
         validation = self._prompts("validation", count, lengths)
         cells = validation.cells
         tried = {}
-        for threshold in self.config.thresholds:
+        for threshold in config.thresholds if config.shares else ():
             scores = self.scorer.score(validation.prompts, self.policy(threshold))
             share = cells.overall(scores.sparse.mean(axis=1))
             tried[threshold] = (share, cells.overall(scores.score))
@@ -183,7 +191,8 @@ class Evaluation:
         self.store("thresholds and layers tried", static_patterns=statics)
         scored: dict[int, Scores] = {}
         points: list[dict[str, Any]] = []
-        for threshold, least_shares in choose_thresholds(tried, self.config.shares).items():
+        chosen = choose_thresholds(tried, config.shares, config.score_thresholds)
+        for threshold, least_shares in chosen.items():
             routed = default
             if threshold != _DEFAULT_THRESHOLD:
                 routed = self.scorer.score(self.test.prompts, self.policy(threshold))
@@ -191,18 +200,19 @@ class Evaluation:
             share = self.test.cells.overall(routed.sparse.mean(axis=1))
             layers = int(self.routed.num_layers * share + 1e-3)
             if layers not in scored:
-                chosen, found = best_pattern(
+                best, found = best_pattern(
                     self.scorer,
                     validation.prompts,
                     cells,
                     order,
                     layers,
-                    self.config.random_patterns,
+                    config.random_patterns,
                 )
-                statics[str(layers)] = found | {"layers": chosen}
+                statics[str(layers)] = found | {"layers": best}
                 scored[layers] = self.scorer.score(
-                    self.test.prompts, pattern(self.routed.num_layers, chosen)
+                    self.test.prompts, pattern(self.routed.num_layers, best)
                 )
+                self.by_prompt[f"static@{layers}"] = scored[layers].score
             chosen_by = {"threshold": threshold, "least_shares": least_shares}
             points.append(chosen_by | self._point(full, routed, scored[layers]))
             self.store(f"threshold {threshold}", points=points, static_patterns=statics)
@@ -237,40 +247,14 @@ class Evaluation:
             found[task]["share"] = by_length
         return found
 
-    def variant(self, name: str) -> dict[str, Any]:
-        """Measure the router under one condition, against full attention under the same.
-
-        Raises: ValueError: an unknown condition.
-        """
-        config = self.config
-        count, lengths = config.variant_prompts, config.lengths
-        condition = None
-        more: dict[str, Any] = {}
-        kind, _, value = name.partition(":")
-        if kind == "wording":
-            more = {"held_out_wording": True}
-        elif kind == "begun":
-            more = {"begun": True}
-        elif kind == "wrapper" and value in WRAPPERS:
-            wrapper: Wrapper = value  # type: ignore[assignment]
-            more = {"wrapper": wrapper}
-        elif kind == "chunks" and value.isdecimal():
-            condition = Condition(chunk_tokens=int(value))
-        elif kind == "cached":
-            more = {"same_context": True}
-        elif kind != "plain":
-            raise ValueError(
-                "expected a variant among plain, begun, wording, wrapper:NAME, chunks:TOKENS and "
-                f"cached, found {name!r}; correct --variants"
-            )
-        made = self._prompts("test", count, lengths, **more)
-        if kind == "cached":
-            twins = self._prompts("test", count, lengths, same_context=True, ask_locally=True)
-            policy = self.policy(_DEFAULT_THRESHOLD)
-            condition = Condition(cached=self.scorer.score(twins.prompts, policy))
-        full = self.scorer.score(made.prompts, StaticPolicy.all_full(self.routed.num_layers))
-        scores = self.scorer.score(made.prompts, self.policy(_DEFAULT_THRESHOLD), condition)
-        return {"prompts": count} | compare(made.cells, full, scores)
+    def variant(self, variant: Variant) -> dict[str, Any]:
+        """Measure the router under one condition, and keep its scores by prompt."""
+        count, lengths = self.config.variant_prompts, self.config.lengths
+        make = partial(self._prompts, "test", count, lengths)
+        policy = self.policy(_DEFAULT_THRESHOLD)
+        report, by_prompt = measure_variant(variant, make, self.scorer, policy)
+        self.by_prompt |= by_prompt
+        return {"prompts": count} | report
 
     def _provenance(self) -> dict[str, Any]:
         return provenance(self.world.device, self.config.data.corpus) | {
@@ -290,7 +274,9 @@ class Evaluation:
 
 
 def choose_thresholds(
-    tried: dict[float, tuple[float, float]], shares: tuple[float, ...]
+    tried: dict[float, tuple[float, float]],
+    shares: tuple[float, ...],
+    given: tuple[float, ...] = (),
 ) -> dict[float, list[float]]:
     """Choose, for each share to reach, the lowest threshold that reaches it on validation.
 
@@ -300,11 +286,12 @@ def choose_thresholds(
     Args:
         tried: threshold to (share, score) on validation.
         shares: least shares of SPARSE layers.
+        given: thresholds fixed beforehand.
 
-    Returns: thresholds, ascending, each with the shares that it was chosen for; the default
-        threshold is always among them.
+    Returns: thresholds, ascending, each with the shares that it was chosen for; the given ones and
+        the default threshold are always among them.
     """
-    chosen: dict[float, list[float]] = {_DEFAULT_THRESHOLD: []}
+    chosen: dict[float, list[float]] = {threshold: [] for threshold in (_DEFAULT_THRESHOLD, *given)}
     for least in shares:
         good = [threshold for threshold, (share, _) in tried.items() if share >= least]
         if good:

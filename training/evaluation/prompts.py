@@ -36,7 +36,8 @@ class PromptSetting:
     """The prompt ends with the answer's prefix; otherwise all prompts are open."""
     held_out_wording: bool = False
     same_context: bool = False
-    """The context comes first in every prompt, so that two questions can share it."""
+    """The context comes first in every prompt, so that two questions can share it; tasks of short
+    prompts have none and are left out."""
     ask_locally: bool = False
     """Put a local question in the place of each prompt's own."""
 
@@ -101,6 +102,7 @@ def make_prompts(
         groups: keep tasks of these groups; empty keeps all.
 
     Returns: PromptSet, ordered by task, length and index.
+    Raises: ValueError: no task is left.
     """
     data = dataclasses.replace(data, open_fraction=0.0 if setting.begun else 1.0)
     stream = PromptStream(
@@ -109,8 +111,16 @@ def make_prompts(
     tasks = [
         task
         for task in stream.tasks
-        if isinstance(task, TaskFamily) and (not groups or task.group in groups)
+        if isinstance(task, TaskFamily)
+        and (not groups or task.group in groups)
+        and not (setting.same_context and task.short_prompt)
     ]
+    if not tasks:
+        context = ", with a context" if setting.same_context else ""
+        raise ValueError(
+            f"expected a built-in task of {groups or 'any group'}{context}, found "
+            f"{stream.task_names}; correct --data.tasks or --variants"
+        )
     prompts = _Prompts(stream, tasks, setting)
     loader = DataLoader(
         prompts, batch_size=16, num_workers=data.workers, collate_fn=list, shuffle=False

@@ -1,6 +1,7 @@
 """Write `quality.json` and its plots; join the runs of several seeds."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,6 +99,26 @@ def join_runs(files: list[Path]) -> dict[str, Any]:
         for pattern, rows in by_pattern.items()
     }
     return joined | {"seeds": {_seed(run, at): run for at, run in enumerate(runs)}}
+
+
+def put_beside(joined: dict[str, Any], others: Iterable[tuple[str, Path]]) -> dict[str, Any]:
+    """Put further reports, such as one of fewer prompts, into a joined one.
+
+    Args:
+        joined: of `join_runs`.
+        others: the name under which each stands, and its JSON file.
+
+    Raises: ValueError: a name that the report already has.
+    """
+    whole = dict(joined)
+    for name, file in others:
+        if name in whole:
+            raise ValueError(
+                f"expected a new name for {file}, found {name!r}, which the report has beside "
+                f"{sorted(whole.keys() - {name})}; choose another with --beside"
+            )
+        whole[name] = json.loads(file.read_text(encoding="utf-8"))
+    return whole
 
 
 def _seed(run: dict[str, Any], at: int) -> str:

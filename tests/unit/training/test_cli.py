@@ -1,5 +1,6 @@
 """The command line: one flag a field, frozen; errors that say what to do."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_recipes_are_valid(name: str) -> None:
         (["train", "--model", "m", "--out", "o", "--data.tasks", "juggling"], "--data.tasks"),
         (["train", "--model", "m", "--out", "o", "--router.pool_tokens", "0"], "pool_tokens"),
         (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
+        (["eval", "--score_thresholds", "0.2", "50"], "score_thresholds to be numbers from 0 to 1"),
     ],
 )
 def test_main_says_what_is_wrong(
@@ -76,6 +78,60 @@ def test_main_says_what_is_wrong(
     arguments = [str(tmp_path / "o") if word == "o" else word for word in arguments]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_nothing_is_chosen_on_other_lengths_than_are_tested() -> None:
+    config = recipes.evaluation()
+    assert config.validation_lengths == config.lengths
+
+
+def test_join_puts_further_reports_beside(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    point = dict.fromkeys(
+        ("threshold", "share", "static_share", "router_score", "static_score"), 0.5
+    ) | {"least_shares": [], "router_retrieval": 0.5, "static_retrieval": 0.5}
+    run = {
+        **dict.fromkeys(("full_score", "all_sparse_score", "share_local", "share_retrieval"), 0.5),
+        "default": {"threshold": 0.5, "full_by_group": {}},
+        "points": [point],
+        "patterns": {},
+        "provenance": {"router": {"training": {}}},
+    }
+    paths = [tmp_path / f"{name}.json" for name in ("a", "b", "few", "variants")]
+    for path in paths:
+        path.write_text(json.dumps(run | {"name": path.stem}))
+    first, second, few, variants = map(str, paths)
+    out = tmp_path / "all.json"
+    command = ["join", first, second, "--out", str(out), "--beside"]
+    assert main([*command, f"prompts_100={few}", "--beside", f"variants_50={variants}"]) == 0
+    joined = json.loads(out.read_text())
+    assert {name: joined[name]["name"] for name in ("prompts_100", "variants_50")} == {
+        "prompts_100": "few",
+        "variants_50": "variants",
+    }
+    assert [run["name"] for run in joined["seeds"].values()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("beside", [["points=F"], ["few=F", "few=F"]], ids=["own", "twice"])
+def test_join_refuses_a_name_that_is_there(
+    beside: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = dict.fromkeys(("full_score", "all_sparse_score", "share_local", "share_retrieval"), 0.5)
+    provenance = {"router": {"training": {}}}
+    file, out = tmp_path / "run.json", tmp_path / "all.json"
+    file.write_text(json.dumps(run | {"points": [], "patterns": {}, "provenance": provenance}))
+    named = [name.replace("=F", f"={file}") for name in beside]
+    assert main(["join", str(file), "--out", str(out), "--beside", *named]) == 2
+    found = capsys.readouterr().err
+    assert f"found {beside[0].partition('=')[0]!r}" in found
+    assert "choose another with --beside" in found
+    assert not out.exists()
+
+
+def test_join_refuses_a_file_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["join", "a.json", "--out", "all.json", "--beside", "b.json"])
+    assert "expected NAME=FILE, found 'b.json'" in capsys.readouterr().err
 
 
 def test_corpus_command_collects_text(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_every_command_line_is_understood(tmp_path: Path) -> None:
             settings = cli.apply_flags(recipes.evaluation(), arguments)
             at_400 = "prompts_400" in arguments.out
             assert settings.shares == ((0.6, 0.75) if at_400 else ())
+            assert settings.variant_prompts == 50
+            assert bool(settings.variants) == ("variants" in arguments.out)
             assert len(settings.data.tasks) == (7 if at_400 else 10)
             assert Path(settings.scores) == tmp_path / "run" / "stored_scores"
     assert kinds == ["train"] * 3 + ["eval", "eval", "eval", "join"] * 3

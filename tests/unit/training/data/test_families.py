@@ -41,6 +41,11 @@ def test_samples_keep_to_their_length(name: str, source: TextSource) -> None:
         assert sample.answer_prefix == sample.answer_prefix.strip(" ")
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_only_short_prompts_have_no_context(name: str, source: TextSource) -> None:
+    assert (make(name, source).context == "") == FAMILIES[name].short_prompt
+
+
 @pytest.mark.parametrize("name", ["needle", "multi_key", "variable_tracking"])
 def test_retrieval_answers_stand_in_the_context_once(name: str, source: TextSource) -> None:
     for seed in range(20):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.router.checkpoint import RouterInfo, read_router, write_router
-from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
-from training.attach import RoutedModel
-from training.config import DataSettings, EvalConfig, SystemSettings
+from training.config import EvalConfig
 from training.data.encoding import Encoded
 from training.distributed import World
 from training.evaluation import evaluate as module
-from training.evaluation import prompts as prompts_module
 from training.evaluation.compare_patterns import mean_density
 from training.evaluation.evaluate import choose_thresholds, evaluate
 from training.evaluation.prompts import write_prompts
@@ -28,50 +24,6 @@ from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
 from training.policies import StaticPolicy, ThresholdPolicy
 from training.sparse_patterns import make_pattern
-
-VARIANTS = ("plain", "begun", "wording", "wrapper:plain", "chunks:64", "cached")
-
-
-@pytest.fixture
-def config(
-    tiny_model: Callable[..., Any],
-    tokenizer: Any,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> EvalConfig:
-    info = RouterInfo(
-        base_model="tiny",
-        num_layers=4,
-        head_dim=8,
-        pool_tokens=16,
-        sink_tokens=8,
-        window_tokens=32,
-        provenance={"config": {"seed": 7}},
-    )
-    write_router(tmp_path, LayerRouter(4, 8), info)
-    routed = RoutedModel(tiny_model(), 8, 32)
-    monkeypatch.setattr(module, "load_routed", lambda *arguments: routed)
-    monkeypatch.setattr(module, "load_tokenizer", lambda model: tokenizer)
-    monkeypatch.setattr(prompts_module, "load_tokenizer", lambda model: tokenizer)
-    monkeypatch.setattr(
-        prompts_module.AutoConfig, "from_pretrained", lambda model: routed.model.config
-    )
-    return EvalConfig(
-        model="tiny",
-        router=str(tmp_path),
-        out=str(tmp_path / "out"),
-        data=DataSettings(tasks=("needle", "repeat_end"), corpus=str(corpus), workers=0),
-        lengths=(256, 320),
-        prompts=3,
-        validation_prompts=2,
-        validation_lengths=(256,),
-        thresholds=(0.3, 0.5, 0.7),
-        random_patterns=2,
-        variants=VARIANTS,
-        variant_prompts=2,
-        system=SystemSettings(device="cpu", dtype="float32"),
-    )
 
 
 def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
@@ -85,7 +37,7 @@ def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
         assert "least_shares" in point
         assert {"router_retrieval", "static_retrieval"} <= point.keys()
         assert point["static_share"] <= point["share"] + 1e-6
-    assert set(written["variants"]) == set(VARIANTS)
+    assert set(written["variants"]) == set(config.variants)
     assert len(written["heat_map"]["needle"]) == 4
     assert written["provenance"]["router"]["training"]["config"]["seed"] == 7
     assert {path.name for path in Path(config.out).glob("*.png")} == {"curve.png", "heat_map.png"}
@@ -125,12 +77,6 @@ def made_point(threshold: float, least_shares: list[float], share: float) -> dic
     scores = [f"{kind}_{name}" for kind in ("router", "static") for name in ("score", "retrieval")]
     place = {"threshold": threshold, "least_shares": least_shares}
     return place | {"share": share, "static_share": 0.6} | dict.fromkeys(scores, 0.5)
-
-
-def test_an_unknown_variant_is_refused(config: EvalConfig) -> None:
-    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
-    with pytest.raises(ValueError, match="'sideways'"):
-        evaluation.variant("sideways")
 
 
 PATTERNS = ("streaming", "triangle", "xattention")
@@ -217,6 +163,53 @@ def test_scores_by_prompt_are_written_for_every_point(config: EvalConfig) -> Non
                 assert cells.overall(values) == pytest.approx(point[name])
 
 
+def test_given_thresholds_are_scored_as_points(config: EvalConfig) -> None:
+    pytest.importorskip("matplotlib")
+    config = dataclasses.replace(config, variants=(), shares=(0.6,))
+    chosen = evaluate(config)["points"]
+    least = next(point["threshold"] for point in chosen if point["least_shares"])
+    both = evaluate(dataclasses.replace(config, score_thresholds=(0.45, least, 0.45)))
+    found = {point["threshold"]: point for point in both["points"]}
+    assert len(found) == len(both["points"]) == len(chosen) + 1
+    assert found[least]["least_shares"] == [0.6]
+    assert found[0.45]["least_shares"] == []
+    assert [point for point in both["points"] if point["threshold"] != 0.45] == chosen
+
+
+def test_given_thresholds_are_scored_where_none_is_chosen(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    # A random model answers nothing right: let scores tell its policies apart.
+    score = Scorer.score
+
+    def by_surprise(*given: Any) -> Scores:
+        found = score(*given)
+        return dataclasses.replace(found, score=np.exp(-found.surprise))
+
+    monkeypatch.setattr(Scorer, "score", by_surprise)
+    config = dataclasses.replace(config, variants=(), shares=(), score_thresholds=(0.45,))
+    report = evaluate(config)
+    assert {point["threshold"]: point["least_shares"] for point in report["points"]} == {
+        0.45: [],
+        0.5: [],
+    }
+    assert report["static_patterns"]["validation_thresholds"] == {}
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    prompts = evaluation.test.prompts
+    routed = evaluation.scorer.score(prompts, ThresholdPolicy(evaluation.router, 0.45))
+    with np.load(Path(config.out) / "scores.npz") as stored:
+        np.testing.assert_array_equal(stored["router@0.45"], routed.score)
+        for point in report["points"]:
+            layers = int(4 * point["share"] + 1e-3)
+            layout = report["static_patterns"][str(layers)]["layers"]
+            static = evaluation.scorer.score(prompts, pattern(4, layout))
+            np.testing.assert_array_equal(stored[f"static@{layers}"], static.score)
+            cells = evaluation.test.cells
+            assert cells.overall(stored[f"static@{layers}"]) == point["static_score"]
+    assert evaluate(dataclasses.replace(config, score_thresholds=()))["points"] == []
+
+
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     prompts = evaluation.test.prompts
@@ -301,6 +294,8 @@ def test_choose_thresholds_takes_the_lowest_that_reaches_each_share() -> None:
     assert choose_thresholds(tried, (0.6, 0.75)) == {0.3: [0.6], 0.5: [], 0.9: [0.75]}
     assert choose_thresholds(tried, (0.65, 0.7)) == {0.5: [0.65, 0.7]}
     assert choose_thresholds(tried, (0.95,)) == {0.5: []}
+    assert choose_thresholds(tried, (0.6,), (0.3, 0.2)) == {0.2: [], 0.3: [0.6], 0.5: []}
+    assert choose_thresholds({}, (), (0.7, 0.7)) == {0.5: [], 0.7: []}
 
 
 def test_overall_weighs_groups_and_cells_equally() -> None:

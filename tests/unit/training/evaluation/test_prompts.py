@@ -65,6 +65,18 @@ def test_cached_prompts_share_their_context(config: EvalConfig) -> None:
         assert question.token_ids.tolist() != earlier.token_ids.tolist()
 
 
+def test_tasks_without_a_context_share_none(config: EvalConfig, tokenizer: Any) -> None:
+    mixed = dataclasses.replace(config.data, tasks=("needle", "arithmetic", "few_shot"))
+    setting = PromptSetting(split="test", seed=1, lengths=(512,), prompts=2, same_context=True)
+    made = make_prompts(mixed, tokenizer, setting, 2048)
+    assert [prompt.task for prompt in made.prompts] == ["needle"] * 2 + ["few_shot"] * 2
+    assert made.lengths == [512] * 4
+    assert all(prompt.shared_len > 16 for prompt in made.prompts)
+    alone = dataclasses.replace(config.data, tasks=("arithmetic",))
+    with pytest.raises(ValueError, match=r"with a context, found \['arithmetic'\]"):
+        make_prompts(alone, tokenizer, setting, 2048)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
