@@ -8,7 +8,6 @@ makes two attention calls on slices of the heads, one after the other.
 
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from benchmarks.worker_extension import BenchmarkWorker
 from flux_vllm.attention_backend import cuda
 from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels
+from flux_vllm.attention_backend.cuda_views import LayerRows
 
 
 class HeadSplitKernels:
@@ -52,7 +52,7 @@ class HeadSplitKernels:
     def sink_window_pass(self, call: LayerCall) -> None:
         """Attend the other prefill rows: FULL heads to every key, the others to sinks, window."""
         full, routed = halves(call)
-        rows, metadata = full.row(full.views.sparse_seqused_q), call.metadata
+        rows, metadata = full.rows.sparse_seqused_q, call.metadata
         self._kernels.every_key_pass(full, metadata.query_start_loc, rows, metadata.max_query_len)
         self._kernels.sink_window_pass(routed)
 
@@ -80,22 +80,17 @@ def halves(call: LayerCall) -> tuple[LayerCall, LayerCall]:
             out=call.out[:, queries],
         )
 
-    return replace(part(0), views=_real_rows(call), index=0), part(1)
+    return replace(part(0), rows=_real_rows(call)), part(1)
 
 
-def _real_rows(call: LayerCall) -> Any:
-    """Return views [1, C] of one layer whose rows all read their real table rows.
+def _real_rows(call: LayerCall) -> LayerRows:
+    """Let all rows read their real table rows.
 
     Which rows are whose in a batch with prefill stays as the layer has it.
     """
-    views, index = call.views, call.index
-    return SimpleNamespace(
-        table=views.table,
-        kv_batch_idx=_row_numbers(views.kv_batch_idx.shape[1], call.query.device)[None],
-        seqused_k=call.metadata.seq_lens[None],
-        full_seqused_q=views.full_seqused_q[index][None],
-        sparse_seqused_q=views.sparse_seqused_q[index][None],
-    )
+    numbers = _row_numbers(call.views.capacity, call.query.device)
+    seq_lens = call.metadata.seq_lens
+    return call.rows._replace(kv_batch_idx=numbers[: len(seq_lens)], seqused_k=seq_lens)
 
 
 @cache

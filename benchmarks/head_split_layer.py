@@ -108,8 +108,8 @@ def layer_row(case: LayerCase, times: dict[str, dict[str, float] | None]) -> dic
 def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
     """Make the `LayerCall` that the backend would for a batch of `bench_attention`."""
     from flux_vllm.attention_backend.cuda_kernels import LayerCall
+    from flux_vllm.attention_backend.cuda_views import LayerRows
 
-    kv_batch_idx, seqused_k, full_seqused_q, sparse_seqused_q = batch.per_layer
     metadata = SimpleNamespace(
         query_start_loc=batch.starts,
         seq_lens=batch.lens,
@@ -117,15 +117,10 @@ def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
         max_seq_len=batch.max_seq,
         max_num_splits=32 if decodes else 0,  # as vLLM in and out of graphs
     )
-    views = SimpleNamespace(
-        table=batch.table2,
-        kv_batch_idx=kv_batch_idx,
-        seqused_k=seqused_k,
-        full_seqused_q=full_seqused_q,
-        sparse_seqused_q=sparse_seqused_q,
-    )
+    views = SimpleNamespace(table=batch.table2, capacity=len(batch.table2) // 2)
+    rows = LayerRows(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
     keys, values = batch.caches[layer]
-    return LayerCall(batch.query, keys, values, batch.out, metadata, views, 0)
+    return LayerCall(batch.query, keys, values, batch.out, metadata, views, rows)
 
 
 class SideBySide:
@@ -151,7 +146,7 @@ class SideBySide:
         from benchmarks.head_split import halves
 
         full, routed = halves(call)
-        rows, metadata = full.row(full.views.sparse_seqused_q), call.metadata
+        rows, metadata = full.rows.sparse_seqused_q, call.metadata
         start, longest = metadata.query_start_loc, metadata.max_query_len
         self._both(
             lambda: self._kernels.every_key_pass(full, start, rows, longest),

@@ -58,12 +58,13 @@ class FinishedStep:
     """[R] bool: rows whose routes the step decided, P of them."""
     settled: np.ndarray
     """[R] bool: rows whose routes stand from now on."""
-    routes: torch.Tensor
-    """[P, layers of the model] int8 on the host, valid once the event has passed."""
-    full_probability: torch.Tensor
+    routes: torch.Tensor | None
+    """[P, layers of the model] int8 on the host, valid once the event has passed; None where the
+    step decided nothing."""
+    full_probability: torch.Tensor | None
     """[P, layers of the model] float32 on the host, likewise."""
     event: torch.cuda.Event | None
-    """None on the CPU, where the values are there at once."""
+    """None where the values are there at once."""
 
     @classmethod
     def read(
@@ -74,12 +75,11 @@ class FinishedStep:
         fixed_routes: list[int] | None,
     ) -> "FinishedStep":
         """Start copying what a step decided, unless it is known; returns at once."""
-        event = None
+        event = routes = probability = None
         rows = int(step.to_route.sum())
-        routes = torch.empty((rows, table.num_layers), dtype=torch.int8)
-        probability = torch.full((rows, table.num_layers), float("nan"))
-        if fixed_routes is not None:
-            routes[:] = torch.tensor(fixed_routes, dtype=torch.int8)
+        if rows and fixed_routes is not None:
+            routes = torch.tensor(fixed_routes, dtype=torch.int8).expand(rows, -1)
+            probability = torch.full((rows, table.num_layers), float("nan"))
         elif rows:
             slots = to_device(step.slots[step.to_route], table.device)
             routes, probability = table.routes[slots], table.full_probability[slots]
@@ -245,37 +245,38 @@ class FluxRuntime:
         while self._finished and (wait or self._finished[0].is_ready()):
             step = self._finished.popleft()
             step.wait()
-            context = step.context
+            self._known_routes = _grown(self._known_routes, len(self.table.settled_prompt_len))
             # Only rows that were routed in the step can differ from what is known of their slot,
             # once a new request has forgotten the slot's former owner.
-            self._known_routes = _grown(self._known_routes, len(self.table.settled_prompt_len))
-            self._known_routes[step.slots[step.is_new]] = int(Route.UNDECIDED)
-            self._known_routes[step.slots[step.routed]] = step.routes.numpy()
+            if step.is_new.any():
+                self._known_routes[step.slots[step.is_new]] = int(Route.UNDECIDED)
+            if step.routes is not None:
+                self._known_routes[step.slots[step.routed]] = step.routes.numpy()
             routes = self._known_routes[step.slots]
             if self.reporter is not None:
-                self.reporter.record(context, routes[:, self._columns], step.settled)
-                if self.router is not None and step.routed.any():
-                    probability = step.full_probability.numpy()[:, self._columns]
-                    self.reporter.record_probabilities(context, probability)
-            if context.is_warmup:
+                self.reporter.record(step.context, routes[:, self._columns], step.settled)
+            if step.full_probability is not None:
+                self._note_decisions(step, routes, step.full_probability.numpy())
+
+    def _note_decisions(
+        self, step: FinishedStep, routes: np.ndarray, full_probability: np.ndarray
+    ) -> None:
+        """Keep what the step decided: routes [R, layers], P(FULL) [P, layers]."""
+        context = step.context
+        if self.reporter is not None and self.router is not None:
+            self.reporter.record_probabilities(context, full_probability[:, self._columns])
+        if context.is_warmup:
+            return
+        for index, row in enumerate(np.flatnonzero(step.routed)):
+            if not step.settled[row]:
                 continue
-            for index, row in enumerate(np.flatnonzero(step.routed)):
-                if step.settled[row]:
-                    self.recent.append(
-                        RouteDecision(
-                            request_id=context.request_ids[row],
-                            prompt_tokens=int(context.prompt_lens[row]),
-                            routes=routes[row].tolist(),
-                            full_probability=step.full_probability[index].tolist(),
-                        )
-                    )
-                    if self.journal is not None:
-                        self.journal.append(
-                            context.request_ids[row],
-                            int(context.prompt_lens[row]),
-                            routes[row],
-                            step.full_probability[index].numpy(),
-                        )
+            name, prompt_tokens = context.request_ids[row], int(context.prompt_lens[row])
+            probability = full_probability[index]
+            self.recent.append(
+                RouteDecision(name, prompt_tokens, routes[row].tolist(), probability.tolist())
+            )
+            if self.journal is not None:
+                self.journal.append(name, prompt_tokens, routes[row], probability)
 
     def abandon_step(self) -> None:
         """Drop the current step after an error in it."""

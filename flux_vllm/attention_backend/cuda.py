@@ -290,9 +290,11 @@ class FluxCUDAImpl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
+        assert attn_metadata is not None
         keys, values = split_cache(kv_cache, self.head_size)
         out = output[:tokens].view(query.shape)
-        call = LayerCall(query, keys, values, out, attn_metadata, step.views, index)
+        rows = step.views.layer_rows(attn_metadata.seq_lens.shape[0])[index]
+        call = LayerCall(query, keys, values, out, attn_metadata, step.views, rows)
         if not step.has_prefill:
             self._kernels.decode(call)
             return output

@@ -8,7 +8,7 @@ import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.cuda_views import LayerRows, ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.triton_decode import (
     QUERIES,
@@ -44,12 +44,8 @@ class LayerCall:
     metadata: "FlashAttentionMetadata"
     """vLLM's for the batch."""
     views: ViewBuffers
-    index: int
-    """The layer's index within its KV cache group."""
-
-    def row(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return this layer's part [R] of one of the views' buffers [L, C]."""
-        return buffer[self.index, : self.metadata.seq_lens.shape[0]]
+    rows: LayerRows
+    """The layer's part of the views."""
 
 
 class Kernels(Protocol):
@@ -147,7 +143,7 @@ class FA3Kernels:
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend likewise, less the rows that the other pass takes."""
-        metadata, seqused_q = call.metadata, call.row(call.views.full_seqused_q)
+        metadata, seqused_q = call.metadata, call.rows.full_seqused_q
         self._attend(call, metadata.query_start_loc, seqused_q, metadata.max_query_len)
 
     def every_key_pass(
@@ -174,9 +170,9 @@ class FA3Kernels:
             call.values,
             call.out,
             call.views.table,
-            call.row(call.views.kv_batch_idx),
+            call.rows.kv_batch_idx,
             query_start_loc,
-            call.row(call.views.seqused_k),
+            call.rows.seqused_k,
             max_query_len=max_query_len,
             max_seq_len=metadata.max_seq_len,
             scale=self.scale,
@@ -193,9 +189,9 @@ class FA3Kernels:
             call.values,
             call.out,
             call.views.table,
-            call.row(call.views.kv_batch_idx),
+            call.rows.kv_batch_idx,
             metadata.query_start_loc,
-            call.row(call.views.sparse_seqused_q),
+            call.rows.sparse_seqused_q,
             metadata.seq_lens,
             max_query_len=metadata.max_query_len,
             max_seq_len=metadata.max_seq_len,
@@ -237,9 +233,9 @@ class TritonKernels:
             call.values,
             call.out,
             call.views.table,
-            call.row(call.views.kv_batch_idx),
+            call.rows.kv_batch_idx,
             call.metadata.query_start_loc,
-            call.row(call.views.seqused_k),
+            call.rows.seqused_k,
             self._workspace(call),
             max_query_len=call.metadata.max_query_len,
             scale=self.scale,
@@ -247,7 +243,7 @@ class TritonKernels:
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend by tiles of queries."""
-        seqused_q = call.row(call.views.full_seqused_q)
+        seqused_q = call.rows.full_seqused_q
         self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=False)
 
     def every_key_pass(
@@ -262,7 +258,7 @@ class TritonKernels:
 
     def sink_window_pass(self, call: LayerCall) -> None:
         """Attend sinks and window in one fused kernel."""
-        seqused_q = call.row(call.views.sparse_seqused_q)
+        seqused_q = call.rows.sparse_seqused_q
         self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=True)
 
     def _prefill(
@@ -280,12 +276,12 @@ class TritonKernels:
             call.views.table,
             query_start_loc,
             seqused_q,
-            call.row(call.views.seqused_k),
+            call.rows.seqused_k,
             scale=self.scale,
             sparse=sparse,
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,
-            kv_batch_idx=call.row(call.views.kv_batch_idx),
+            kv_batch_idx=call.rows.kv_batch_idx,
         )
 
 

@@ -21,6 +21,7 @@ from flux_vllm.attention_backend.cuda_views import ViewBuffers
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
+    NO_ROWS,
     PackedRows,
     PooledStep,
     pack_prompt_rows,
@@ -150,15 +151,19 @@ class GroupPooling:
         Host sync: none.
         """
         context, kept = active.context, metadata.num_actual_tokens
+        tokens = int(context.scheduled.sum())
+        # Every step resets granules whose first slot it writes, also one that only decodes.
+        if not context.is_prefill.any():
+            update_counts(self._counts, metadata.slot_mapping, tokens, NO_ROWS, self._step)
+            return None
         packed = pack_prompt_rows(context.spans(), active.to_route, active.slots)
-        rows, tokens = len(packed.rows), int(context.scheduled.sum())
+        rows = len(packed.rows)
         is_short = context.computed + context.scheduled <= self._runtime.pattern.reach
         fits = rows * len(self._layers) <= self._entries and kept <= self._mean_query.shape[1]
         at_once = bool(rows and fits and (is_short | ~context.is_prefill).all())
         # vLLM's warm-up has short prompts only: let it compile both ways.
         in_turn = not at_once or context.is_warmup
         if in_turn:
-            # Every step resets granules whose first slot it writes, also one that only decodes.
             self._count(packed, tokens, metadata)
         if at_once:
             work = functools.partial(self._route_layers, packed, tokens, metadata)
@@ -198,11 +203,12 @@ class GroupPooling:
             return
         sums = self._sums[index : index + 1]
         self._update(query[None], sums, metadata, step.packed, index, 0)
+        own = views.layer_rows(metadata.seq_lens.shape[0])[index]
         switch = RowSwitch(
             metadata.seq_lens,
             metadata.query_start_loc,
-            views.full_seqused_q[index],
-            views.sparse_seqused_q[index],
+            own.full_seqused_q,
+            own.sparse_seqused_q,
             self._runtime.pattern.reach,
         )
         layer, rows = self._layers[index], len(step.packed.rows)

@@ -4,6 +4,7 @@ Dimension legend: C capacity in rows, M table width, L routed layers of the KV c
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,15 @@ class RowFacts:
     """[R] int64: route-table slots, -1 for rows that stand for no request."""
     is_prefill: np.ndarray
     """[R] bool."""
+
+
+class LayerRows(NamedTuple):
+    """One layer's part of the views, each [R] int32: see `write_decode_views`."""
+
+    kv_batch_idx: torch.Tensor
+    seqused_k: torch.Tensor
+    full_seqused_q: torch.Tensor
+    sparse_seqused_q: torch.Tensor
 
 
 class ViewBuffers:
@@ -72,6 +82,8 @@ class ViewBuffers:
         self._is_prefill = zeros(capacity, dtype=torch.int8)
         self._uploaded: tuple[bytes, bytes] = (b"", b"")
         self._uploaded_rows = 0
+        self._layer_rows: list[LayerRows] = []
+        self._cut_rows = -1
 
     @staticmethod
     def nbytes(capacity: int, width: int, layers: int) -> int:
@@ -116,6 +128,17 @@ class ViewBuffers:
             self.unrouted,
             **self._sizes,
         )
+
+    def layer_rows(self, rows: int) -> list[LayerRows]:
+        """Return each layer's part of a batch of `rows` rows, cut once while their number stays."""
+        if rows != self._cut_rows:
+            buffers = LayerRows(
+                self.kv_batch_idx, self.seqused_k, self.full_seqused_q, self.sparse_seqused_q
+            )
+            by_buffer = (buffer[:, :rows].unbind() for buffer in buffers)
+            self._layer_rows = [LayerRows(*parts) for parts in zip(*by_buffer, strict=True)]
+            self._cut_rows = rows
+        return self._layer_rows
 
     def _upload(self, facts: RowFacts | None) -> None:
         """Bring the rows' slots to the device, unless they are those of the last step."""

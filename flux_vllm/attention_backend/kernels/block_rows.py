@@ -19,6 +19,7 @@ import triton.language as tl
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
 from flux_vllm.attention_backend.kernels.head_pages import HeadPages, head_pages, page_tokens
+from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.router.state import to_device
 
 _BLOCK = tl.constexpr(BLOCK_TOKENS)
@@ -246,7 +247,7 @@ def _copy(
         heads.start,
         *packed.stride()[:2],
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=power_of_two(head_dim),
         GATHER=gather,
         num_warps=4,
     )

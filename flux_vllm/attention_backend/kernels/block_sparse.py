@@ -16,6 +16,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     LOG2_E,
     NO_SCORE,
     dot,
+    power_of_two,
     softmax_step,
 )
 
@@ -101,7 +102,7 @@ def attend_blocks(
         BLOCK_SIZE=key_cache.shape[1],
         GROUP=heads // key_cache.shape[2],
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=power_of_two(head_dim),
         BLOCK_N=tile.block_n,
         TILES=BLOCK_TOKENS // tile.block_n,
         INTERPRET=INTERPRETED,

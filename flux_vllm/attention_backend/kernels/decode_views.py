@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.router.route import Route
 
 _SPARSE = tl.constexpr(int(Route.SPARSE))
@@ -80,8 +81,8 @@ def write_decode_views(
     assert rows <= capacity, f"views hold {capacity} rows, the batch has {rows}"
     if rows == 0:
         return
-    columns_per_program = min(1024, triton.next_power_of_2(width))
-    grid = (rows, triton.cdiv(width, columns_per_program))
+    columns_per_program = min(1024, power_of_two(width))
+    grid = (rows, -(-width // columns_per_program))
     _views_kernel[grid](
         block_table,
         seq_lens,
@@ -109,7 +110,7 @@ def write_decode_views(
         WINDOW_TOKENS=window_tokens,
         SPARSE_BEYOND=sparse_beyond_tokens,
         COLUMNS=columns_per_program,
-        LAYERS=triton.next_power_of_2(layer_columns.shape[0]),
+        LAYERS=power_of_two(layer_columns.shape[0]),
         num_warps=4,
     )
 

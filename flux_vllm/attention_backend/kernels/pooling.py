@@ -20,6 +20,7 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
     pool_slots,
     pooled_range,
 )
+from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.router.features import GRANULE_TOKENS
 
 _GRANULE = tl.constexpr(GRANULE_TOKENS)
@@ -93,7 +94,7 @@ def pool_rows(
         block_table.stride(0),
         sums.stride(0),
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=power_of_two(head_dim),
         GRANULES_PER_BLOCK=block_size // GRANULE_TOKENS,
         POOL_TOKENS=pool_tokens,
         ENDS=workspace.parts.shape[1],

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.router.features import GRANULE_TOKENS, PromptSpan
 
 COLUMNS = 8
@@ -32,6 +33,10 @@ class PackedRows(NamedTuple):
     """Granules that the step writes to, over all rows."""
     num_tokens: int
     """Prompt tokens of the step."""
+
+
+NO_ROWS = PackedRows(np.empty((0, COLUMNS), dtype=np.int32), 0, 0)
+"""Of a step that only decodes."""
 
 
 class PooledStep(NamedTuple):
@@ -75,7 +80,7 @@ def pool_ends(pool_prefix: bool) -> int:
 
 def pool_slots(pool_tokens: int) -> int:
     """Return the granules, rounded up to a power of two, that one end of a prompt may touch."""
-    return triton.next_power_of_2(triton.cdiv(pool_tokens, GRANULE_TOKENS) + 1)
+    return power_of_two(-(-pool_tokens // GRANULE_TOKENS) + 1)
 
 
 def update_counts(
@@ -101,9 +106,7 @@ def update_counts(
     """
     # Prompt tokens reset their own granules as they are counted.
     if num_tokens > packed.num_tokens:
-        _reset_kernel[(triton.cdiv(num_tokens, 1024),)](
-            counts, slot_mapping, num_tokens, BLOCK=1024
-        )
+        _reset_kernel[(-(-num_tokens // 1024),)](counts, slot_mapping, num_tokens, BLOCK=1024)
     if packed.num_programs:
         _count_kernel[(packed.num_programs,)](
             counts, slot_mapping, step.rows, step.straddle_counts, len(packed.rows), num_warps=1

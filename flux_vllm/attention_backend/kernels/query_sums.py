@@ -21,6 +21,7 @@ from flux_vllm.attention_backend.kernels.prompt_rows import (
     find_granule,
     pooled_range,
 )
+from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.attention_backend.kernels.trigonometry import cos_sin
 from flux_vllm.router.features import GRANULE_TOKENS
 
@@ -79,9 +80,9 @@ def update_sums(
     assert sums.is_contiguous()
     assert workspace.straddled.shape[0] >= layers * num_rows, "workspace too small"
     pairs = rotary.rotary_dim // 2
-    block_pairs = min(_PAIRS_AT_ONCE, triton.next_power_of_2(pairs))
-    pair_parts = triton.cdiv(pairs, block_pairs)
-    rest_parts = triton.cdiv(head_dim - 2 * pairs, block_pairs)
+    block_pairs = min(_PAIRS_AT_ONCE, power_of_two(pairs))
+    pair_parts = -(-pairs // block_pairs)
+    rest_parts = -(-(head_dim - 2 * pairs) // block_pairs)
     _write_kernel[(packed.num_programs, pair_parts + rest_parts, layers)](
         query,
         sums,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
 
@@ -176,7 +177,7 @@ def _launch(
         return
     assert workspace.shape[0] >= num_rows * layers, "workspace too small"
     head_dim = pooled.shape[1]
-    width, joint_width = (triton.next_power_of_2(n * head_dim) for n in (1, 4))
+    width, joint_width = (power_of_two(n * head_dim) for n in (1, 4))
     shared = {"H": head_dim, "W": width, "SLICES": SLICES}
     _features_kernel[(num_rows, SLICES, layers)](
         pooled,
@@ -210,7 +211,7 @@ def _launch(
         tables.full_probability.stride(0),
         PARTS=parts,
         UNITS=units,
-        CHUNK=min(triton.next_power_of_2(units), 8_192 // width),
+        CHUNK=min(power_of_two(units), 8_192 // width),
         **shared,
         num_warps=4,
     )

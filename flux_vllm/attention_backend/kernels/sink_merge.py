@@ -19,6 +19,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     LOG2_E,
     dot,
     find_row,
+    power_of_two,
     softmax_step,
 )
 
@@ -41,7 +42,7 @@ def default_tile(head_dim: int, sink_tokens: int, num_tokens: int) -> MergeTile:
     if INTERPRETED:
         return MergeTile(64, 32, 2, 4, 1)
     most = 128 if head_dim <= 128 else 64
-    block_n = min(most, max(16, triton.next_power_of_2(sink_tokens)))
+    block_n = min(most, max(16, power_of_two(sink_tokens)))
     return MergeTile(64, block_n, 8 if num_tokens >= 4096 else 4, 4, 2)
 
 
@@ -117,7 +118,7 @@ def merge_sinks(
         BLOCK_SIZE=key_cache.shape[1],
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=power_of_two(head_dim),
         BLOCK_Q=block_q,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

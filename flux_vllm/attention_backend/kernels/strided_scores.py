@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
-from flux_vllm.attention_backend.kernels.tiles import INTERPRETED, LOG2_E, NO_SCORE, dot
+from flux_vllm.attention_backend.kernels.tiles import (
+    INTERPRETED,
+    LOG2_E,
+    NO_SCORE,
+    dot,
+    power_of_two,
+)
 
 
 class ScoreTile(NamedTuple):
@@ -32,19 +38,19 @@ class ScoreTile(NamedTuple):
 def tasks_a_program(queries_per_kv: int, element_size: int, stride: int) -> int:
     """Return how many query blocks of a row share a program's keys."""
     rows = (128 if element_size == 2 else 64) * stride // BLOCK_TOKENS
-    return max(1, min(4, rows // triton.next_power_of_2(queries_per_kv)))
+    return max(1, min(4, rows // power_of_two(queries_per_kv)))
 
 
 def default_tile(head_dim: int, element_size: int, queries_per_kv: int, stride: int) -> ScoreTile:
     """Choose a tile that fits the shared memory of Hopper, or elsewhere that of Ada, 99 KiB."""
     tasks = tasks_a_program(queries_per_kv, element_size, stride)
     strided_rows = tasks * (BLOCK_TOKENS // stride)
-    block_m = max(16, strided_rows * triton.next_power_of_2(queries_per_kv))
+    block_m = max(16, strided_rows * power_of_two(queries_per_kv))
     if INTERPRETED:
         return ScoreTile(block_m, 32, 4, 1)
     hopper = torch.cuda.get_device_capability()[0] == 9
     block_n = 128 if hopper and element_size == 2 else 64
-    stage = (block_m + block_n) * triton.next_power_of_2(head_dim) * element_size
+    stage = (block_m + block_n) * power_of_two(head_dim) * element_size
     stages = max(1, min(3, (200 if hopper else 90) * 1024 // stage))
     return ScoreTile(block_m, block_n, 8 if block_n == 128 else 4, stages)
 
@@ -93,7 +99,7 @@ def score_blocks(
     tasks_each = tasks_a_program(group, query.element_size(), stride)
     tile = default_tile(head_dim, query.element_size(), group, stride)
     strided_keys = most_blocks * (BLOCK_TOKENS // stride)
-    grid = (len(tasks) // tasks_each, kv_heads, triton.cdiv(strided_keys, tile.block_n))
+    grid = (len(tasks) // tasks_each, kv_heads, -(-strided_keys // tile.block_n))
     _score_kernel[grid](
         query,
         key_cache,
@@ -114,7 +120,7 @@ def score_blocks(
         BLOCK_SIZE=block_size,
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=power_of_two(head_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         INTERPRET=INTERPRETED,

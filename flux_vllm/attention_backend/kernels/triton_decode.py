@@ -18,6 +18,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     LOG2_E,
     NO_SCORE,
     dot,
+    power_of_two,
     softmax_step,
 )
 
@@ -57,8 +58,8 @@ def decode_workspace(
 
 def choose_num_splits(rows: int, kv_heads: int, num_sms: int, most: int = 64) -> int:
     """Choose the shares a row is split in at most, from sizes that a CUDA graph fixes."""
-    wanted = triton.cdiv(4 * num_sms, max(1, rows * kv_heads))
-    return min(most, triton.next_power_of_2(max(1, wanted)))
+    wanted = -(-4 * num_sms // max(1, rows * kv_heads))
+    return min(most, power_of_two(max(1, wanted)))
 
 
 def most_shares(max_rows: int, kv_heads: int, num_sms: int) -> int:
@@ -114,11 +115,11 @@ def attend_decode(
     if block_n is None:
         small = INTERPRETED or query.element_size() == 4 or head_dim > 128
         block_n = 32 if small else 128
-    block_m = max(16, triton.next_power_of_2(max_query_len * group))
+    block_m = max(16, power_of_two(max_query_len * group))
     shared = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": power_of_two(head_dim),
         "BLOCK_N": block_n,
         "SPLITS": splits,
     }

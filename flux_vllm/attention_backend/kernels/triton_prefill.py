@@ -7,6 +7,7 @@ Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim
 M table width.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     NO_SCORE,
     dot,
     find_row,
+    power_of_two,
     softmax_step,
 )
 
@@ -48,14 +50,19 @@ def default_tile(
     if INTERPRETED:
         return PrefillTile(64, 32, 4, 1)
     if element_size == 4:
-        return PrefillTile(max(32, triton.next_power_of_2(queries_per_kv)), 32, 4, 1)
+        return PrefillTile(max(32, power_of_two(queries_per_kv)), 32, 4, 1)
     if head_dim > 128:
         return PrefillTile(64, 32, 4, 1)
-    if torch.cuda.get_device_capability()[0] != 9:
+    if not _is_hopper():
         return PrefillTile(64, 64, 4, 2)
     if num_tokens >= 1024:
         return PrefillTile(256, 64, 16, 2)
     return PrefillTile(64, 64, 4, 3)
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 def attend_prefill(
@@ -129,7 +136,7 @@ def attend_prefill(
         BLOCK_SIZE=key_cache.shape[1],
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=power_of_two(head_dim),
         BLOCK_Q=block_q,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

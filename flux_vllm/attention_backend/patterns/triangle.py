@@ -132,5 +132,5 @@ class _TailPass:
             self._starts = call.metadata.query_start_loc.clone()
             self._starts[:-1] = call.metadata.query_start_loc[1:] - self._tails
         # 0 for the rows that this layer does not prefill under SPARSE.
-        seqused_q = torch.minimum(call.row(call.views.sparse_seqused_q), self._tails)
+        seqused_q = torch.minimum(call.rows.sparse_seqused_q, self._tails)
         kernels.every_key_pass(call, self._starts, seqused_q, self._longest)

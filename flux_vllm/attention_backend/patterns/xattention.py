@@ -232,7 +232,7 @@ class _CudaBlocks:
         if buffers is None:
             buffers = self._buffers = self._make_buffers(call, isinstance(kernels, FA3Kernels))
         metadata, pattern = call.metadata, self._pattern
-        seqused_q = call.row(call.views.sparse_seqused_q)
+        seqused_q = call.rows.sparse_seqused_q
         rows = (metadata.block_table, metadata.query_start_loc, seqused_q, metadata.seq_lens)
         kv_heads = call.keys.shape[2]
         group = call.query.shape[1] // kv_heads

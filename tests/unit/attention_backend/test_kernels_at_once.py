@@ -15,6 +15,7 @@ import torch
 
 from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.cuda_views import ViewBuffers
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.features import GRANULE_TOKENS
@@ -79,8 +80,7 @@ class _Worker:
 
     def step(self, context: StepContext, metadata: SimpleNamespace, query: torch.Tensor) -> bool:
         """Run a step. Returns: whether its layers were routed at once."""
-        switches = torch.zeros(2, LAYERS, len(context), dtype=torch.int32, device=query.device)
-        views = SimpleNamespace(full_seqused_q=switches[0], sparse_seqused_q=switches[1])
+        views = ViewBuffers(len(context), 1, [*range(LAYERS)], 16, 0, 1, 0, query.device)
         with torch.inference_mode():
             self.runtime.begin_step(context)
             step = self.pooling.begin_step(self.runtime.step, metadata)
