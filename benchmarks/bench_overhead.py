@@ -5,7 +5,8 @@
 All engines are alive at once, each in processes of its own, and take turns. Policy `router` runs at
 threshold 0: all layers attend FULL, and pooling, routing and bookkeeping remain. A row says how
 much longer flux took than vLLM's backend in the same turn: the median over turns, with a bootstrap
-95 % interval.
+95 % interval. Two engines of the same backend differ too: with --control a second one runs, and
+rows also say how much longer than that, and than the mean of the two.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
             "router": _engine(args, shape, {"router": str(router), "threshold": 0.0}),
         }
         if args.control:
-            engines[f"{args.baseline} again"] = _engine(args, shape, None)
+            engines[_control(args.baseline)] = _engine(args, shape, None)
         with ExitStack() as stack:
             for engine in engines.values():
                 stack.enter_context(engine)
@@ -56,15 +57,11 @@ def main() -> None:
                 time.sleep(0.2)
             rows: list[dict[str, Any]] = []
             source = provenance()
+            settings = {name: engine.settings() for name, engine in engines.items()}
             for context in args.contexts:
                 for row in _measure(engines, args, context):
-                    rows.append(row | {"provenance": source})
-                    sys.stdout.write(
-                        f"{row['metric']} {context:6d} tokens, {row['policy']:10s} "
-                        f"{row['overhead_percent']:+6.2f} % "
-                        f"[{row['interval_percent'][0]:+.2f}, {row['interval_percent'][1]:+.2f}]  "
-                        f"median {row['median']:.5f}\n"
-                    )
+                    rows.append(row | {"engine": settings[row["policy"]], "provenance": source})
+                    sys.stdout.write(f"{describe(row)}\n")
                 sys.stdout.flush()
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -144,24 +141,73 @@ def _measure(
             engine.stop(running)
             if turn >= 2:  # the first ones warm up, in both orders
                 turns[name].append((prefill, 1000 * decode))
+    return overhead_rows(turns, args.baseline, context)
+
+
+def overhead_rows(
+    turns: dict[str, list[tuple[float, float]]], baseline: str, context: int
+) -> list[dict[str, Any]]:
+    """Compare engines turn by turn, each with the baseline.
+
+    Args:
+        turns: by engine, of each turn (seconds to the first token, milliseconds a decode step); the
+            baseline's control, where there is one, is among them.
+        baseline: name of the engine to compare with.
+        context: tokens of the prompts.
+
+    Returns: a row an engine and metric; with a control also `against_control_percent` and
+        `against_mean_percent` (of baseline and control), each with `..._interval_percent`.
+    """
     rows = []
     for column, metric in enumerate(("ttft_s", "tpot_ms")):
-        base = [turn[column] for turn in turns[args.baseline]]
-        for name in names:
-            values = [turn[column] for turn in turns[name]]
-            percent = [100 * (v / b - 1) for v, b in zip(values, base, strict=True)]
-            rows.append(
-                {
-                    "metric": metric,
-                    "context": context,
-                    "policy": name,
-                    "overhead_percent": statistics.median(percent),
-                    "interval_percent": _interval(percent),
-                    "median": statistics.median(values),
-                    "values": values,
-                }
-            )
+        times = {name: [turn[column] for turn in found] for name, found in turns.items()}
+        base, control = times[baseline], times.get(_control(baseline))
+        for name, values in times.items():
+            median, interval = _longer(values, base)
+            row = {
+                "metric": metric,
+                "context": context,
+                "policy": name,
+                "overhead_percent": median,
+                "interval_percent": interval,
+                "median": statistics.median(values),
+                "values": values,
+            }
+            if control is not None:
+                mean = [(b + c) / 2 for b, c in zip(base, control, strict=True)]
+                for key, others in (("against_control", control), ("against_mean", mean)):
+                    median, interval = _longer(values, others)
+                    row |= {f"{key}_percent": median, f"{key}_interval_percent": interval}
+            rows.append(row)
     return rows
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Write a row as a line."""
+    line = f"{row['metric']} {row['context']:6d} tokens, {row['policy']:16s} "
+    line += _percent(row["overhead_percent"], row["interval_percent"])
+    line += f"  median {row['median']:.5f}"
+    for key in ("control", "mean"):
+        name = f"against_{key}"
+        if f"{name}_percent" in row:
+            found = row[f"{name}_percent"], row[f"{name}_interval_percent"]
+            line += f"  against {key} {_percent(*found)}"
+    return line
+
+
+def _percent(median: float, interval: tuple[float, float]) -> str:
+    return f"{median:+6.2f} % [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def _control(baseline: str) -> str:
+    """Name the second engine of the baseline."""
+    return f"{baseline} again"
+
+
+def _longer(values: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
+    """Return by how many per cent values exceed others of the same turn: median, interval."""
+    percent = [100 * (v / o - 1) for v, o in zip(values, others, strict=True)]
+    return statistics.median(percent), _interval(percent)
 
 
 def _interval(values: list[float], draws: int = 2000) -> tuple[float, float]:

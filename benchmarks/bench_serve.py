@@ -6,7 +6,8 @@ Both engines are alive at once, each in processes of its own on the same GPU (pl
 one after the other, for what only one has memory for). Routes are policy `static`, switched between
 measurements, so that one load serves every share of SPARSE layers; cases that mix rows give live
 requests routes of their own.
-Rows are written after every turn: a run that is cut short keeps what it measured.
+Rows are written after every turn: a run that is cut short keeps what it measured. The kernels of
+profiled prefills go into OUT.kernels.json beside them.
 """
 
 import argparse
@@ -37,20 +38,22 @@ def main() -> None:
     args = _parse()
     shape = Shape.of(json.loads((args.model / "config.json").read_text()))
     rows = RowFile(args.out)
+    settings: dict[str, Any] = {}
 
     def keep(row: Row) -> None:
         key = row.metric, row.context, row.batch, row.sparse_share, row.mixed
-        rows.keep(key, row.as_dict(), str(row))
+        rows.keep(key, row.as_dict() | {"engines": settings}, str(row))
 
     common = {"vocab_size": shape.vocab_size, **_arguments(args)}
     start_base = partial(Engine, attention_backend=args.baseline, **common)
     start_flux = partial(Engine, attention_backend="flux", additional_config=_flux(args), **common)
     if args.plan.endswith("_one_by_one"):
-        _measure_one_by_one(args, shape, start_base, start_flux, keep)
+        _measure_one_by_one(args, shape, start_base, start_flux, keep, settings)
         return
     with start_base() as base, start_flux() as flux:
         for engine in (base, flux):
             engine.wait()
+        settings |= {"flash_attn": base.settings(), "flux": flux.settings()}
         say("both engines are loaded")
         while args.go is not None and not args.go.exists():
             time.sleep(0.2)
@@ -65,6 +68,7 @@ def _measure(
     keep: Callable[[Row], None],
 ) -> None:
     in_time = time_limit(args.seconds)
+    kernels = RowFile(args.out.with_suffix(".kernels.json"))
     flux.fix_routes(shape.spread(0.5))
     for engine in (base, flux):  # compiles what only a second chunk uses
         engine.prefill_seconds(min(args.chunk + args.chunk // 2, longest_context(args.plan)))
@@ -74,7 +78,7 @@ def _measure(
         case = _possible(planned, shape)
         if isinstance(case, Prefill):
             if case.context not in saved and in_time():
-                saved[case.context] = _most_saved(shape, base, flux, case.context)
+                saved[case.context] = _most_saved(shape, base, flux, case.context, kernels)
             _measure_prefill(shape, base, flux, case, keep, in_time, saved.get(case.context))
         else:
             _measure_decode(args, shape, base, flux, case, keep, in_time, shortest)
@@ -115,22 +119,40 @@ def _measure_prefill(
             keep(row)
 
 
-def _most_saved(shape: Shape, base: Engine, flux: Engine, context: int) -> float | None:
+def _most_saved(
+    shape: Shape, base: Engine, flux: Engine, context: int, rows: RowFile
+) -> float | None:
     """Return L * (a_full - a_window) in seconds; None where no FlashAttention kernel runs."""
 
     def attention_ms(engine: Engine, name: str) -> float:
-        kernels = engine.profile(context)
-        attention = sum(ms for kernel, _, ms in kernels if "FlashAttnFwd" in kernel)
-        total = sum(ms for _, _, ms in kernels)
+        row = kernel_row(name, context, engine.profile(context))
         # What a prefill costs beside its attention; the ideal takes it as the same for both.
-        say(f"{context} tokens, {name}: kernels {total:.1f} ms, {attention:.1f} of attention")
-        for kernel, calls, ms in kernels[:8]:
-            say(f"  {ms:9.1f} ms {calls:6d} x  {kernel[:90]}")
-        return attention
+        line = f"{context} tokens, {name}: kernels {row['total_ms']:.1f} ms, "
+        rows.keep((context, name), row, f"{line}{row['attention_ms']:.1f} of attention")
+        for kernel in row["kernels"][:8]:
+            say(f"  {kernel['ms']:9.1f} ms {kernel['calls']:6d} x  {kernel['name'][:90]}")
+        return row["attention_ms"]
 
     flux.fix_routes(shape.spread(1.0))
     full, window = attention_ms(base, "baseline"), attention_ms(flux, "flux, all SPARSE")
     return (full - window) / 1000 if full else None
+
+
+def kernel_row(name: str, context: int, kernels: list[tuple[str, int, float]]) -> dict[str, Any]:
+    """Make a row of the kernels of one prefill.
+
+    Args:
+        name: of the engine.
+        context: tokens of the prompt.
+        kernels: name, calls, total milliseconds; longest first.
+    """
+    return {
+        "engine": name,
+        "context": context,
+        "total_ms": sum(ms for _, _, ms in kernels),
+        "attention_ms": sum(ms for kernel, _, ms in kernels if "FlashAttnFwd" in kernel),
+        "kernels": [{"name": kernel, "calls": calls, "ms": ms} for kernel, calls, ms in kernels],
+    }
 
 
 def _measure_decode(
@@ -199,8 +221,12 @@ def _measure_one_by_one(
     start_base: Callable[[], Engine],
     start_flux: Callable[[], Engine],
     keep: Callable[[Row], None],
+    settings: dict[str, Any],
 ) -> None:
-    """Measure decode with the baseline, end it, and measure flux: not in turns."""
+    """Measure decode with the baseline, end it, and measure flux: not in turns.
+
+    Each engine's settings are noted in `settings`, which rows carry.
+    """
     cases = [
         replace(case, shares=shape.shares(case.shares))
         for case in PLANS[args.plan]
@@ -209,6 +235,7 @@ def _measure_one_by_one(
     base_values: dict[Decode, list[float]] = {}
     shortest: dict[int, float] = {}
     with start_base() as base:
+        settings["flash_attn"] = base.settings()
         for case in cases:
             if case.batch not in shortest:
                 context = args.sink_tokens + args.window_tokens
@@ -217,6 +244,7 @@ def _measure_one_by_one(
             base_values[case] = _decode_alone(args, base, case, case.context, {0.0: None})[0.0]
             say(f"{args.baseline}: {statistics.median(base_values[case]):.3f} ms a step")
     with start_flux() as flux:
+        settings["flux"] = flux.settings()
         for case in cases:
             routes = {share: shape.spread(share) for share in case.shares}
             values = _decode_alone(args, flux, case, case.context, routes)

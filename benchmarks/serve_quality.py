@@ -17,8 +17,8 @@ by token (`forced_tokens.py`), and only what follows counts:
   log-probabilities put it first. So both metrics are those of offline scoring. Reasoning tasks are
   of this kind, and decode as many tokens as their length bucket says: they take long.
 
-Speed on the same servers: the longest prompts, streamed, one at a time and several, by the client's
-clock: TTFT, and time between a request's tokens after the first.
+Speed on the same servers: the longest prompts, streamed, one at a time and several, each from a
+process of its own and by its clock: TTFT, and time between a request's tokens after the first.
 
 --cached asks retrieval questions twice: alone, and after a local question on the same document,
 whose KV is then in the prefix cache. All else is kept apart by a cache salt for each request.
@@ -149,7 +149,7 @@ def _measure_server(
             title = f"{backend}, {measure}"
             if measure in speeds:
                 row = client.time(longest, args.output, speeds[measure], title)
-                line = f"TTFT {row['ttft_ms']['median']:.1f} ms"
+                line = f"TTFT {row['ttft_ms']['median']:.1f} ms, {sum(row['bursts'])} bursts"
             else:
                 asked = made if measure == "quality" else cached
                 assert asked is not None  # the measure is then not among those missing

@@ -115,9 +115,9 @@ class RelaxationSettings:
 class LossSettings:
     """What is minimised."""
 
-    distillation_weight: float = 1.0
+    distillation_weight: float = 0.0
     """Weight of KL(full attention || routed) on answer tokens, nats a token."""
-    lm_weight: float = 0.0
+    lm_weight: float = 1.0
     """Weight of the cross-entropy on answer tokens, nats a token."""
     answer_tokens: int = 128
     """Most answer tokens of a prompt that the loss looks at, evenly spaced."""

@@ -46,8 +46,6 @@ def smollm2(model: str = "", out: str = "") -> TrainConfig:
             wrappers=("chat", "plain", "dialogue"),
         ),
         loss=LossSettings(
-            distillation_weight=0.0,
-            lm_weight=1.0,
             # Layers go where they are worth most; 0.77 SPARSE came of these (docs/TRAINING.md).
             targets=("retrieval=0.455", "variable_tracking=0.7", "local=0.967", "few_shot=0.9"),
             multiplier_rate=0.02,
@@ -68,9 +66,7 @@ def paper(model: str = "", out: str = "") -> TrainConfig:
         out=out,
         router=RouterSettings(pool_tokens=96, sink_tokens=128, window_tokens=1024, full_bias=4.5),
         data=DataSettings(min_tokens=4096, max_tokens=65536, chunked_fraction=0.5),
-        loss=LossSettings(
-            distillation_weight=0.0, lm_weight=1.0, constraint="absolute", multiplier_rate=1e-3
-        ),
+        loss=LossSettings(constraint="absolute", multiplier_rate=1e-3),
         optimizer=OptimizerSettings(
             steps=300, batch_size=48, learning_rate=5e-4, micro_batch_tokens=65536
         ),

@@ -1,11 +1,19 @@
 """The parts of the benchmarks that need no engine: cases, rows, arguments, sizes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_head_split, bench_online, head_split_layer
+from benchmarks import (
+    bench_head_split,
+    bench_online,
+    bench_overhead,
+    bench_serve,
+    head_split_layer,
+)
+from benchmarks.provenance import provenance
 from benchmarks.row_file import RowFile, time_limit
 from benchmarks.serve_cases import PLANS, Prefill, Row, Shape, default_chunk, longest_context
 
@@ -30,6 +38,66 @@ def test_row_file_replaces_rows_of_a_key(tmp_path: Path, capsys: pytest.CaptureF
     assert [row["figure"] for row in found] == [3, 2]
     assert all(row["provenance"]["versions"]["torch"] for row in found)
     assert capsys.readouterr().out == "first\nsecond\nthird\n"
+
+
+def test_provenance_counts_the_cores_of_this_process() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        found = provenance()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert (found["cores"], found["machine_cores"]) == (1, os.cpu_count())
+
+
+def test_overhead_rows_compare_within_turns() -> None:
+    # The machine slows from turn to turn, the engines alike.
+    slow = [1.0, 2.0, 4.0]
+    turns = {
+        "B": [(s, 10 * s) for s in slow],
+        "full": [(1.1 * s, 12 * s) for s in slow],
+        "B again": [(1.02 * s, 9 * s) for s in slow],
+    }
+    rows = {
+        (row["metric"], row["policy"]): row for row in bench_overhead.overhead_rows(turns, "B", 512)
+    }
+    full = rows["ttft_s", "full"]
+    assert full["overhead_percent"] == pytest.approx(10)
+    assert full["against_control_percent"] == pytest.approx(100 * (1.1 / 1.02 - 1))
+    assert full["against_mean_percent"] == pytest.approx(100 * (1.1 / 1.01 - 1))
+    assert full["against_control_interval_percent"] == pytest.approx([7.843137] * 2)
+    assert full["against_mean_interval_percent"] == pytest.approx([8.910891] * 2)
+    assert (full["median"], full["values"]) == (pytest.approx(2.2), [1.1 * s for s in slow])
+    decode = rows["tpot_ms", "full"]
+    assert decode["overhead_percent"] == pytest.approx(20)
+    assert decode["against_control_percent"] == pytest.approx(100 / 3)
+    assert decode["against_mean_percent"] == pytest.approx(100 * (12 / 9.5 - 1))
+    assert rows["ttft_s", "B again"]["against_control_percent"] == 0
+    line = bench_overhead.describe(full)
+    assert "+10.00 % [+10.00, +10.00]  median 2.2" in line
+    assert line.endswith(
+        "against control  +7.84 % [+7.84, +7.84]  against mean  +8.91 % [+8.91, +8.91]"
+    )
+
+
+def test_overhead_rows_without_a_control() -> None:
+    turns = {"B": [(1.0, 2.0)], "full": [(2.0, 2.0)]}
+    rows = bench_overhead.overhead_rows(turns, "B", 512)
+    assert not any(key.startswith("against") for row in rows for key in row)
+    assert "against" not in bench_overhead.describe(rows[1])
+
+
+def test_interval_covers_turns_that_differ() -> None:
+    turns = {"B": [(1.0, 1.0)] * 5, "full": [(1.0 + t / 10, 1.0) for t in range(5)]}
+    low, high = bench_overhead.overhead_rows(turns, "B", 512)[1]["interval_percent"]
+    assert 0 <= low < 20 < high <= 40 + 1e-9
+
+
+def test_kernel_rows_keep_every_kernel() -> None:
+    kernels = [("flash::FlashAttnFwdSm90", 32, 30.0), ("gemm", 64, 20.0), ("copy", 9, 0.5)]
+    row = bench_serve.kernel_row("baseline", 65536, kernels)
+    assert (row["total_ms"], row["attention_ms"]) == (50.5, 30.0)
+    assert row["kernels"][2] == {"name": "copy", "calls": 9, "ms": 0.5}
 
 
 def test_time_limit() -> None:

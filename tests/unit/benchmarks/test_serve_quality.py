@@ -92,16 +92,21 @@ def test_quality_and_speed_table_takes_the_longest_prompts() -> None:
     times = {"ttft_ms": report.spread([10, 20, 30]), "token_ms": report.spread([2.0])}
     servers = {
         "baseline": {"quality": _rows([0.0, 1.0, 1.0, 0.0], None), "speed at 8": times},
-        "flux": {"quality": SERVER, "speed at 8": times, "speed at 1": times},
+        "flux": {
+            "quality": SERVER,
+            "speed at 8": times | {"bursts": [True, False, True]},
+            "speed at 1": times,
+        },
     }
     lines = report.quality_and_speed_table(PROMPTS, [1536, 8000, 8000, 1536], servers).splitlines()
     assert lines[0].startswith("At 8000 tokens, 2 prompts")
     heads = ["server", "score: local", "score: overall", "score: retrieval", "SPARSE"]
-    heads += ["TTFT at 1, ms", "ms a token at 1", "TTFT at 8, ms", "ms a token at 8"]
+    for count in (1, 8):
+        heads += [f"TTFT at {count}, ms", f"ms a token at {count}", f"bursts at {count}"]
     assert [head.strip() for head in lines[2].strip("|").split("|")] == heads
     took = "20.0 (12.0 to 28.0) | 2.0 (2.0 to 2.0)"
-    assert lines[4] == f"| baseline | 1.000 | 1.000 | 1.000 | - | - | - | {took} |"
-    assert lines[5] == f"| flux | 0.750 | 0.375 | 0.000 | 0.750 | {took} | {took} |"
+    assert lines[4] == f"| baseline | 1.000 | 1.000 | 1.000 | - | - | - | - | {took} | - |"
+    assert lines[5] == f"| flux | 0.750 | 0.375 | 0.000 | 0.750 | {took} | - | {took} | 2 of 3 |"
 
 
 def test_cached_table() -> None:

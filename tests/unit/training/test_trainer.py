@@ -31,7 +31,11 @@ def make_trainer(
     tiny_model: Callable[..., Any], tokenizer: Any, corpus: Path, tmp_path: Path
 ) -> Callable[..., Trainer]:
     def make(
-        name: str = "run", steps: int = 60, world: World = CPU, pattern: Any = "streaming"
+        name: str = "run",
+        steps: int = 60,
+        world: World = CPU,
+        pattern: Any = "streaming",
+        **loss: float,
     ) -> Trainer:
         config = TrainConfig(
             model="tiny",
@@ -58,6 +62,7 @@ def make_trainer(
                 target_ramp=0.3,
                 spread_penalty=0.5,
                 recent_steps=3,
+                **loss,  # type: ignore[arg-type]
             ),
             optimizer=OptimizerSettings(steps=steps, batch_size=4, learning_rate=5e-3),
             system=SystemSettings(device="cpu", dtype="float32", save_every=10),
@@ -85,6 +90,23 @@ def test_run_reaches_its_targets_and_writes_a_router(make_trainer: Callable[...,
     assert (info.pool_tokens, info.sink_tokens, info.window_tokens) == (16, 8, 32)
     assert info.provenance["steps"] == 60
     assert info.provenance["config"]["optimizer"]["batch_size"] == 4  # type: ignore[index, call-overload]
+
+
+def test_losses_are_weighted(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    def first_loss(name: str, **weights: float) -> float:
+        trainer = make_trainer(name, steps=1, **weights)
+        trainer.run()
+        loss: float = rows(trainer)[0]["loss"]
+        return loss
+
+    once, twice = first_loss("once"), first_loss("twice", lm_weight=2.0)
+    cross_entropy, rest = twice - once, 2 * once - twice  # the rest: constraints and logit penalty
+    divergence = first_loss("distilled", lm_weight=0.0, distillation_weight=1.0) - rest
+    both = first_loss("both", lm_weight=0.5, distillation_weight=2.0)
+    assert cross_entropy > divergence > 0.1
+    assert both == pytest.approx(0.5 * cross_entropy + 2 * divergence + rest, rel=1e-4)
 
 
 @pytest.mark.parametrize("pattern", ["streaming", "triangle"])
