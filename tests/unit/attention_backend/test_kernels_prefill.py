@@ -168,10 +168,10 @@ class Tails:
         self.batch = batch = make_batch(rows, Shape(), device)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         ends = batch.query_start_loc[1:]
-        self.begins = self._after(torch.cat([ends - lengths, ends[-1:]]), [0])
         self.seqused_q = self._after(lengths, [140])
-        self.seqused_k = self._after(batch.seq_lens, [150])
-        self.table = self._after(batch.block_table, batch.block_table[0].tolist())
+        batch.query_start_loc = self._after(torch.cat([ends - lengths, ends[-1:]]), [0])
+        batch.seq_lens = self._after(batch.seq_lens, [150])
+        batch.block_table = self._after(batch.block_table, batch.block_table[0].tolist())
 
     @staticmethod
     def _after(values: torch.Tensor, row: list[int]) -> torch.Tensor:
@@ -192,20 +192,9 @@ class Tails:
 @pytest.mark.parametrize("device", DEVICES)
 def test_attend_prefill_of_the_last_queries_alone(device: str) -> None:
     tails = Tails(device, FULL)
-    batch, out = tails.batch, tails.batch.poisoned_output()
-    attend_prefill(
-        batch.query,
-        batch.key_cache,
-        batch.value_cache,
-        out,
-        tails.table,
-        tails.begins,
-        tails.seqused_q,
-        tails.seqused_k,
-        scale=batch.scale,
-        sparse=False,
-    )
-    tails.check(out, batch.poisoned_output())
+    out = tails.batch.poisoned_output()
+    attend(tails.batch, out, tails.seqused_q, sparse=False)
+    tails.check(out, tails.batch.poisoned_output())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -220,10 +209,10 @@ def test_merge_sinks_of_the_last_queries_alone(device: str) -> None:
         batch.value_cache,
         out,
         lse,
-        tails.table,
-        tails.begins,
+        batch.block_table,
+        batch.query_start_loc,
         tails.seqused_q,
-        tails.seqused_k,
+        batch.seq_lens,
         scale=batch.scale,
         sink_tokens=batch.shape.sink_tokens,
         window_tokens=batch.shape.window_tokens,
