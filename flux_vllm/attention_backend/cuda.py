@@ -102,6 +102,8 @@ class CudaStep:
     """By layer of the group: whether any row may need the full pass."""
     sparse_pass: list[bool]
     """By layer of the group: whether any row may need the sparse pass."""
+    plans: torch.Tensor | None = None
+    """[L, size]: of a step without prefill rows, what the kernels planned for their calls."""
     has_prefill: bool = False
     by_vllm: bool = False
     """Whether vLLM's own call serves the batch: all rows are prefill within the SPARSE pattern's
@@ -143,23 +145,33 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> FlashAttentionMetadata:
         """Build vLLM's metadata, and the views of the same rows."""
+        runtime = self._layers[0].impl.binding.runtime if self._layers else None
+        step = None
+        if runtime is not None and runtime.config.policy != "full":
+            step = self._begin_step(runtime, common_attn_metadata.block_table_tensor.shape[1])
+            # vLLM's plan would be for its own call. The first build finds out about windows.
+            fast_build |= not step.by_vllm and self.aot_sliding_window is not None
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.flux = None
-        if self._layers:
-            runtime = self._layers[0].impl.binding.runtime
-            if runtime.config.policy != "full":
-                metadata.flux = self._step(runtime, metadata)
+        metadata.flux = step
+        if step is not None:
+            assert runtime is not None
+            self._write_step(step, runtime, metadata)
         return metadata
 
-    def _step(self, runtime: FluxRuntime, metadata: FlashAttentionMetadata) -> CudaStep:
-        active = runtime.step
+    def _begin_step(self, runtime: FluxRuntime, width: int) -> CudaStep:
         layers = len(self._layers)
-        views = self._view_buffers(runtime, metadata.block_table.shape[1])
-        step = CudaStep(views, [True] * layers, [False] * layers)
+        step = CudaStep(self._view_buffers(runtime, width), [True] * layers, [False] * layers)
+        if runtime.step is not None:
+            self._plan_passes(step, runtime, runtime.step.context)
+        return step
+
+    def _write_step(
+        self, step: CudaStep, runtime: FluxRuntime, metadata: FlashAttentionMetadata
+    ) -> None:
+        active, views = runtime.step, step.views
         facts = None
         if active is not None:
             facts = RowFacts(active.slots, active.context.is_prefill)
-            self._plan_passes(step, runtime, active.context)
         if not step.by_vllm:
             views.write(
                 metadata.block_table,
@@ -168,11 +180,12 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 facts,
                 runtime.table.routes,
             )
+        if not step.has_prefill:
+            step.plans = self._layers[0].impl._kernels.plan(views, metadata)
         if active is not None:
             step.pooling = self._group_pooling(runtime)
             if step.pooling is not None:
                 step.prompt = step.pooling.begin_step(active, metadata)
-        return step
 
     def _plan_passes(self, step: CudaStep, runtime: FluxRuntime, context: StepContext) -> None:
         """Say which passes the layers of a batch may need."""
@@ -296,6 +309,8 @@ class FluxCUDAImpl(FlashAttentionImpl):
         rows = step.views.layer_rows(attn_metadata.seq_lens.shape[0])[index]
         call = LayerCall(query, keys, values, out, attn_metadata, step.views, rows)
         if not step.has_prefill:
+            if step.plans is not None:
+                call.plan = step.plans[index]
             self._kernels.decode(call)
             return output
         if step.full_pass[index]:

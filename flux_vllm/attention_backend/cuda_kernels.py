@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
 from flux_vllm.attention_backend.cuda_views import LayerRows, ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.decode_plan import CallShape
 from flux_vllm.attention_backend.kernels.triton_decode import (
     QUERIES,
     DecodeWorkspace,
@@ -46,6 +47,8 @@ class LayerCall:
     views: ViewBuffers
     rows: LayerRows
     """The layer's part of the views."""
+    plan: torch.Tensor | None = None
+    """[size]: the layer's part of what `Kernels.plan` returned for the batch."""
 
 
 class Kernels(Protocol):
@@ -53,6 +56,16 @@ class Kernels(Protocol):
 
     scale: float
     """Of the scores."""
+
+    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
+        """Plan the `decode` calls of all layers that share the views.
+
+        Args:
+            views: of the batch, written.
+            metadata: vLLM's for the batch.
+
+        Returns: [L, size], in memory of the views; None where calls need no plan.
+        """
 
     def decode(self, call: LayerCall) -> None:
         """Attend a batch without prefill rows, each row through its view."""
@@ -133,8 +146,22 @@ class FA3Kernels:
 
     def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
         self.scale = impl.scale
+        self._shape = CallShape(
+            impl.num_heads, impl.num_kv_heads, impl.head_size, _num_sms(runtime)
+        )
         self._sink_tokens = runtime.sink_tokens
         self._window_tokens = runtime.window_tokens
+
+    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
+        """Write balanced plans, where FA3 would make its own before each call."""
+        if metadata.max_num_splits == 0:  # FA3 chooses, so no graph replays the calls
+            return None
+        return views.plan(
+            metadata.query_start_loc,
+            self._shape,
+            max_query_len=metadata.max_query_len,
+            num_splits=metadata.max_num_splits,
+        )
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one call over the views."""
@@ -177,6 +204,7 @@ class FA3Kernels:
             max_seq_len=metadata.max_seq_len,
             scale=self.scale,
             seqused_q=seqused_q,
+            scheduler_metadata=call.plan,
             num_splits=metadata.max_num_splits,
         )
 
@@ -224,6 +252,10 @@ class TritonKernels:
             self._workspaces[self._runtime] = whole
         splits = choose_num_splits(rows, kv_heads, self._num_sms)
         return whole.fit(splits, tokens, heads, head_dim)
+
+    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
+        """Plan nothing: the shares of a batch are all alike."""
+        return None
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one split-KV call over the views."""

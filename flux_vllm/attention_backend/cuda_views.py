@@ -9,6 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flux_vllm.attention_backend.kernels.decode_plan import (
+    CallShape,
+    plan_width,
+    write_decode_plans,
+)
 from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
 from flux_vllm.router.state import to_device
 
@@ -77,6 +82,7 @@ class ViewBuffers:
         self.full_seqused_q = zeros(layers, capacity)
         self.sparse_seqused_q = zeros(layers, capacity)
         self.unrouted = zeros(1, dtype=torch.int64)
+        self._plans = zeros(layers, plan_width(capacity))
         self._columns = torch.tensor(layer_columns, dtype=torch.int32, device=device)
         self._slots = torch.full((capacity,), -1, dtype=torch.int64, device=device)
         self._is_prefill = zeros(capacity, dtype=torch.int8)
@@ -88,7 +94,8 @@ class ViewBuffers:
     @staticmethod
     def nbytes(capacity: int, width: int, layers: int) -> int:
         """Return the memory that such buffers take."""
-        return 4 * capacity * (2 * width + 4 * layers + 1) + 9 * capacity
+        views = 4 * capacity * (2 * width + 4 * layers + 1) + 9 * capacity
+        return views + 4 * layers * plan_width(capacity)
 
     def write(
         self,
@@ -127,6 +134,34 @@ class ViewBuffers:
             self.sparse_seqused_q,
             self.unrouted,
             **self._sizes,
+        )
+
+    def plan(
+        self,
+        query_start_loc: torch.Tensor,
+        shape: CallShape,
+        *,
+        max_query_len: int,
+        num_splits: int,
+    ) -> torch.Tensor | None:
+        """Plan FlashAttention-3's decode calls over the views of the step.
+
+        Args:
+            query_start_loc: [R + 1] int32.
+            shape: of the calls.
+            max_query_len: most queries a row has (host).
+            num_splits: of the calls.
+
+        Returns: [L, size] int32, as `write_decode_plans`.
+        Host sync: none.
+        """
+        return write_decode_plans(
+            self.seqused_k,
+            query_start_loc,
+            self._plans,
+            shape,
+            max_query_len=max_query_len,
+            num_splits=num_splits,
         )
 
     def layer_rows(self, rows: int) -> list[LayerRows]:

@@ -101,6 +101,11 @@ class _Server:
         self.builder._capacity, self.builder._max_tokens = 6, 1000
         self.history = {name: [[] for _ in range(LAYERS)] for name in PROMPTS}
 
+    def add_routes(self, metadata: SimpleNamespace) -> None:
+        """Do what the builder does with vLLM's metadata."""
+        metadata.flux = self.builder._begin_step(self.runtime, metadata.block_table.shape[1])
+        self.builder._write_step(metadata.flux, self.runtime, metadata)
+
     def step(
         self, rows: list[tuple[str, int, bool]], padding: int = 0, at_once: bool = False
     ) -> None:
@@ -116,7 +121,7 @@ class _Server:
             )
         )
         metadata = self._metadata(rows, computed, padding)
-        metadata.flux = self.builder._step(self.runtime, metadata)
+        self.add_routes(metadata)
         slots = self.runtime.step.slots
         for index, layer in enumerate(self.layers):
             tokens = metadata.num_actual_tokens
@@ -232,7 +237,7 @@ def test_dummy_batch_attends_full(monkeypatch: pytest.MonkeyPatch) -> None:
     server.step([("a", 60, True)])
     metadata = server._metadata([("a", 1, False)], [60], padding=1)
     server.caches[1][server.tables["a"][60 // BLOCK_SIZE], :, 60 % BLOCK_SIZE] = 0.5
-    metadata.flux = server.builder._step(server.runtime, metadata)
+    server.add_routes(metadata)
     query = torch.randn(1, HEADS, HEAD_DIM)
     out = torch.full((1, HEADS * HEAD_DIM), float("nan"))
     layer = server.layers[1]

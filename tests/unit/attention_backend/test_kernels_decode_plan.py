@@ -1,0 +1,428 @@
+"""Work plans of FlashAttention-3 against plain Python, and in its calls on a Hopper GPU.
+
+Oracles: the rule in Python's integers; for what it is worth, processors that take shares one after
+another; for the layout, `get_scheduler_metadata` of vLLM's operator; the float32 reference of
+attention.
+"""
+
+import heapq
+import random
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.decode_plan import (
+    MOST_ROWS,
+    CallShape,
+    plan_width,
+    write_decode_plans,
+)
+from tests.helpers import fa3_emulation
+from tests.unit.attention_backend.test_kernels_cases import (
+    DEVICES,
+    FULL,
+    SPARSE,
+    Batch,
+    Row,
+    Shape,
+    check_rows,
+    make_batch,
+)
+from tests.unit.attention_backend.test_kernels_decode import (
+    AWKWARD,
+    SPECULATIVE,
+    Views,
+    decode,
+    views_of,
+)
+
+NUM_SPLITS, POISON = 32, -7
+LAYERS = 3
+needs_fa3 = pytest.mark.skipif(not fa3.is_available(), reason="needs a Hopper GPU and vLLM's FA3")
+
+# (query heads, kv heads, head_dim, most queries a row, rows)
+CASES = [
+    (32, 8, 128, 1, 1),
+    (32, 8, 128, 1, 5),
+    (32, 8, 128, 1, 64),
+    (32, 8, 128, 1, 300),
+    (32, 8, 128, 4, 33),
+    (9, 3, 64, 1, 8),
+    (9, 3, 64, 2, 31),
+    (1, 1, 64, 1, 1),
+    (16, 1, 64, 1, 40),
+    (16, 1, 64, 5, 7),
+    (16, 1, 128, 5, 62),
+    (4, 4, 128, 1, 17),
+    (8, 8, 128, 3, 300),
+    (8, 4, 64, 1, 300),
+]
+IDS = [f"N{n}-K{k}-H{h}-Q{q}-R{r}" for n, k, h, q, r in CASES]
+
+
+def lengths_of(rows: int, most_queries: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw keys per layer and row, and where the rows' queries start; the last rows are padding."""
+    keys = torch.rand(LAYERS, rows + 3).mul(np.log(70_000)).exp().int().clamp(1, 70_000)
+    queries = torch.full((rows,), most_queries)
+    padding = torch.arange(rows) >= rows - rows // 5
+    queries[padding] = 0
+    keys[:, :rows][:, padding] = 0
+    keys[-1, :rows] = keys[-1, :rows].clamp(max=2000)  # all rows SPARSE
+    starts = torch.cat([torch.zeros(1), queries.cumsum(0)]).int()
+    return keys.to(device), starts.to(device)
+
+
+def tile_sizes(shape: CallShape, most_queries: int) -> tuple[int, int]:
+    """Return FA3's tiles: queries (packed), keys."""
+    small_tiles = most_queries * shape.heads // shape.kv_heads <= 64
+    if shape.head_dim == 128:
+        return (64, 128) if small_tiles else (128, 128)
+    return (64, 192) if small_tiles else (192, 128)
+
+
+def ceil_div(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def splits_of(tiles: list[int], size: int) -> list[int]:
+    return [min(max(ceil_div(n, size), 1), NUM_SPLITS) for n in tiles]
+
+
+def expected_end(
+    tiles: list[int], query_tiles: list[int], splits: list[int], kv_heads: int, sms: int
+) -> int:
+    """Estimate when a batch ends, times `sms`: small shares first, the large ones all as large."""
+    cost = 3
+    rows = [
+        (q * n * kv_heads, ceil_div(t, n))
+        for q, t, n in zip(query_tiles, tiles, splits, strict=True)
+        if q
+    ]
+    if not rows:
+        return 0
+    largest = max(share for _, share in rows)
+    large = sum(count for count, share in rows if 4 * share > largest)
+    small = sum(count for count, share in rows if 4 * share <= largest)
+    smallest = max((share + cost for _, share in rows if 4 * share <= largest), default=0)
+    busy = [small // sms * smallest + smallest * (i < small % sms) for i in range(sms)]
+    ends = sorted(b + k * (largest + cost) for b in busy for k in range(1, large // sms + 2))
+    end = max(ends[large - 1], *busy) if large else max(busy)
+    return max(end * sms, sum(count * (share + cost) for count, share in rows))
+
+
+def plan_in_python(
+    keys: list[int], queries: list[int], shape: CallShape, most_queries: int
+) -> list[list[int]]:
+    """Plan one layer: the parts, unpadded, then the counter."""
+    group = shape.heads // shape.kv_heads
+    tile_queries, tile_keys = tile_sizes(shape, most_queries)
+    tiles = [ceil_div(n, tile_keys) for n in keys]
+    packed = [n * group for n in queries]
+    query_tiles = [ceil_div(n, tile_queries) for n in packed]
+    work = shape.kv_heads * sum(q * k for q, k in zip(query_tiles, tiles, strict=True))
+    shares = [*range(30, 5, -2), 5, 4, 3]
+    sizes = [max(ceil_div(work * share, 20 * shape.num_sms), 1) for share in shares]
+
+    def end(size: int) -> int:
+        splits = splits_of(tiles, size)
+        return expected_end(tiles, query_tiles, splits, shape.kv_heads, shape.num_sms)
+
+    splits = splits_of(tiles, min(sizes, key=end))  # the first, so the largest, of those alike
+    parts = [packed, splits]
+    if shape.head_dim == 128 or most_queries > 1:
+        smaller = next(n for n in (1, 2, 4, 8, 16) if group <= n or n == 16)
+        room = 32 * 2**20 // smaller // (tile_keys * 4 * shape.head_dim)
+        each = [max(ceil_div(n, s), 1) for n, s in zip(tiles, splits, strict=True)]
+        fitting = [next((h for h in (16, 8, 4, 2) if n * h <= room), 1) for n in each]
+        parts.append([min(h, shape.kv_heads) for h in fitting])
+    return [*parts, [0]]
+
+
+def time_of(
+    tiles: list[int], splits: list[int], kv_heads: int, sms: int, cost: float = 2.0
+) -> float:
+    """Let `sms` processors take the shares one after another, row by row, as FA3 does."""
+    busy = [0.0] * sms
+    for n, s in zip(tiles, splits, strict=True):
+        share = ceil_div(n, s)
+        for _ in range(kv_heads):
+            for i in range(s):
+                own = min(share, max(n - i * share, 0)) + cost
+                heapq.heapreplace(busy, busy[0] + own)
+    return max(busy)
+
+
+def parts_of(plan: torch.Tensor, rows: int) -> list[list[int]]:
+    """Take a plan apart; what lies between R and its multiple of 4 is nobody's."""
+    values, rounded = plan.tolist(), -(-rows // 4) * 4
+    parts = [values[i : i + rows] for i in range(0, len(values) - 1, rounded)]
+    return [*parts, values[-1:]]
+
+
+def plans_of(
+    keys: torch.Tensor, starts: torch.Tensor, shape: CallShape, most_queries: int
+) -> torch.Tensor | None:
+    width = plan_width(keys.shape[1])
+    plans = torch.full((LAYERS, width), POISON, dtype=torch.int32, device=keys.device)
+    return write_decode_plans(
+        keys, starts, plans, shape, max_query_len=most_queries, num_splits=NUM_SPLITS
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "most_queries", "rows"), CASES, ids=IDS)
+def test_write_decode_plans_is_the_rule(
+    heads: int, kv_heads: int, head_dim: int, most_queries: int, rows: int, device: str
+) -> None:
+    shape = CallShape(heads, kv_heads, head_dim, 132)
+    keys, starts = lengths_of(rows, most_queries, device)
+    plans = plans_of(keys, starts, shape, most_queries)
+    queries = starts.diff().tolist()
+    for layer, plan in enumerate(plans):
+        expected = plan_in_python(keys[layer, :rows].tolist(), queries, shape, most_queries)
+        assert parts_of(plan, rows) == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_write_decode_plans_balances_mixed_batches(device: str) -> None:
+    """Against FA3's rule: by a twentieth less at least on the mean, never a twenty-fifth more."""
+    draw = random.Random(0)
+    ratios = []
+    for _ in range(60):
+        kv_heads, head_dim = draw.choice([(8, 128), (2, 128), (3, 64)])
+        shape = CallShape(4 * kv_heads, kv_heads, head_dim, 132)
+        rows = draw.choice([2, 4, 6, 12, 16, 24])
+        length = draw.choice([16_384, 32_768, 65_536])
+        keys = [draw.choice([2176, length]) for _ in range(rows)]
+        keys_by_layer = torch.tensor([keys] * LAYERS, dtype=torch.int32, device=device)
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        plans = plans_of(keys_by_layer, starts, shape, 1)
+        assert plans is not None
+        tiles = [ceil_div(n, tile_sizes(shape, 1)[1]) for n in keys]
+        even = np.float32(sum(tiles)) * np.float32(1.1) * np.float32(kv_heads)
+        fa3_size = max(int(np.ceil(even / np.float32(132))), 1)
+        ours, theirs = parts_of(plans[0], rows)[1], splits_of(tiles, fa3_size)
+        ratios.append(time_of(tiles, ours, kv_heads, 132) / time_of(tiles, theirs, kv_heads, 132))
+    assert max(ratios) <= 1.04
+    assert statistics.mean(ratios) <= 0.95
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_write_decode_plans_of_padding_rows_alone(device: str) -> None:
+    keys = torch.zeros(LAYERS, 6, dtype=torch.int32, device=device)
+    starts = torch.zeros(6, dtype=torch.int32, device=device)
+    plans = plans_of(keys, starts, CallShape(32, 8, 128, 132), 1)
+    for plan in plans:
+        assert parts_of(plan, 5) == [[0] * 5, [1] * 5, [8] * 5, [0]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "most_queries", "splits", "rows"),
+    [
+        (CallShape(32, 8, 96, 132), 1, 32, 4),
+        (CallShape(71, 1, 64, 132), 1, 32, 4),
+        (CallShape(32, 8, 128, 132), 1, 0, 4),
+        (CallShape(32, 8, 128, 132), 1, 1, 4),
+        (CallShape(32, 8, 128, 132), 1, 32, MOST_ROWS + 1),
+        (CallShape(32, 8, 128, 132), 1, 32, 0),
+    ],
+)
+def test_write_decode_plans_leaves_other_calls_to_fa3(
+    shape: CallShape, most_queries: int, splits: int, rows: int
+) -> None:
+    keys = torch.ones(LAYERS, rows, dtype=torch.int32)
+    starts = torch.arange(rows + 1, dtype=torch.int32)
+    plans = torch.full((LAYERS, plan_width(rows)), POISON, dtype=torch.int32)
+    got = write_decode_plans(
+        keys, starts, plans, shape, max_query_len=most_queries, num_splits=splits
+    )
+    assert got is None
+    assert (plans == POISON).all()
+
+
+def test_view_buffers_count_their_plans() -> None:
+    views = ViewBuffers(6, 10, [0, 1, 3], 16, 20, 24, 44, torch.device("cpu"))
+    held = [value for value in vars(views).values() if isinstance(value, torch.Tensor)]
+    fixed = views.unrouted.nbytes + views._columns.nbytes
+    assert sum(tensor.nbytes for tensor in held) - fixed == ViewBuffers.nbytes(6, 10, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@needs_fa3
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "most_queries", "rows"), CASES, ids=IDS)
+def test_write_decode_plans_has_the_layout_of_fa3s_own(
+    heads: int, kv_heads: int, head_dim: int, most_queries: int, rows: int, block_size: int
+) -> None:
+    from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
+
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    keys, starts = lengths_of(rows, most_queries, "cuda")
+    shape = CallShape(heads, kv_heads, head_dim, sms)
+    plans = plans_of(keys, starts, shape, most_queries)
+    for layer, plan in enumerate(plans):
+        theirs = get_scheduler_metadata(
+            rows,
+            most_queries,
+            70_000,
+            heads,
+            kv_heads,
+            head_dim,
+            keys[layer, :rows],
+            cu_seqlens_q=starts,
+            page_size=block_size,
+            causal=True,
+            num_splits=NUM_SPLITS,
+        )
+        assert plan.shape == theirs.shape
+        ours, fa3s = parts_of(plan, rows), parts_of(theirs, rows)
+        assert (ours[0], ours[-1]) == (fa3s[0], fa3s[-1])
+        tile_keys = tile_sizes(shape, most_queries)[1]
+        same = [i for i in range(rows) if ours[1][i] == fa3s[1][i]]
+        assert [part[i] for part in ours[2:-1] for i in same] == [
+            part[i] for part in fa3s[2:-1] for i in same
+        ]
+        # FA3's own rule, which the balance is tested against.
+        group_tiles = [ceil_div(n, tile_keys) for n in keys[layer, :rows].tolist()]
+        query_tiles = [ceil_div(n, tile_sizes(shape, most_queries)[0]) for n in ours[0]]
+        work = sum(q * k for q, k in zip(query_tiles, group_tiles, strict=True))
+        even = np.float32(work) * np.float32(1.1) * np.float32(kv_heads)
+        size = max(int(np.ceil(even / np.float32(sms))), 1)
+        assert fa3s[1] == splits_of(group_tiles, size)
+
+
+def planned(batch: Batch, views: Views, plans: torch.Tensor) -> torch.Tensor:
+    """Plan the first layer's call."""
+    shape = batch.shape
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    plan = write_decode_plans(
+        views.seqused_k[:1],
+        batch.query_start_loc,
+        plans,
+        CallShape(shape.heads, shape.kv_heads, shape.head_dim, sms),
+        max_query_len=max(row.query_len for row in batch.rows),
+        num_splits=NUM_SPLITS,
+    )
+    assert plan is not None
+    return plan[0]
+
+
+def attend(batch: Batch, views: Views, out: torch.Tensor, plan: torch.Tensor | None) -> None:
+    rows = len(batch.rows)
+    fa3.attend(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        out,
+        views.table2,
+        views.kv_batch_idx[0, :rows],
+        batch.query_start_loc,
+        views.seqused_k[0, :rows],
+        max_query_len=max(row.query_len for row in batch.rows),
+        max_seq_len=max(row.seq_len for row in batch.rows),
+        scale=batch.scale,
+        scheduler_metadata=plan,
+        num_splits=NUM_SPLITS,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@needs_fa3
+@pytest.mark.parametrize("rows", [AWKWARD, SPECULATIVE], ids=["single", "speculative"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(dtype=torch.bfloat16, heads=16, kv_heads=1, block_size=64),
+        Shape(dtype=torch.bfloat16, head_dim=128),
+        Shape(dtype=torch.bfloat16, heads=32, kv_heads=8, head_dim=128, block_size=128),
+    ],
+    ids=str,
+)
+def test_attention_by_the_plan(shape: Shape, rows: list[Row]) -> None:
+    """Twice over one plan: a call must leave the counter of tiles at 0."""
+    rows = [*rows, decode(7000, FULL), decode(2500, SPARSE)]
+    # With blocks as large as its tiles FA3 loads whole blocks: weight 0 times what is in them.
+    batch = make_batch(rows, shape, "cuda", poison=float("nan") if shape.block_size < 128 else 3e4)
+    views = views_of(batch)
+    plans = torch.zeros(1, plan_width(len(rows)), dtype=torch.int32, device="cuda")
+    plan = planned(batch, views, plans)
+    for _ in range(2):
+        out = batch.poisoned_output()
+        attend(batch, views, out, plan)
+        assert plan[-1] == 0
+        check_rows(batch, out, [True] * len(rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@needs_fa3
+def test_graph_replay_follows_plans_that_change() -> None:
+    """Captured over short rows; then lengths, routes and padding change under the graph."""
+    shape = Shape(dtype=torch.bfloat16, head_dim=128)
+    lengths = [9000, 150, 4000, 700, 33]
+    batch = make_batch([decode(n, FULL) for n in lengths], shape, "cuda")
+    views, out = views_of(batch), batch.poisoned_output()
+    seq_lens, starts = batch.seq_lens.clone(), batch.query_start_loc.clone()
+    batch.seq_lens.clamp_(max=16)
+    views.write(batch, torch.full((5, 1), FULL, dtype=torch.int8), list(range(5)), [0])
+    plans = torch.zeros(1, plan_width(5), dtype=torch.int32, device="cuda")
+    plan = planned(batch, views, plans)
+    attend(batch, views, out, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(batch, views, out, plan)
+    for routes in ([FULL] * 5, [SPARSE, FULL], [SPARSE] * 4, [FULL]):
+        real, padding = len(routes), 5 - len(routes)
+        batch.rows = [decode(*of_row) for of_row in zip(lengths, routes, strict=False)]
+        batch.rows += [Row(0, 0)] * padding
+        batch.seq_lens.copy_(seq_lens)[real:] = 0
+        batch.query_start_loc.copy_(starts.clamp(max=real))
+        table = torch.tensor([[route] for route in routes], dtype=torch.int8)
+        views.write(batch, table, [*range(real), *[-1] * padding], [0])
+        assert planned(batch, views, plans).data_ptr() == plan.data_ptr()
+        out.fill_(float("nan"))
+        graph.replay()
+        check_rows(batch, out, [True] * 5)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter")
+def test_a_decode_step_plans_its_layers_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The real builder and layers: a plan for steps of decode rows that a graph may replay."""
+    from tests.helpers.cuda_backend import BackendWorker
+
+    plans: list[torch.Tensor | None] = []
+
+    def attend(*args: object, scheduler_metadata: torch.Tensor | None, **kwargs: object) -> object:
+        plans.append(scheduler_metadata)
+        return fa3_emulation.attend(*args, **kwargs)
+
+    monkeypatch.setattr(fa3, "is_available", lambda: True)
+    monkeypatch.setattr(fa3, "attend", attend)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    batch = make_batch([decode(90, SPARSE), decode(150, FULL), Row(0, 0)], Shape(), "cpu")
+    worker = BackendWorker(tmp_path, batch, "fa3")
+    for layer in worker.layers:
+        layer.impl.vllm_flash_attn_version = 3
+    worker.check(batch, worker.step(batch))
+    assert plans == [None] * 2
+    worker.builder.use_full_cuda_graph = True
+    worker.builder.max_cudagraph_size, worker.builder.max_num_splits = 64, NUM_SPLITS
+    worker.check(batch, worker.step(batch))
+    for plan, keys in zip(plans[2:], ([58, 150, 0], [90, 118, 0]), strict=True):
+        expected = plan_in_python(keys, [1, 1, 0], CallShape(4, 2, 64, 132), 1)
+        assert parts_of(plan, 3) == expected
+        assert plan.is_contiguous()
