@@ -81,7 +81,9 @@ def _profile(engines: dict[str, Engine], args: argparse.Namespace) -> None:
                 calls, micros = calls / _TIMED_PREFILLS, 1e6 * seconds / _TIMED_PREFILLS
                 print(f"  {micros:9.0f} us {calls:5.0f} x  {function}")
             _print_kernels(f"{name}, {context} tokens", 1, engine.profile(context))
-            steps = engine.profile_steps(context, _PROFILED_STEPS)
+            running = engine.start(context, 1)
+            steps = engine.profile_steps(_PROFILED_STEPS, 1)
+            engine.stop(running)
             _print_kernels(f"{name}, decode at {context} tokens, a step", _PROFILED_STEPS, steps)
 
 

@@ -7,7 +7,7 @@ one after the other, for what only one has memory for). Routes are policy `stati
 measurements, so that one load serves every share of SPARSE layers; cases that mix rows give live
 requests routes of their own.
 Rows are written after every turn: a run that is cut short keeps what it measured. The kernels of
-profiled prefills go into OUT.kernels.json beside them.
+profiled prefills, and of decode steps of mixed rows, go into OUT.kernels.json beside them.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _measure(
                 saved[case.context] = _most_saved(shape, base, flux, case.context, kernels)
             _measure_prefill(shape, base, flux, case, keep, in_time, saved.get(case.context))
         else:
-            _measure_decode(args, shape, base, flux, case, keep, in_time, shortest)
+            _measure_decode(args, shape, base, flux, case, keep, in_time, shortest, kernels)
 
 
 def _possible(case: Prefill | Decode, shape: Shape) -> Prefill | Decode:
@@ -139,11 +139,11 @@ def _most_saved(
 
 
 def kernel_row(name: str, context: int, kernels: list[tuple[str, int, float]]) -> dict[str, Any]:
-    """Make a row of the kernels of one prefill.
+    """Make a row of the kernels of one prefill, or decode step.
 
     Args:
         name: of the engine.
-        context: tokens of the prompt.
+        context: tokens of a prompt.
         kernels: name, calls, total milliseconds; longest first.
     """
     return {
@@ -164,6 +164,7 @@ def _measure_decode(
     keep: Callable[[Row], None],
     in_time: Callable[[], bool],
     shortest: dict[int, float],
+    kernels: RowFile,
 ) -> None:
     if not in_time():
         return
@@ -189,9 +190,31 @@ def _measure_decode(
             if turn:  # the first warms up
                 base_values.append(pair[0])
                 values[share].append(pair[1])
+    if case.mixed:
+        _profile_mixed(args, base, flux, case, kernels)
     for engine, names in running:
         engine.stop(names)
     _keep_decode(case, values, base_values, shortest[case.batch], keep)
+
+
+def _profile_mixed(
+    args: argparse.Namespace, base: Engine, flux: Engine, case: Decode, rows: RowFile
+) -> None:
+    """Keep the kernels of a decode step, the mean of some, by how many rows are SPARSE."""
+
+    def profile(engine: Engine, name: str) -> None:
+        engine.step_seconds(4, case.batch)
+        found = engine.profile_steps(args.steps, case.batch)
+        a_step = [(kernel, n // args.steps, ms / args.steps) for kernel, n, ms in found]
+        row = kernel_row(name, case.context, a_step) | {"batch": case.batch}
+        line = f"{case.context} x {case.batch}, {name}: kernels {row['total_ms']:.3f} ms a step, "
+        key = case.context, case.batch, name
+        rows.keep(key, row, f"{line}{row['attention_ms']:.3f} of attention")
+
+    profile(base, "baseline")
+    for share in (0.0, *case.shares, 1.0):
+        flux.mix_rows(round(share * case.batch))
+        profile(flux, f"flux, {round(share * case.batch)} rows SPARSE")
 
 
 def _step_ms(args: argparse.Namespace, engine: Engine, batch: int) -> float:

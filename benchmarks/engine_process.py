@@ -63,14 +63,14 @@ class Engine:
         """List the GPU kernels of one prefill: name, calls, total milliseconds; longest first."""
         return self._call("profile", tokens)
 
-    def profile_steps(self, context: int, steps: int) -> list[tuple[str, int, float]]:
-        """List the GPU kernels of decode steps of one request, likewise; graphs' are among them.
+    def profile_steps(self, steps: int, batch: int) -> list[tuple[str, int, float]]:
+        """List the GPU kernels of decode steps, likewise, summed; graphs' are among them.
 
         Args:
-            context: tokens of the prompt.
             steps: decode steps, counted together.
+            batch: requests, which all decode.
         """
-        return self._call("profile_steps", context, steps)
+        return self._call("profile_steps", steps, batch)
 
     def start(self, context: int, batch: int, attend: bool = True) -> list[str]:
         """Bring requests into decode.
@@ -209,11 +209,8 @@ class _Driver:
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:
         return _kernels(partial(self.prefill_seconds, tokens, 1))
 
-    def profile_steps(self, context: int, steps: int) -> list[tuple[str, int, float]]:
-        names = self.start(context, 1, attend=True)
-        found = _kernels(partial(self.step_seconds, steps, 1))
-        self.stop(names)
-        return found
+    def profile_steps(self, steps: int, batch: int) -> list[tuple[str, int, float]]:
+        return _kernels(partial(self.step_seconds, steps, batch))
 
     def _random_prompt(self, tokens: int) -> list[int]:
         self._next += 1

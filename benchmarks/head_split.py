@@ -15,7 +15,7 @@ import torch
 from benchmarks.worker_extension import BenchmarkWorker
 from flux_vllm.attention_backend import cuda
 from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels
-from flux_vllm.attention_backend.cuda_views import LayerRows
+from flux_vllm.attention_backend.cuda_views import LayerRows, ViewBuffers
 
 
 class HeadSplitKernels:
@@ -28,6 +28,9 @@ class HeadSplitKernels:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self.scale = kernels.scale
+
+    def plan(self, views: ViewBuffers, metadata: Any) -> None:
+        """Plan nothing: FA3 plans each half's call in the call."""
 
     def decode(self, call: LayerCall) -> None:
         """Attend a batch without prefill rows."""

@@ -47,6 +47,9 @@ class MadeUpEngine:
     def profile(self, tokens: int) -> list[tuple[str, int, float]]:
         return KERNELS
 
+    def profile_steps(self, steps: int, batch: int) -> list[tuple[str, int, float]]:
+        return [(name, steps * calls, steps * ms) for name, calls, ms in KERNELS]
+
     def start(self, *args: object) -> list[str]:
         return ["request"]
 
@@ -83,10 +86,16 @@ def test_serve_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path
         assert [(row["engine"], row["context"]) for row in rows] == [
             ("baseline", 512),
             ("flux, all SPARSE", 512),
+            ("baseline", 512),
+            ("flux, 0 rows SPARSE", 512),
+            ("flux, 1 rows SPARSE", 512),
+            ("flux, 2 rows SPARSE", 512),
         ]
-        assert rows[1]["kernels"] == [
-            dict(zip(("name", "calls", "ms"), kernel, strict=True)) for kernel in KERNELS
-        ]
+        assert [row.get("batch") for row in rows] == [None, None, 2, 2, 2, 2]
+        for row in rows:
+            assert row["kernels"] == [
+                dict(zip(("name", "calls", "ms"), kernel, strict=True)) for kernel in KERNELS
+            ]
         assert all(row["attention_ms"] == 3.0 and row["provenance"] for row in rows)
 
 
