@@ -157,22 +157,101 @@ def _splits(tiles, size, num_splits):
 
 
 @triton.jit
-def _rounds(large, largest, small, smallest, num_sms):
+def _rounds(large, largest, small, most_small, num_sms):
     """Estimate when processors that take the small shares first have done the large ones, too.
 
     Args:
         large: number of large shares.
         largest: what the largest takes.
         small: number of small shares.
-        smallest: what the largest of the small ones takes, no more than `largest`.
+        most_small: what the largest of those takes, no more than `largest`.
         num_sms: processors.
     """
-    before, late = small // num_sms * smallest, small % num_sms
+    before, late = small // num_sms * most_small, small % num_sms
     rounds, left = large // num_sms, large % num_sms
     # `late` processors have one small share more behind them than the others.
-    end = before + rounds * largest + tl.where(late > 0, smallest, 0)
+    end = before + rounds * largest + tl.where(late > 0, most_small, 0)
     end = tl.where(left > 0, before + (rounds + 1) * largest, end)
-    return tl.where(left > num_sms - late, before + smallest + (rounds + 1) * largest, end)
+    return tl.where(left > num_sms - late, before + most_small + (rounds + 1) * largest, end)
+
+
+@triton.jit
+def _candidates(
+    keys_of_layer,
+    query_start_loc,
+    rows,
+    group,
+    kv_heads,
+    num_sms,
+    num_splits,
+    TILE_QUERIES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Return the sizes of share to try, and with each of them the largest share: tiles, [16]."""
+    lane = tl.arange(0, ROWS)
+    work = tl.zeros([], dtype=tl.int64)
+    for start in range(0, rows, ROWS):
+        _, query_tiles, tiles = _row_tiles(
+            keys_of_layer, query_start_loc, start + lane, rows, group, TILE_QUERIES, TILE_KEYS
+        )
+        work += tl.sum((query_tiles * tiles).to(tl.int64), axis=0)
+    candidate = tl.arange(0, _SIZES)
+    twentieths = tl.maximum(30 - 2 * candidate, 18 - candidate)  # 30, 28, .., 6, 5, 4, 3
+    even = 20 * num_sms
+    sizes = (work * kv_heads * twentieths + even - 1) // even
+    sizes = tl.maximum(sizes, 1).to(tl.int32)
+    largest = tl.zeros([_SIZES], dtype=tl.int32)
+    for start in range(0, rows, ROWS):
+        _, query_tiles, tiles = _row_tiles(
+            keys_of_layer, query_start_loc, start + lane, rows, group, TILE_QUERIES, TILE_KEYS
+        )
+        splits = _splits(tiles[None, :], sizes[:, None], num_splits)
+        share = tl.where(query_tiles[None, :] > 0, (tiles[None, :] + splits - 1) // splits, 0)
+        largest = tl.maximum(largest, tl.max(share, axis=1))
+    return sizes, largest
+
+
+@triton.jit
+def _choose_size(
+    keys_of_layer,
+    query_start_loc,
+    rows,
+    group,
+    kv_heads,
+    num_sms,
+    num_splits,
+    TILE_QUERIES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Return the size of share, in tiles, with which the layer's call should end first."""
+    sizes, largest = _candidates(
+        keys_of_layer, query_start_loc, rows, group, kv_heads, num_sms, num_splits,
+        TILE_QUERIES, TILE_KEYS, ROWS,
+    )  # fmt: skip
+    large = tl.zeros([_SIZES], dtype=tl.int32)
+    small = tl.zeros([_SIZES], dtype=tl.int32)
+    most_small = tl.zeros([_SIZES], dtype=tl.int32)
+    cost = tl.zeros([_SIZES], dtype=tl.int64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        _, query_tiles, tiles = _row_tiles(
+            keys_of_layer, query_start_loc, row, rows, group, TILE_QUERIES, TILE_KEYS
+        )
+        splits = _splits(tiles[None, :], sizes[:, None], num_splits)
+        share = (tiles[None, :] + splits - 1) // splits
+        count = query_tiles[None, :] * splits
+        is_large = 4 * share > largest[:, None]
+        large += tl.sum(tl.where(is_large, count, 0), axis=1)
+        small += tl.sum(tl.where(is_large, 0, count), axis=1)
+        of_small = tl.where(is_large | (count == 0), 0, share + _SHARE_COST)
+        most_small = tl.maximum(most_small, tl.max(of_small, axis=1))
+        cost += tl.sum((count * (share + _SHARE_COST)).to(tl.int64), axis=1)
+    end = _rounds(large * kv_heads, largest + _SHARE_COST, small * kv_heads, most_small, num_sms)
+    # No earlier than an even part of all shares.
+    end = tl.maximum(end.to(tl.int64) * num_sms, cost * kv_heads)
+    return tl.max(tl.where(end == tl.min(end, axis=0), sizes, 0), axis=0)
 
 
 # Compiled by powers of two of R, not again for each multiple of 16.
@@ -197,56 +276,13 @@ def _plans_kernel(
 ):
     layer = tl.program_id(0).to(tl.int64)
     keys_of_layer = seqused_k + layer * stride_keys
-    lane = tl.arange(0, ROWS)
-    work = tl.zeros([], dtype=tl.int64)
-    most = tl.zeros([], dtype=tl.int32)
-    for start in range(0, rows, ROWS):
-        _, query_tiles, tiles = _row_tiles(
-            keys_of_layer, query_start_loc, start + lane, rows, group, TILE_QUERIES, TILE_KEYS
-        )
-        work += tl.sum((query_tiles * tiles).to(tl.int64), axis=0)
-        most = tl.maximum(most, tl.max(tiles, axis=0))
-    work *= kv_heads
-
-    candidate = tl.arange(0, _SIZES)
-    twentieths = tl.maximum(30 - 2 * candidate, 18 - candidate)  # 30, 28, .., 6, 5, 4, 3
-    even = 20 * num_sms
-    sizes = tl.maximum((work * twentieths + even - 1) // even, 1).to(tl.int32)
-    largest = tl.zeros([_SIZES], dtype=tl.int32)
-    for start in range(0, rows, ROWS):
-        _, query_tiles, tiles = _row_tiles(
-            keys_of_layer, query_start_loc, start + lane, rows, group, TILE_QUERIES, TILE_KEYS
-        )
-        splits = _splits(tiles[None, :], sizes[:, None], num_splits)
-        share = tl.where(query_tiles[None, :] > 0, (tiles[None, :] + splits - 1) // splits, 0)
-        largest = tl.maximum(largest, tl.max(share, axis=1))
-    large = tl.zeros([_SIZES], dtype=tl.int32)
-    small = tl.zeros([_SIZES], dtype=tl.int32)
-    smallest = tl.zeros([_SIZES], dtype=tl.int32)
-    cost = tl.zeros([_SIZES], dtype=tl.int64)
-    for start in range(0, rows, ROWS):
-        _, query_tiles, tiles = _row_tiles(
-            keys_of_layer, query_start_loc, start + lane, rows, group, TILE_QUERIES, TILE_KEYS
-        )
-        splits = _splits(tiles[None, :], sizes[:, None], num_splits)
-        share = (tiles[None, :] + splits - 1) // splits
-        count = query_tiles[None, :] * splits
-        is_large = 4 * share > largest[:, None]
-        large += tl.sum(tl.where(is_large, count, 0), axis=1)
-        small += tl.sum(tl.where(is_large, 0, count), axis=1)
-        of_small = tl.where(is_large | (count == 0), 0, share + _SHARE_COST)
-        smallest = tl.maximum(smallest, tl.max(of_small, axis=1))
-        cost += tl.sum((count * (share + _SHARE_COST)).to(tl.int64), axis=1)
-    end = _rounds(large * kv_heads, largest + _SHARE_COST, small * kv_heads, smallest, num_sms).to(
-        tl.int64
-    )
-    # No earlier than an even part of all shares.
-    end = tl.maximum(end * num_sms, cost * kv_heads)
-    size = tl.max(tl.where(end == tl.min(end, axis=0), sizes, 0), axis=0)
-
+    size = _choose_size(
+        keys_of_layer, query_start_loc, rows, group, kv_heads, num_sms, num_splits,
+        TILE_QUERIES, TILE_KEYS, ROWS,
+    )  # fmt: skip
     plan = plans + layer * stride_plans
     for start in range(0, rows, ROWS):
-        row = start + lane
+        row = start + tl.arange(0, ROWS)
         mask = row < rows
         packed, _, tiles = _row_tiles(
             keys_of_layer, query_start_loc, row, rows, group, TILE_QUERIES, TILE_KEYS
