@@ -23,14 +23,13 @@ FUNCTIONS = (
     ("flux_vllm.attention_backend.cpu", "FluxCPUImpl", "forward"),
     ("flux_vllm.runtime", "FluxRuntime", "end_step"),
     ("flux_vllm.runtime", "FluxRuntime", "do_deferred"),
-    (f"{_CUDA}_pooling", None, "to_device"),
+    (f"{_CUDA}_pooling", None, "upload"),
     (f"{_CUDA}_pooling", None, "update_counts"),
     (f"{_CUDA}_pooling", None, "update_sums"),
     (f"{_CUDA}_pooling", None, "pool_rows"),
     (f"{_CUDA}_pooling", None, "decide_routes"),
     (f"{_CUDA}_pooling", None, "decide_layers"),
     ("flux_vllm.runtime", "FinishedStep", "read"),
-    ("flux_vllm.router.state", "RouteTable", "clean"),
     ("flux_vllm.runtime", "FluxRuntime", "_count_finished"),
 )
 """Module, class or None, function; times hold those of the functions called within."""

@@ -14,7 +14,7 @@ from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route, choose_route, full_probability
-from flux_vllm.router.state import RouteTable, to_device
+from flux_vllm.router.state import RouteTable
 from flux_vllm.step import StepContext
 
 _RECENT_DECISIONS = 256
@@ -81,12 +81,13 @@ class FinishedStep:
             routes = torch.tensor(fixed_routes, dtype=torch.int8).expand(rows, -1)
             probability = torch.full((rows, table.num_layers), float("nan"))
         elif rows:
-            slots = to_device(step.slots[step.to_route], table.device)
-            routes, probability = table.routes[slots], table.full_probability[slots]
+            routes, probability = table.of_slots(step.slots[step.to_route])
             if table.device.type != "cpu":
                 routes, probability = _to_host(routes), _to_host(probability)
                 event = torch.cuda.Event()
                 event.record()
+            else:
+                routes, probability = routes.clone(), probability.clone()
         return cls(
             context=step.context,
             slots=step.slots,
@@ -238,7 +239,6 @@ class FluxRuntime:
         settled = step.to_route & step.context.completes_prompt
         self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
         self._finished.append(FinishedStep.read(step, settled, self.table, self.fixed_routes))
-        self.table.clean()  # now that the step is launched
         self._count_finished(wait=False)
 
     def _count_finished(self, wait: bool) -> None:

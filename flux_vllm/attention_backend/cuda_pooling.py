@@ -42,7 +42,7 @@ from flux_vllm.attention_backend.kernels.router_mlp import (
 )
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.router.features import GRANULE_TOKENS
-from flux_vllm.router.state import to_device
+from flux_vllm.router.state import upload
 from flux_vllm.runtime import ActiveStep, FluxRuntime
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class GroupPooling:
     def _count(self, packed: PackedRows, tokens: int, metadata: "FlashAttentionMetadata") -> None:
         """Upload the prompt rows and update the token counts."""
         if len(packed.rows):
-            self._step.rows[: len(packed.rows)] = to_device(packed.rows, self._sums.device)
+            upload(packed.rows, self._step.rows[: len(packed.rows)])
         update_counts(self._counts, metadata.slot_mapping, tokens, packed, self._step)
 
     def route(

@@ -27,11 +27,17 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def upload(array: np.ndarray, target: torch.Tensor) -> None:
+    """Copy a small array into a tensor of its shape and dtype without waiting for the device."""
+    tensor = torch.from_numpy(array)
+    target.copy_(tensor if target.device.type == "cpu" else tensor.pin_memory(), non_blocking=True)
+
+
 class RouteTable:
     """The routes of every live request, by slot; a request keeps its slot until it ends.
 
     Free slots hold the default routes, so that taking one needs no work on the device: what ended
-    requests leave is cleaned when the step that follows has been launched (`clean`).
+    requests leave is cleaned when no slot is free, for all of them together.
 
     Args:
         num_layers: layers of the model.
@@ -74,7 +80,7 @@ class RouteTable:
             slot = self._slots.get(request_id)
             if slot is None:
                 if not self._free:
-                    self.clean()
+                    self._clean()
                 if not self._free:
                     self._grow(2 * len(self.settled_prompt_len))
                 slot = self._slots[request_id] = self._free.pop()
@@ -89,7 +95,17 @@ class RouteTable:
             if slot is not None:
                 self._used.append(slot)
 
-    def clean(self) -> None:
+    def of_slots(self, slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the routes and P(FULL) of some slots, views where it is one: [P, L], [P, L]."""
+        if len(slots) == 1:  # by far the most frequent, and without launches
+            one = slice(int(slots[0]), int(slots[0]) + 1)
+            return self.routes[one], self.full_probability[one]
+        index = to_device(slots, self.device)
+        return self.routes[index], self.full_probability[index]
+
+    # The table may have grown in one of vLLM's steps, which make tensors in inference mode.
+    @torch.inference_mode()
+    def _clean(self) -> None:
         """Make the slots that were taken back free, with default routes."""
         if not self._used:
             return

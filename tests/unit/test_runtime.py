@@ -224,10 +224,12 @@ class TestSlots:
         runtime.end_step()
         slot = runtime.table.slot("a")
         runtime.finish(["a"])
-        with torch.inference_mode():
-            runtime.begin_step(step(("b", 5, 1, 5)))
-        runtime.end_step()
+        capacity = len(runtime.table.routes)
+        names = [f"c{index}" for index in range(capacity - 1)]
+        runtime.begin_step(step(("b", 5, 1, 5), *((name, 0, 5, 5) for name in names)))
+        assert slot in {runtime.table.slot(name) for name in names}
         assert (runtime.table.routes[slot] == OPEN).all()
+        assert len(runtime.table.routes) == capacity
 
     def test_deferred_work_is_done_once_before_the_step_ends(self) -> None:
         runtime = make()

@@ -290,16 +290,28 @@ class TestRouteTable:
         assert table.full_probability[slot].isnan().all()
         assert table.settled_prompt_len[slot] == 0
 
-    def test_used_slots_wait_for_the_cleaning(self) -> None:
-        """A slot is not given on before `clean`, which a step calls once it is launched."""
+    def test_used_slots_wait_until_none_is_free(self) -> None:
+        """Then all are cleaned together, and the table need not grow."""
         table = RouteTable(2, 4, CPU)
-        slot = table.acquire(["a"])[0]
-        table.routes[slot] = int(Route.SPARSE)
-        table.release(["a"])
-        assert slot not in table.acquire(["b", "c", "d"])
-        table.clean()
-        assert table.acquire(["e"])[0] == slot
-        assert (table.routes[slot] == Route.UNDECIDED).all()
+        used = table.acquire(["a", "b"])
+        table.routes[used] = int(Route.SPARSE)
+        table.release(["a", "b"])
+        assert not set(used) & set(table.acquire(["c", "d"]))
+        assert set(table.acquire(["e", "f"])) == set(used)
+        assert (table.routes == Route.UNDECIDED).all()
+        assert len(table.routes) == 4
+
+    @pytest.mark.parametrize("names", ["b", "ca", "cba"])
+    def test_of_slots(self, names: str) -> None:
+        table = RouteTable(2, 3, CPU)
+        slots = table.acquire("abc")
+        table.routes[slots] = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.int8)
+        table.full_probability[slots] = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+        routes, probability = table.of_slots(table.acquire(names))
+        expected = {"a": [0, 1], "b": [1, 0], "c": [1, 1]}
+        assert routes.tolist() == [expected[name] for name in names]
+        first = {"a": 0.1, "b": 0.3, "c": 0.5}
+        assert probability[:, 0].tolist() == pytest.approx([first[name] for name in names])
 
     def test_fixed_routes_are_there_from_the_start(self) -> None:
         table = RouteTable(2, 1, CPU)
@@ -307,7 +319,6 @@ class TestRouteTable:
         table.fix([int(Route.SPARSE), int(Route.FULL)])
         slots = table.acquire(["a", "b", "c"])
         table.release(["b"])
-        table.clean()
         assert table.routes[slots].tolist() == [[Route.SPARSE, Route.FULL]] * 3
         assert table.routes[table.acquire(["d"])].tolist() == [[Route.SPARSE, Route.FULL]]
 
