@@ -249,7 +249,8 @@ class EvalConfig:
     prompts: int = 400
     """Prompts a task and length."""
     validation_prompts: int = 40
-    """Prompts a task and length on which thresholds and static patterns are chosen."""
+    """Prompts a task and length on which thresholds and static patterns are chosen; 0: neither, so
+    that score_thresholds are scored alone."""
     validation_lengths: tuple[int, ...] = (1536, 3072, 5120, 8000)
     """Length buckets of those; the test's, so that nothing is chosen on short prompts alone."""
     thresholds: tuple[float, ...] = (
@@ -282,3 +283,6 @@ class EvalConfig:
         _check(not unknown, "patterns", f"among {list(SPARSE_PATTERNS)}", unknown)
         outside = [value for value in self.score_thresholds if not 0 <= value <= 1]
         _check(not outside, "score_thresholds", "numbers from 0 to 1", outside)
+        chosen = self.validation_prompts > 0 or not self.shares
+        wanted = "at least 1 where --shares has thresholds chosen"
+        _check(chosen, "validation_prompts", wanted, self.validation_prompts)

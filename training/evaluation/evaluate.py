@@ -174,10 +174,15 @@ class Evaluation:
     def _points(self, full: Scores, default: Scores) -> None:
         """Score thresholds chosen on validation and given ones, each beside a static pattern.
 
-        The pattern is the best on validation of those with as many SPARSE layers.
+        The pattern is the best on validation of those with as many SPARSE layers; without
+        validation prompts there is none.
         """
         config = self.config
         count, lengths = config.validation_prompts, config.validation_lengths
+        if not count:
+            for threshold in choose_thresholds({}, (), config.score_thresholds):
+                self._add_point(full, self._routed(threshold, default), threshold, [], None)
+            return
         validation = self._prompts("validation", count, lengths)
         cells = validation.cells
         tried = {}
@@ -190,13 +195,9 @@ class Evaluation:
         statics: dict[str, Any] = {"order": order, "validation_thresholds": tried}
         self.store("thresholds and layers tried", static_patterns=statics)
         scored: dict[int, Scores] = {}
-        points: list[dict[str, Any]] = []
         chosen = choose_thresholds(tried, config.shares, config.score_thresholds)
         for threshold, least_shares in chosen.items():
-            routed = default
-            if threshold != _DEFAULT_THRESHOLD:
-                routed = self.scorer.score(self.test.prompts, self.policy(threshold))
-                self._keep(threshold, routed)
+            routed = self._routed(threshold, default)
             share = self.test.cells.overall(routed.sparse.mean(axis=1))
             layers = int(self.routed.num_layers * share + 1e-3)
             if layers not in scored:
@@ -213,30 +214,47 @@ class Evaluation:
                     self.test.prompts, pattern(self.routed.num_layers, best)
                 )
                 self.by_prompt[f"static@{layers}"] = scored[layers].score
-            chosen_by = {"threshold": threshold, "least_shares": least_shares}
-            points.append(chosen_by | self._point(full, routed, scored[layers]))
-            self.store(f"threshold {threshold}", points=points, static_patterns=statics)
+            self.report["static_patterns"] = statics
+            self._add_point(full, routed, threshold, least_shares, scored[layers])
 
-    def _point(self, full: Scores, routed: Scores, static: Scores) -> dict[str, Any]:
-        cells = self.test.cells
-        values = {"full": full.score, "router": routed.score, "static": static.score}
-        versus = {"static": static.score, "router": routed.score}
-        share = routed.sparse.mean(axis=1)
-        return {
+    def _routed(self, threshold: float, default: Scores) -> Scores:
+        """Score the router at a threshold; `default` are its scores at the default one."""
+        if threshold == _DEFAULT_THRESHOLD:
+            return default
+        routed = self.scorer.score(self.test.prompts, self.policy(threshold))
+        self._keep(threshold, routed)
+        return routed
+
+    def _add_point(
+        self,
+        full: Scores,
+        routed: Scores,
+        threshold: float,
+        least_shares: list[float],
+        static: Scores | None,
+    ) -> None:
+        cells, share = self.test.cells, routed.sparse.mean(axis=1)
+        point = {
+            "threshold": threshold,
+            "least_shares": least_shares,
             "share": cells.overall(share),
             "share_by_group": cells.by_group(share),
-            "static_share": float(static.sparse.mean()),
-            "router_score": cells.overall(routed.score),
-            "static_score": cells.overall(static.score),
-            "router_retrieval": cells.by_group(routed.score).get("retrieval"),
-            "static_retrieval": cells.by_group(static.score).get("retrieval"),
-            "router_local": cells.by_group(routed.score).get("local"),
-            "static_local": cells.by_group(static.score).get("local"),
-            "intervals": interval(cells, values, "overall"),
-            "retrieval_intervals": interval(cells, versus, "retrieval")
-            if "retrieval" in cells.by_group(full.score)
-            else {},
         }
+        scored = {"router": routed}
+        if static is not None:
+            point["static_share"] = float(static.sparse.mean())
+            scored["static"] = static
+        for name, scores in scored.items():
+            by_group = cells.by_group(scores.score)
+            point[f"{name}_score"] = cells.overall(scores.score)
+            point[f"{name}_retrieval"] = by_group.get("retrieval")
+            point[f"{name}_local"] = by_group.get("local")
+        values = {name: scores.score for name, scores in scored.items()}
+        point["intervals"] = interval(cells, {"full": full.score} | values, "overall")
+        point["retrieval_intervals"] = {}
+        if static is not None and "retrieval" in cells.by_group(full.score):
+            point["retrieval_intervals"] = interval(cells, values, "retrieval")
+        self.store(f"threshold {threshold}", points=[*self.report["points"], point])
 
     def _by_task(self, cells: Cells, named: dict[str, Scores]) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -19,7 +19,8 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     first = next(iter(runs.values()))
     every = [point for run in runs.values() for point in run["points"]]
-    static = sorted({point["static_share"]: point for point in every}.items())
+    beside = {point["static_share"]: point for point in every if "static_share" in point}
+    static = sorted(beside.items())
     for axes, kind, title in ((left, "score", "mean score"), (right, "retrieval", "retrieval")):
         for name, run in runs.items():
             points = sorted(run["points"], key=lambda point: point["share"])

@@ -86,7 +86,11 @@ def join_runs(files: list[Path]) -> dict[str, Any]:
                 alike.setdefault(least, []).append(point)
     joined["points"] = [
         {"least_share": least, "runs": len(points)}
-        | {name: float(np.mean([point[name] for point in points])) for name in _POINT_MEANS}
+        | {
+            name: float(np.mean([point[name] for point in points]))
+            for name in _POINT_MEANS
+            if all(name in point for point in points)
+        }
         for least, points in alike.items()
         if len(points) >= min(2, len(runs))
     ]

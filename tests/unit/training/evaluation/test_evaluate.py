@@ -210,6 +210,28 @@ def test_given_thresholds_are_scored_where_none_is_chosen(
     assert evaluate(dataclasses.replace(config, score_thresholds=()))["points"] == []
 
 
+def test_given_thresholds_are_scored_alone(config: EvalConfig, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    config = dataclasses.replace(config, variants=(), shares=(), score_thresholds=(0.45,))
+    beside = {point["threshold"]: point for point in evaluate(config)["points"]}
+    report = evaluate(dataclasses.replace(config, validation_prompts=0))
+    assert "static_patterns" not in report
+    for point in report["points"]:
+        same = beside.pop(point["threshold"])
+        assert {name for name in same if "static" in name} == {
+            "static_share", "static_score", "static_retrieval", "static_local"
+        }  # fmt: skip
+        for name in point.keys() - {"intervals", "retrieval_intervals"}:
+            assert point[name] == same[name]
+        assert same["intervals"].items() >= point["intervals"].items()
+    assert not beside
+    joined = join_runs([Path(config.out) / "quality.json"])
+    assert [point["router_score"] for point in joined["points"]] == [
+        report["points"][1]["router_score"]
+    ]
+    plot_seeds(tmp_path / "seeds.png", joined)
+
+
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     prompts = evaluation.test.prompts
