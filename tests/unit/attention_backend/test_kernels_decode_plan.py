@@ -400,10 +400,23 @@ def test_graph_replay_follows_plans_that_change() -> None:
 def test_a_decode_step_plans_its_layers_calls(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The real builder and layers: a plan for steps of decode rows that a graph may replay."""
+    """The real builder and layers: a plan for steps of decode rows that a graph may replay.
+
+    vLLM plans its own call then only in its first step, which looks at the model's windows.
+    """
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
     from tests.helpers.cuda_backend import BackendWorker
 
     plans: list[torch.Tensor | None] = []
+    fast: list[bool] = []
+    build = FlashAttentionMetadataBuilder.build
+
+    def build_noted(*args: object) -> object:
+        fast.append(bool(args[-1]))
+        return build(*args)
+
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", build_noted)
 
     def attend(*args: object, scheduler_metadata: torch.Tensor | None, **kwargs: object) -> object:
         plans.append(scheduler_metadata)
@@ -426,3 +439,11 @@ def test_a_decode_step_plans_its_layers_calls(
         expected = plan_in_python(keys, [1, 1, 0], CallShape(4, 2, 64, 132), 1)
         assert parts_of(plan, 3) == expected
         assert plan.is_contiguous()
+    assert fast == [False, True]
+    # A short prompt goes to vLLM's own call, with its plan.
+    prompt = make_batch([Row(30, 30)], Shape(), "cpu")
+    worker.begin_step(prompt.rows)
+    metadata = worker.metadata(prompt)
+    assert metadata.flux.by_vllm
+    assert metadata.flux.plans is None
+    assert fast == [False, True, False]
