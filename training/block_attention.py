@@ -145,12 +145,12 @@ def make_block_mask(kept: torch.Tensor) -> Any:
 
     own = torch.eye(kept.shape[2], dtype=torch.bool, device=kept.device)
     return BlockMask.from_kv_blocks(
-        *_lists(kept & own), *_lists(kept & ~own), BLOCK_SIZE=BLOCK, mask_mod=_is_causal
+        *block_lists(kept & own), *block_lists(kept & ~own), BLOCK_SIZE=BLOCK, mask_mod=_is_causal
     )
 
 
-def _lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the counts [B, N, Q] and the indices [B, N, Q, M] of blocks, int32."""
+def block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the counts [B, N, Q] and the indices [B, N, Q, M] of blocks, int32, for a BlockMask."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), order.int()
 

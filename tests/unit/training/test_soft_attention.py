@@ -1,9 +1,18 @@
 """Oracle: dense float32 softmax over an explicit set of visible keys."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.soft_attention import full_attention, make_sparse_attention, mix
+from training.soft_attention import (
+    full_attention,
+    make_sparse_attention,
+    mix,
+    sink_window_mask,
+)
 
 
 def naive(
@@ -46,6 +55,50 @@ def test_sparse_attention_gives_gradients_of_naive() -> None:
     expected = torch.autograd.grad((naive(q, k, v, 0.5, 4, 16) * weight).sum(), (q, k, v))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# Whole blocks and parts of one; sinks and windows on block edges, off them, and beyond the tokens.
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 640, 1000, 1536])
+@pytest.mark.parametrize(
+    ("sink", "window"),
+    [(0, 1), (1, 128), (64, 512), (100, 300), (128, 128), (129, 257), (200, 200), (2048, 4096)],
+)
+def test_sink_window_mask_is_what_torch_makes_of_all_pairs(
+    tokens: int, sink: int, window: int
+) -> None:
+    found = sink_window_mask(sink, window, tokens, torch.device("cpu"))
+    expected = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
+    assert found.shape == expected.shape
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        counts = getattr(expected, name)
+        assert torch.equal(getattr(found, name), counts), name
+        lists = name.replace("num_blocks", "indices")
+        listed = torch.arange(counts.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(found, lists)[listed], getattr(expected, lists)[listed]), lists
+    position = torch.arange(tokens)
+    distance = position[:, None] - position
+    seen = (distance >= 0) & ((distance < window) | (position < sink))
+    assert torch.equal(found.mask_mod(0, 0, position[:, None], position), seen)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return found
+
+
+def test_sink_window_mask_of_a_long_prompt_takes_little_memory() -> None:
+    with LargestTensor() as largest:
+        sink_window_mask(128, 2048, 65536, torch.device("cpu"))
+    assert 512**2 <= largest.elements <= 513**2
 
 
 def test_mix_is_exact_at_the_extremes() -> None:
