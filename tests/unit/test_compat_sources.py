@@ -52,6 +52,12 @@ SIGNATURES = {
         "scheduler_output",
         "dummy_run",
     ],
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadataBuilder", "build"): [
+        "self",
+        "common_prefix_len",
+        "common_attn_metadata",
+        "fast_build",
+    ],
     ("v1/attention/backends/registry.py", None, "register_backend"): [
         "backend",
         "class_path",
@@ -109,6 +115,10 @@ MEMBERS = {
     },
     ("config/attention.py", "AttentionConfig"): {"backend"},
     ("v1/worker/gpu/model_runner.py", "BatchReqState"): {"has_prefill", "decode_graph_eligible"},
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadataBuilder"): {
+        "aot_sliding_window"
+    },
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadata"): {"max_num_splits"},
 }
 
 
@@ -143,7 +153,8 @@ def attributes(class_node: ast.ClassDef) -> set[str]:
     found = members(class_node.body)
     assigned = {
         node.attr
-        for node in ast.walk(found.get("__post_init__", ast.Module([], [])))
+        for name in ("__init__", "__post_init__")
+        for node in ast.walk(found.get(name, ast.Module([], [])))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     }
     return found.keys() | assigned
