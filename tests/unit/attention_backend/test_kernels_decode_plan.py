@@ -148,7 +148,10 @@ def plan_in_python(
 def time_of(
     tiles: list[int], splits: list[int], kv_heads: int, sms: int, cost: float = 2.0
 ) -> float:
-    """Let `sms` processors take the shares one after another, row by row, as FA3 does."""
+    """Let `sms` processors take the shares one after another, row by row, as FA3 does.
+
+    The cost of a share differs from the rule's: it should not matter much what it is exactly.
+    """
     busy = [0.0] * sms
     for n, s in zip(tiles, splits, strict=True):
         share = ceil_div(n, s)
