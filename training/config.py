@@ -251,8 +251,8 @@ class EvalConfig:
     validation_prompts: int = 40
     """Prompts a task and length on which thresholds and static patterns are chosen; 0: neither, so
     that score_thresholds are scored alone."""
-    validation_lengths: tuple[int, ...] = (1536, 3072, 5120, 8000)
-    """Length buckets of those; the test's, so that nothing is chosen on short prompts alone."""
+    validation_lengths: tuple[int, ...] = ()
+    """Length buckets of those; empty: the test's."""
     thresholds: tuple[float, ...] = (
         0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99, 0.999,
     )  # fmt: skip
@@ -264,6 +264,8 @@ class EvalConfig:
     """Thresholds fixed beforehand, scored on test prompts too."""
     random_patterns: int = 30
     """Random static patterns beside the greedy one."""
+    static_layers: tuple[int, ...] = ()
+    """Layers of a static pattern of your own, SPARSE for every prompt, which is scored too."""
     variants: tuple[str, ...] = ()
     """Extra conditions at threshold 0.5: plain, begun (prompts end with the answer's first
     words), wording (paraphrased instructions), wrapper:NAME, chunks:TOKENS, cached (after a local
@@ -283,6 +285,7 @@ class EvalConfig:
         _check(not unknown, "patterns", f"among {list(SPARSE_PATTERNS)}", unknown)
         outside = [value for value in self.score_thresholds if not 0 <= value <= 1]
         _check(not outside, "score_thresholds", "numbers from 0 to 1", outside)
-        chosen = self.validation_prompts > 0 or not self.shares
-        wanted = "at least 1 where --shares has thresholds chosen"
-        _check(chosen, "validation_prompts", wanted, self.validation_prompts)
+        count = self.validation_prompts
+        _check(count >= 0, "validation_prompts", "no less than 0", count)
+        wanted = "at least 1 where --shares has thresholds chosen (leave its values out)"
+        _check(count > 0 or not self.shares, "validation_prompts", wanted, count)

@@ -11,11 +11,11 @@ from training.evaluation.scoring import Scores
 from training.evaluation.statistics import Cells, interval
 
 
-def compare(cells: Cells, full: Scores, other: Scores) -> dict[str, Any]:
-    """Compare one policy with full attention on the same prompts."""
+def compare(cells: Cells, full: Scores, other: Scores, name: str = "router") -> dict[str, Any]:
+    """Compare one policy, of this name, with full attention on the same prompts."""
     share = other.sparse.mean(axis=1)
     groups = cells.by_group(other.score)
-    values = {"full": full.score, "router": other.score}
+    values = {"full": full.score, name: other.score}
     return {
         "share": cells.overall(share),
         "share_by_group": cells.by_group(share),

@@ -61,6 +61,13 @@ class Evaluation:
         self.started = time.monotonic()
         self.report: dict[str, Any] = {}
         self.by_prompt: dict[str, np.ndarray] = {}
+        last = self.routed.num_layers - 1
+        unknown = sorted(layer for layer in config.static_layers if not 0 <= layer <= last)
+        if unknown:
+            raise ValueError(
+                f"expected static_layers from 0 to {last}, the model's, found {unknown}; "
+                "correct --static_layers"
+            )
         self.test = self._prompts("test", config.prompts, config.lengths)
 
     def _scorer(self, name: str) -> StoredScorer:
@@ -120,6 +127,8 @@ class Evaluation:
             "routes": default.sparse.astype(np.uint8),
         }
         self._keep(_DEFAULT_THRESHOLD, default)
+        if self.config.static_layers:
+            self._static_layers(full)
         self._patterns(full)
         if self.config.shares or self.config.score_thresholds:
             self._points(full, default)
@@ -155,6 +164,14 @@ class Evaluation:
             tokens = sum(stored.scorer.tokens for stored in self.scorers.values()) / 1e6
             sys.stderr.write(f"[{spent:6.1f} s, {tokens:.1f} M tokens] {what}\n")
 
+    def _static_layers(self, full: Scores) -> None:
+        """Score the config's own static pattern."""
+        layers = sorted(set(self.config.static_layers))
+        static = self.scorer.score(self.test.prompts, pattern(self.routed.num_layers, layers))
+        self.by_prompt["static"] = static.score
+        found = compare(self.test.cells, full, static, "static")
+        self.store("static layers scored", static={"layers": layers} | found)
+
     def _patterns(self, full: Scores) -> None:
         """Score the default threshold and all SPARSE under the config's patterns."""
         prompts, cells = self.test.prompts, self.test.cells
@@ -178,7 +195,7 @@ class Evaluation:
         validation prompts there is none.
         """
         config = self.config
-        count, lengths = config.validation_prompts, config.validation_lengths
+        count, lengths = config.validation_prompts, config.validation_lengths or config.lengths
         if not count:
             for threshold in choose_thresholds({}, (), config.score_thresholds):
                 self._add_point(full, self._routed(threshold, default), threshold, [], None)
@@ -214,7 +231,6 @@ class Evaluation:
                     self.test.prompts, pattern(self.routed.num_layers, best)
                 )
                 self.by_prompt[f"static@{layers}"] = scored[layers].score
-            self.report["static_patterns"] = statics
             self._add_point(full, routed, threshold, least_shares, scored[layers])
 
     def _routed(self, threshold: float, default: Scores) -> Scores:
@@ -249,11 +265,13 @@ class Evaluation:
             point[f"{name}_score"] = cells.overall(scores.score)
             point[f"{name}_retrieval"] = by_group.get("retrieval")
             point[f"{name}_local"] = by_group.get("local")
-        values = {name: scores.score for name, scores in scored.items()}
-        point["intervals"] = interval(cells, {"full": full.score} | values, "overall")
+        values = {name: found.score for name, found in {"full": full, **scored}.items()}
+        point["intervals"] = interval(cells, values, "overall")
         point["retrieval_intervals"] = {}
-        if static is not None and "retrieval" in cells.by_group(full.score):
-            point["retrieval_intervals"] = interval(cells, values, "retrieval")
+        if "retrieval" in cells.by_group(full.score):
+            reference = "full" if static is None else "static"
+            versus = {name: values[name] for name in (reference, "router")}
+            point["retrieval_intervals"] = interval(cells, versus, "retrieval")
         self.store(f"threshold {threshold}", points=[*self.report["points"], point])
 
     def _by_task(self, cells: Cells, named: dict[str, Scores]) -> dict[str, Any]:

@@ -12,11 +12,20 @@ from matplotlib import pyplot as plt
 def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Plot mean and retrieval score against the share of SPARSE layers, routers and static.
 
+    Where thresholds were tried on validation prompts, beside them the whole sweep, on those.
+
     Args:
         path: of the picture.
         runs: contents of `quality.json` by the router's name; all of the same prompts.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    sweeps = {
+        name: run["static_patterns"]["validation_thresholds"]
+        for name, run in runs.items()
+        if run.get("static_patterns", {}).get("validation_thresholds")
+    }
+    panels = 3 if sweeps else 2
+    figure, (left, right, *more) = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=True)
+    right.sharex(left)
     first = next(iter(runs.values()))
     every = [point for run in runs.values() for point in run["points"]]
     beside = {point["static_share"]: point for point in every if "static_share" in point}
@@ -26,12 +35,13 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
             points = sorted(run["points"], key=lambda point: point["share"])
             shares = [100 * point["share"] for point in points]
             axes.plot(shares, [point[f"router_{kind}"] for point in points], "o-", label=name)
-        axes.plot(
-            [100 * share for share, _ in static],
-            [point[f"static_{kind}"] for _, point in static],
-            "ks--",
-            label="best static pattern",
-        )
+        if static:
+            axes.plot(
+                [100 * share for share, _ in static],
+                [point[f"static_{kind}"] for _, point in static],
+                "ks--",
+                label="best static pattern",
+            )
         axes.set_title(title)
         axes.set_xlabel("SPARSE layers, % (mean)")
         axes.grid(alpha=0.3)
@@ -40,6 +50,13 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     full_retrieval = first["default"]["full_by_group"].get("retrieval")
     if full_retrieval is not None:
         right.axhline(full_retrieval, color="black", linewidth=0.8)
+    for axes in more:
+        for name, tried in sweeps.items():
+            sweep = sorted((100 * share, score) for share, score in tried.values())
+            axes.plot(*zip(*sweep, strict=True), ".-", label=name)
+        axes.set_title("thresholds tried: mean score of validation prompts")
+        axes.set_xlabel("SPARSE layers, % (mean)")
+        axes.grid(alpha=0.3)
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

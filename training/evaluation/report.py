@@ -64,34 +64,35 @@ def _plots(figures: Path) -> ModuleType:
 def join_runs(files: list[Path]) -> dict[str, Any]:
     """Join the reports of several seeds: their means in front, each run below `seeds`.
 
-    Points are averaged over the runs, two at least, that have one at the default threshold
-    (`least_share` None), or one chosen for the same least share of SPARSE layers; patterns over the
-    runs that have them.
+    Points are averaged over the runs, two at least, that have one at the default threshold or at
+    the same given one (`least_share` None), or one chosen for the same least share of SPARSE
+    layers; patterns over the runs that have them.
 
     Raises: ValueError: no file.
     """
     if not files:
         raise ValueError("expected at least one quality.json, found none; name them")
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    joined: dict[str, Any] = {
-        name: float(np.mean([run[name] for run in runs if run[name] is not None]))
-        for name in _MEANS
-    }
-    alike: dict[float | None, list[dict[str, Any]]] = {}
+    joined: dict[str, Any] = {}
+    for name in _MEANS:
+        known = [run[name] for run in runs if run[name] is not None]
+        joined[name] = float(np.mean(known)) if known else None
+    alike: dict[tuple[float | None, float], list[dict[str, Any]]] = {}
     for run in runs:
         for point in run["points"]:
-            if point["threshold"] == run["default"]["threshold"]:
-                alike.setdefault(None, []).append(point)
+            threshold = point["threshold"]
+            if threshold == run["default"]["threshold"] or not point["least_shares"]:
+                alike.setdefault((None, threshold), []).append(point)
             for least in point["least_shares"]:
-                alike.setdefault(least, []).append(point)
+                alike.setdefault((least, 0.0), []).append(point)
     joined["points"] = [
         {"least_share": least, "runs": len(points)}
         | {
             name: float(np.mean([point[name] for point in points]))
             for name in _POINT_MEANS
-            if all(name in point for point in points)
+            if all(point.get(name) is not None for point in points)
         }
-        for least, points in alike.items()
+        for (least, _), points in alike.items()
         if len(points) >= min(2, len(runs))
     ]
     by_pattern: dict[str, list[dict[str, Any]]] = {}

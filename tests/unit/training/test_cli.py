@@ -70,6 +70,11 @@ def test_recipes_are_valid(name: str) -> None:
         (["train", "--model", "m", "--out", "o", "--router.pool_tokens", "0"], "pool_tokens"),
         (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
         (["eval", "--score_thresholds", "0.2", "50"], "score_thresholds to be numbers from 0 to 1"),
+        (
+            ["eval", "--validation_prompts", "0"],
+            "validation_prompts to be at least 1 where --shares",
+        ),
+        (["eval", "--validation_prompts", "-3", "--shares"], "to be no less than 0, found -3"),
     ],
 )
 def test_main_says_what_is_wrong(
@@ -78,11 +83,6 @@ def test_main_says_what_is_wrong(
     arguments = [str(tmp_path / "o") if word == "o" else word for word in arguments]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_nothing_is_chosen_on_other_lengths_than_are_tested() -> None:
-    config = recipes.evaluation()
-    assert config.validation_lengths == config.lengths
 
 
 def test_join_puts_further_reports_beside(tmp_path: Path) -> None:

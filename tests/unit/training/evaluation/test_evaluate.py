@@ -36,6 +36,7 @@ def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
         assert {"threshold", "share", "router_score", "static_score"} <= point.keys()
         assert "least_shares" in point
         assert {"router_retrieval", "static_retrieval"} <= point.keys()
+        assert "router-static" in point["retrieval_intervals"]
         assert point["static_share"] <= point["share"] + 1e-6
     assert set(written["variants"]) == set(config.variants)
     assert len(written["heat_map"]["needle"]) == 4
@@ -227,9 +228,65 @@ def test_given_thresholds_are_scored_alone(config: EvalConfig, tmp_path: Path) -
     assert not beside
     joined = join_runs([Path(config.out) / "quality.json"])
     assert [point["router_score"] for point in joined["points"]] == [
-        report["points"][1]["router_score"]
+        point["router_score"] for point in report["points"]
     ]
+    assert "router-full" in report["points"][0]["retrieval_intervals"]
     plot_seeds(tmp_path / "seeds.png", joined)
+
+
+@pytest.mark.parametrize("lengths", [(), (512,)])
+def test_nothing_is_chosen_on_other_lengths_than_are_tested(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
+) -> None:
+    pytest.importorskip("matplotlib")
+    made = module.make_prompts
+    found = {}
+
+    def note(data: Any, tokenizer: Any, setting: Any, limit: int) -> Any:
+        found[setting.split] = setting.lengths
+        return made(data, tokenizer, setting, limit)
+
+    monkeypatch.setattr(module, "make_prompts", note)
+    config = dataclasses.replace(config, variants=(), validation_lengths=lengths)
+    evaluate(config)
+    wanted = lengths or config.lengths
+    assert found == {"test": config.lengths, "validation": wanted, "train": wanted}
+
+
+def test_a_static_pattern_of_ones_own(config: EvalConfig) -> None:
+    pytest.importorskip("matplotlib")
+    config = dataclasses.replace(config, variants=(), shares=(), static_layers=(3, 1))
+    static = evaluate(config)["static"]
+    assert static["layers"] == [1, 3]
+    assert static["share"] == 0.5
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    scores = evaluation.scorer.score(evaluation.test.prompts, pattern(4, [1, 3]))
+    assert static["score"] == evaluation.test.cells.overall(scores.score)
+    assert static["intervals"].keys() >= {"full", "static"}
+    with pytest.raises(ValueError, match=r"static_layers from 0 to 3.*\[-1, 4\]"):
+        evaluate(dataclasses.replace(config, static_layers=(4, 0, -1)))
+
+
+def test_join_of_given_thresholds_and_of_tasks_without_retrieval(
+    config: EvalConfig, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    data = dataclasses.replace(config.data, tasks=("repeat_end", "continue_text"))
+    files = []
+    for thresholds in ((0.45, 0.4), (0.45,)):
+        out = str(tmp_path / str(len(files)))
+        shared = {"variants": (), "shares": (), "validation_prompts": 0}
+        evaluate(
+            dataclasses.replace(config, data=data, out=out, score_thresholds=thresholds, **shared)
+        )
+        files.append(Path(out) / "quality.json")
+    points = {point["threshold"]: point for point in join_runs(files)["points"]}
+    assert points.keys() == {0.45, 0.5}
+    for point in points.values():
+        assert point["runs"] == 2
+        assert point["least_share"] is None
+        assert "router_score" in point
+        assert "router_retrieval" not in point
 
 
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
