@@ -307,9 +307,10 @@ class FluxCUDAImpl(FlashAttentionImpl):
         keys, values = split_cache(kv_cache, self.head_size)
         out = output[:tokens].view(query.shape)
         rows = step.views.layer_rows(attn_metadata.seq_lens.shape[0])[index]
-        plan = None if step.plans is None else step.plans[index]
-        call = LayerCall(query, keys, values, out, attn_metadata, step.views, rows, plan)
+        call = LayerCall(query, keys, values, out, attn_metadata, step.views, rows)
         if not step.has_prefill:
+            if step.plans is not None:
+                call.plan = step.plans[index]
             self._kernels.decode(call)
             return output
         if step.full_pass[index]:

@@ -38,7 +38,7 @@ class Evaluation:
         config: of the run.
         world: this process among the others.
 
-    Raises: ValueError: an unknown variant.
+    Raises: ValueError: an unknown variant, or static layers that the model does not have.
     """
 
     def __init__(self, config: EvalConfig, world: World) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -24,7 +25,7 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
         if run.get("static_patterns", {}).get("validation_thresholds")
     }
     panels = 3 if sweeps else 2
-    figure, (left, right, *more) = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=True)
+    figure, (left, right, *more) = plt.subplots(1, panels, figsize=(5 * panels, 4))
     right.sharex(left)
     first = next(iter(runs.values()))
     every = [point for run in runs.values() for point in run["points"]]
@@ -51,9 +52,10 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     if full_retrieval is not None:
         right.axhline(full_retrieval, color="black", linewidth=0.8)
     for axes in more:
-        for name, tried in sweeps.items():
-            sweep = sorted((100 * share, score) for share, score in tried.values())
-            axes.plot(*zip(*sweep, strict=True), ".-", label=name)
+        for at, name in enumerate(runs):
+            sweep = sorted((100 * share, score) for share, score in sweeps.get(name, {}).values())
+            axes.plot(*np.array(sweep).reshape(-1, 2).T, ".-", color=f"C{at}", label=name)
+        axes.legend()
         axes.set_title("thresholds tried: mean score of validation prompts")
         axes.set_xlabel("SPARSE layers, % (mean)")
         axes.grid(alpha=0.3)

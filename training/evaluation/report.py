@@ -77,14 +77,16 @@ def join_runs(files: list[Path]) -> dict[str, Any]:
     for name in _MEANS:
         known = [run[name] for run in runs if run[name] is not None]
         joined[name] = float(np.mean(known)) if known else None
+    every = [point for run in runs for point in run["points"]]
+    # The default one is given, too.
+    given = {run["default"]["threshold"] for run in runs if run["points"]}
+    given |= {point["threshold"] for point in every if not point["least_shares"]}
     alike: dict[tuple[float | None, float], list[dict[str, Any]]] = {}
-    for run in runs:
-        for point in run["points"]:
-            threshold = point["threshold"]
-            if threshold == run["default"]["threshold"] or not point["least_shares"]:
-                alike.setdefault((None, threshold), []).append(point)
-            for least in point["least_shares"]:
-                alike.setdefault((least, 0.0), []).append(point)
+    for point in every:
+        if point["threshold"] in given:
+            alike.setdefault((None, point["threshold"]), []).append(point)
+        for least in point["least_shares"]:
+            alike.setdefault((least, 0.0), []).append(point)
     joined["points"] = [
         {"least_share": least, "runs": len(points)}
         | {

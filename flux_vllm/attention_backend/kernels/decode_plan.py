@@ -2,9 +2,9 @@
 
 A decode call cuts each row's keys into shares, which the processors take one after another, row by
 row. FA3's own plan, which a kernel before each call makes, aims at shares a tenth larger than an
-even part of the batch. Such shares often need one more round than there is work for, above all
-where FULL rows lie beside SPARSE ones: up to a quarter of a call. This one tries several sizes and
-takes the one that should end first. A call that is given its plan leaves its own out.
+even part of the batch. Such shares often need one more round than there is work for, most often
+where FULL rows lie beside SPARSE ones: up to three tenths of a call. This one tries several sizes
+and takes the one that should end first. A call that is given its plan leaves its own out.
 
 A plan is int32, in parts of R rows rounded up to 4: packed queries of each row, shares of each
 row's keys, then, where FA3 takes heads in groups that fit the L2 cache, how many; last, a counter

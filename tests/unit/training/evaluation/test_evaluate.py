@@ -11,6 +11,7 @@ import torch
 
 from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
+from training import recipes
 from training.config import EvalConfig
 from training.data.encoding import Encoded
 from training.distributed import World
@@ -177,18 +178,21 @@ def test_given_thresholds_are_scored_as_points(config: EvalConfig) -> None:
     assert [point for point in both["points"] if point["threshold"] != 0.45] == chosen
 
 
+def by_surprise(score: Any) -> Any:
+    """Let scores tell the policies of a random model apart, which answers nothing right."""
+
+    def scored(*given: Any) -> Scores:
+        found = score(*given)
+        return dataclasses.replace(found, score=np.exp(-found.surprise))
+
+    return scored
+
+
 def test_given_thresholds_are_scored_where_none_is_chosen(
     config: EvalConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    # A random model answers nothing right: let scores tell its policies apart.
-    score = Scorer.score
-
-    def by_surprise(*given: Any) -> Scores:
-        found = score(*given)
-        return dataclasses.replace(found, score=np.exp(-found.surprise))
-
-    monkeypatch.setattr(Scorer, "score", by_surprise)
+    monkeypatch.setattr(Scorer, "score", by_surprise(Scorer.score))
     config = dataclasses.replace(config, variants=(), shares=(), score_thresholds=(0.45,))
     report = evaluate(config)
     assert {point["threshold"]: point["least_shares"] for point in report["points"]} == {
@@ -235,7 +239,7 @@ def test_given_thresholds_are_scored_alone(config: EvalConfig, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("lengths", [(), (512,)])
-def test_nothing_is_chosen_on_other_lengths_than_are_tested(
+def test_validation_lengths_are_the_tests_unless_given(
     config: EvalConfig, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -246,6 +250,7 @@ def test_nothing_is_chosen_on_other_lengths_than_are_tested(
         found[setting.split] = setting.lengths
         return made(data, tokenizer, setting, limit)
 
+    assert recipes.evaluation().validation_lengths == ()
     monkeypatch.setattr(module, "make_prompts", note)
     config = dataclasses.replace(config, variants=(), validation_lengths=lengths)
     evaluate(config)
@@ -253,15 +258,22 @@ def test_nothing_is_chosen_on_other_lengths_than_are_tested(
     assert found == {"test": config.lengths, "validation": wanted, "train": wanted}
 
 
-def test_a_static_pattern_of_ones_own(config: EvalConfig) -> None:
+def test_a_static_pattern_of_ones_own(config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(Scorer, "score", by_surprise(Scorer.score))
     config = dataclasses.replace(config, variants=(), shares=(), static_layers=(3, 1))
     static = evaluate(config)["static"]
     assert static["layers"] == [1, 3]
     assert static["share"] == 0.5
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
-    scores = evaluation.scorer.score(evaluation.test.prompts, pattern(4, [1, 3]))
-    assert static["score"] == evaluation.test.cells.overall(scores.score)
+    prompts, cells = evaluation.test.prompts, evaluation.test.cells
+    scores = evaluation.scorer.score(prompts, pattern(4, [1, 3])).score
+    assert static["score"] == cells.overall(scores)
+    assert static["score"] != cells.overall(
+        evaluation.scorer.score(prompts, pattern(4, [0, 2])).score
+    )
+    with np.load(Path(config.out) / "scores.npz") as stored:
+        np.testing.assert_array_equal(stored["static"], scores)
     assert static["intervals"].keys() >= {"full", "static"}
     with pytest.raises(ValueError, match=r"static_layers from 0 to 3.*\[-1, 4\]"):
         evaluate(dataclasses.replace(config, static_layers=(4, 0, -1)))
@@ -280,13 +292,22 @@ def test_join_of_given_thresholds_and_of_tasks_without_retrieval(
             dataclasses.replace(config, data=data, out=out, score_thresholds=thresholds, **shared)
         )
         files.append(Path(out) / "quality.json")
+    runs = [json.loads(file.read_text()) for file in files]
+    for at, run in enumerate(runs):  # a random model answers nothing right
+        for point in run["points"]:
+            point["router_score"] = at + point["threshold"]
+        files[at].write_text(json.dumps(run))
     points = {point["threshold"]: point for point in join_runs(files)["points"]}
     assert points.keys() == {0.45, 0.5}
-    for point in points.values():
+    for threshold, point in points.items():
         assert point["runs"] == 2
         assert point["least_share"] is None
-        assert "router_score" in point
+        assert point["router_score"] == pytest.approx(0.5 + threshold)
         assert "router_retrieval" not in point
+    # A run that also chose the given threshold for a share has it as well.
+    next(p for p in runs[1]["points"] if p["threshold"] == 0.45)["least_shares"] = [0.75]
+    files[1].write_text(json.dumps(runs[1]))
+    assert {p["threshold"]: p["runs"] for p in join_runs(files)["points"]} == {0.45: 2, 0.5: 2}
 
 
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
@@ -406,3 +427,29 @@ def test_density_is_weighed_as_scores_are() -> None:
     assert mean_density(cells, scores) == pytest.approx(0.4)
     nowhere = dataclasses.replace(scores, density=np.full(5, np.nan, np.float32))
     assert mean_density(cells, nowhere) is None
+
+
+def test_the_sweeps_have_a_panel_and_the_runs_colours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plots = pytest.importorskip("training.evaluation.plots")
+    from matplotlib.colors import to_rgb
+
+    point = {"share": 0.6, "router_score": 0.5, "router_retrieval": 0.4}
+    run = {
+        "points": [point],
+        "default": {"full_by_group": {}},
+        "full_score": 1,
+        "all_sparse_score": 0,
+    }
+    tried = {"validation_thresholds": {"0.5": [0.7, 0.5], "0.1": [0.2, 0.6]}}
+    shown = []
+    monkeypatch.setattr(plots.plt, "close", shown.append)
+    plots.plot_curves(tmp_path / "two.png", {"a": run})
+    plots.plot_curves(tmp_path / "three.png", {"a": run, "b": run | {"static_patterns": tried}})
+    two, three = (figure.axes for figure in shown)
+    assert (len(two), len(three)) == (2, 3)
+    (left,) = (line for line in three[0].lines if line.get_label() == "b")
+    (sweep,) = (line for line in three[2].lines if line.get_label() == "b")
+    assert to_rgb(sweep.get_color()) == to_rgb(left.get_color())
+    np.testing.assert_allclose(sweep.get_xydata(), [[20, 0.6], [70, 0.5]])
