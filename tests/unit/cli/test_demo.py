@@ -123,7 +123,11 @@ def test_server_ends_with_a_program_that_is_asked_to_end(
     """Asked twice, as by `timeout` and a closed shell, while the server takes its time."""
     slow = (
         "import os, signal, time\n"
-        "signal.signal(signal.SIGTERM, lambda *given: (time.sleep(1), os._exit(0)))\n"
+        "def end(*given):\n"
+        "    os.write(1, b' asked to end')\n"
+        "    time.sleep(1)\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
     )
     program = f"""
 import sys, time
@@ -140,7 +144,10 @@ with Server([], Path({str(tmp_path / "log")!r}), start_seconds=30) as server:
         child = int(process.stdout.readline())
         assert _is_running(child)
         process.send_signal(number)
-        time.sleep(0.3)
+        until = time.monotonic() + 30
+        while b"asked to end" not in (tmp_path / "log").read_bytes():
+            assert time.monotonic() < until
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + number
     assert _has_ended(child)
