@@ -130,9 +130,10 @@ def test_server_ends_with_a_program_that_is_asked_to_end(
         "signal.signal(signal.SIGTERM, end)\n"
     )
     program = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from demo.server import Server, leave_on_signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` it would be ignored
 leave_on_signals()
 Server.program = (sys.executable, "-c", {slow + FAKE_SERVER!r})
 with Server([], Path({str(tmp_path / "log")!r}), start_seconds=30) as server:
