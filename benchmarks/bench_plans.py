@@ -1,10 +1,9 @@
 """Time decode calls of FlashAttention-3 under its own work plan and under flux's, on one GPU.
 
-    python -m benchmarks.bench_plans --out OUT.json [--sizes]
+    python -m benchmarks.bench_plans --out OUT.json
 
 Batches of FULL and SPARSE rows, by head counts. Times are of CUDA graphs of calls that go around
-several KV caches, so that none is found in the L2 cache; in turns, medians. With --sizes also plans
-whose shares are so many hundredths of an even part: what flux's rule was fitted to.
+several KV caches, so that none is found in the L2 cache; in turns, medians.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,6 @@ from flux_vllm.attention_backend.kernels.decode_plan import (
 )
 
 BLOCK_SIZE, SPLITS, SPARSE_KEYS = 16, 32, 2176
-SIZES = (110, 100, 90, 80, 70, 60, 50, 40, 30, 25, 20, 15, 10, 5)
 SHAPES = [(32, 8, 128), (8, 2, 128), (9, 3, 64)]
 _K = 1024
 
@@ -145,19 +142,6 @@ def flux_plan(batch: Batch) -> torch.Tensor:
     return found[0]
 
 
-def plan_of_size(batch: Batch, hundredths: int) -> torch.Tensor:
-    """Return a plan of shares that are so many hundredths of an even part."""
-    shape, plan = batch.shape, flux_plan(batch).clone()
-    tile = 192 if shape.head_dim == 64 else 128
-    tiles = [-(-n // tile) for n in batch.keys]
-    even = sum(tiles) * shape.kv_heads / shape.num_sms
-    size = max(math.ceil(even * hundredths / 100), 1)
-    splits = [max(min(-(-n // size), SPLITS), 1) for n in tiles]
-    begin = -(-len(tiles) // 4) * 4
-    plan[begin : begin + len(tiles)] = torch.tensor(splits, dtype=torch.int32)
-    return plan
-
-
 def measure(batch: Batch, plans: dict[str, torch.Tensor | None], turns: int) -> dict[str, Any]:
     """Return microseconds a call by plan: median, least, greatest."""
     graphs, expected = {}, None
@@ -198,7 +182,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the rows")
-    parser.add_argument("--sizes", action="store_true", help="also plans of shares of other sizes")
     parser.add_argument("--turns", type=int, default=15, help="timed turns a batch (default 15)")
     args = parser.parse_args()
     assert fa3.is_available(), "needs a Hopper GPU and vLLM"
@@ -209,23 +192,18 @@ def main() -> None:
     for heads in SHAPES:
         shape = CallShape(*heads, sms)
         for name, keys in cases().items():
-            rows.append(
-                _row(name, make_batch(keys, shape), SIZES if args.sizes else (), args.turns)
-            )
+            rows.append(_row(name, make_batch(keys, shape), args.turns))
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1) + "\n")
 
 
-def _row(name: str, batch: Batch, sizes: Sequence[int], turns: int) -> dict[str, Any]:
+def _row(name: str, batch: Batch, turns: int) -> dict[str, Any]:
     own, flux = fa3s_plan(batch), flux_plan(batch)
-    plans = {"fa3_in_call": None, "fa3": own, "flux": flux}
-    plans |= {f"size_{size}": plan_of_size(batch, size) for size in sizes}
-    times = measure(batch, plans, turns)
+    times = measure(batch, {"fa3_in_call": None, "fa3": own, "flux": flux}, turns)
     shape, us = batch.shape, {plan: found["us"] for plan, found in times.items()}
-    best = f", best size {min(us.values()):7.1f}" if sizes else ""
     print(
         f"{shape.heads}/{shape.kv_heads} x {shape.head_dim}, {name:38s} FA3 in call "
-        f"{us['fa3_in_call']:7.1f} us, FA3 {us['fa3']:7.1f}, flux {us['flux']:7.1f}{best}  "
+        f"{us['fa3_in_call']:7.1f} us, FA3 {us['fa3']:7.1f}, flux {us['flux']:7.1f}  "
         f"{us['fa3'] / us['flux']:.3f}x of FA3",
         flush=True,
     )

@@ -140,6 +140,19 @@ class _FlexSinkWindow:
         return out  # type: ignore[no-any-return]
 
 
+# One function whatever the length: flex_attention is compiled anew for another.
+@cache
+def _visible(sink_tokens: int, window_tokens: int) -> Callable[..., torch.Tensor]:
+    """Return flex_attention's mask of single pairs."""
+
+    def visible(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
+    ) -> torch.Tensor:
+        return (q >= kv) & ((q - kv < window_tokens) | (kv < sink_tokens))
+
+    return visible
+
+
 def sink_window_mask(
     sink_tokens: int, window_tokens: int, tokens: int, device: torch.device
 ) -> Any:
@@ -155,11 +168,6 @@ def sink_window_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    def visible(
-        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
-        return (q >= kv) & ((q - kv < window_tokens) | (kv < sink_tokens))
-
     first = torch.arange(0, tokens, BLOCK, device=device)
     last = first + BLOCK - 1
     q_first, q_last, key_first, key_last = first[:, None], last[:, None], first, last
@@ -174,7 +182,7 @@ def sink_window_mask(
         *block_lists((any_seen & ~all_seen)[None, None]),
         *block_lists(all_seen[None, None]),
         BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
+        mask_mod=_visible(sink_tokens, window_tokens),
         seq_lengths=(tokens, tokens),
     )
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -52,9 +51,10 @@ def plot_curves(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     if full_retrieval is not None:
         right.axhline(full_retrieval, color="black", linewidth=0.8)
     for axes in more:
-        for at, name in enumerate(runs):
-            sweep = sorted((100 * share, score) for share, score in sweeps.get(name, {}).values())
-            axes.plot(*np.array(sweep).reshape(-1, 2).T, ".-", color=f"C{at}", label=name)
+        for at, name in enumerate(runs):  # in the colours of the other panels
+            if name in sweeps:
+                sweep = sorted((100 * share, score) for share, score in sweeps[name].values())
+                axes.plot(*zip(*sweep, strict=True), ".-", color=f"C{at}", label=name)
         axes.legend()
         axes.set_title("thresholds tried: mean score of validation prompts")
         axes.set_xlabel("SPARSE layers, % (mean)")

@@ -82,6 +82,11 @@ def test_sink_window_mask_is_what_torch_makes_of_all_pairs(
     assert torch.equal(found.mask_mod(0, 0, position[:, None], position), seen)
 
 
+def test_masks_of_all_lengths_share_what_flex_attention_is_compiled_for() -> None:
+    short, long = (sink_window_mask(64, 512, n, torch.device("cpu")) for n in (640, 2048))
+    assert short.mask_mod is long.mask_mod
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the most elements that an operation returned."""
 

@@ -46,41 +46,6 @@ def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:
     assert sorted(report["static_patterns"]["order"]) == [0, 1, 2, 3]
 
 
-def test_join_averages_points_chosen_for_the_same_share(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    files = []
-    for seed, lower in enumerate((0.1, 0.3)):
-        points = [
-            made_point(lower, [0.6], 0.62 + lower),
-            made_point(0.5, [0.75] if seed else [], 0.8),
-        ]
-        run = dict.fromkeys(("full_score", "all_sparse_score", "share_local"), 0.5) | {
-            "share_retrieval": None if seed else 0.4,
-            "default": {"threshold": 0.5, "full_by_group": {"retrieval": 0.5}},
-            "points": points,
-            "patterns": {},
-            "provenance": {"router": {"training": {"config": {"seed": seed}}}},
-        }
-        files.append(tmp_path / f"{seed}.json")
-        files[-1].write_text(json.dumps(run))
-    joined = join_runs(files)
-    assert joined["share_retrieval"] == 0.4
-    found = {point["least_share"]: point for point in joined["points"]}
-    assert set(found) == {0.6, None}  # 0.75 in one run alone
-    assert found[0.6]["threshold"] == pytest.approx(0.2)
-    assert found[0.6]["share"] == pytest.approx(0.82)
-    assert found[None]["runs"] == 2
-    assert list(joined["seeds"]) == ["0", "1"]
-    plot_seeds(tmp_path / "curves.png", joined)
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
-def made_point(threshold: float, least_shares: list[float], share: float) -> dict[str, Any]:
-    scores = [f"{kind}_{name}" for kind in ("router", "static") for name in ("score", "retrieval")]
-    place = {"threshold": threshold, "least_shares": least_shares}
-    return place | {"share": share, "static_share": 0.6} | dict.fromkeys(scores, 0.5)
-
-
 PATTERNS = ("streaming", "triangle", "xattention")
 
 
@@ -279,37 +244,6 @@ def test_a_static_pattern_of_ones_own(config: EvalConfig, monkeypatch: pytest.Mo
         evaluate(dataclasses.replace(config, static_layers=(4, 0, -1)))
 
 
-def test_join_of_given_thresholds_and_of_tasks_without_retrieval(
-    config: EvalConfig, tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    data = dataclasses.replace(config.data, tasks=("repeat_end", "continue_text"))
-    files = []
-    for thresholds in ((0.45, 0.4), (0.45,)):
-        out = str(tmp_path / str(len(files)))
-        shared = {"variants": (), "shares": (), "validation_prompts": 0}
-        evaluate(
-            dataclasses.replace(config, data=data, out=out, score_thresholds=thresholds, **shared)
-        )
-        files.append(Path(out) / "quality.json")
-    runs = [json.loads(file.read_text()) for file in files]
-    for at, run in enumerate(runs):  # a random model answers nothing right
-        for point in run["points"]:
-            point["router_score"] = at + point["threshold"]
-        files[at].write_text(json.dumps(run))
-    points = {point["threshold"]: point for point in join_runs(files)["points"]}
-    assert points.keys() == {0.45, 0.5}
-    for threshold, point in points.items():
-        assert point["runs"] == 2
-        assert point["least_share"] is None
-        assert point["router_score"] == pytest.approx(0.5 + threshold)
-        assert "router_retrieval" not in point
-    # A run that also chose the given threshold for a share has it as well.
-    next(p for p in runs[1]["points"] if p["threshold"] == 0.45)["least_shares"] = [0.75]
-    files[1].write_text(json.dumps(runs[1]))
-    assert {p["threshold"]: p["runs"] for p in join_runs(files)["points"]} == {0.45: 2, 0.5: 2}
-
-
 def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     prompts = evaluation.test.prompts
@@ -427,29 +361,3 @@ def test_density_is_weighed_as_scores_are() -> None:
     assert mean_density(cells, scores) == pytest.approx(0.4)
     nowhere = dataclasses.replace(scores, density=np.full(5, np.nan, np.float32))
     assert mean_density(cells, nowhere) is None
-
-
-def test_the_sweeps_have_a_panel_and_the_runs_colours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plots = pytest.importorskip("training.evaluation.plots")
-    from matplotlib.colors import to_rgb
-
-    point = {"share": 0.6, "router_score": 0.5, "router_retrieval": 0.4}
-    run = {
-        "points": [point],
-        "default": {"full_by_group": {}},
-        "full_score": 1,
-        "all_sparse_score": 0,
-    }
-    tried = {"validation_thresholds": {"0.5": [0.7, 0.5], "0.1": [0.2, 0.6]}}
-    shown = []
-    monkeypatch.setattr(plots.plt, "close", shown.append)
-    plots.plot_curves(tmp_path / "two.png", {"a": run})
-    plots.plot_curves(tmp_path / "three.png", {"a": run, "b": run | {"static_patterns": tried}})
-    two, three = (figure.axes for figure in shown)
-    assert (len(two), len(three)) == (2, 3)
-    (left,) = (line for line in three[0].lines if line.get_label() == "b")
-    (sweep,) = (line for line in three[2].lines if line.get_label() == "b")
-    assert to_rgb(sweep.get_color()) == to_rgb(left.get_color())
-    np.testing.assert_allclose(sweep.get_xydata(), [[20, 0.6], [70, 0.5]])
