@@ -31,11 +31,12 @@ class RunnerModelCall:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether one CUDA graph serves all requests.
+        """Whether one CUDA graph serves all requests, where the engine has any.
 
         Not with LoRA, whose kernels are launched by the number of adapters in use.
         """
-        return self._device.type == "cuda" and not self._has_adapters
+        mode = self._vllm_config.compilation_config.cudagraph_mode
+        return self._device.type == "cuda" and mode.name != "NONE" and not self._has_adapters
 
     def __call__(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor

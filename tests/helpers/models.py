@@ -17,8 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from .reference import FULL, SPARSE, ReferenceModel, SparsePattern
-from .reference_router import ReferenceRouter
+from .reference_router import FULL, SPARSE, ReferenceRouter
+from .reference_steps import StepModel
 
 # Scores q.k / sqrt(head_dim) get about the square of this as their standard deviation.
 _QUERY_KEY_SCALE = 1.6
@@ -161,26 +161,6 @@ def _calibrate(
     return tensors
 
 
-def _sample_features(
-    model_folder: str | Path,
-    router: ReferenceRouter,
-    pattern: SparsePattern,
-    prompts: Sequence[Sequence[int]],
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Pool the features of prompts, each under routes of its own. Returns: [prompts, layers, d]."""
-    model = ReferenceModel(model_folder)
-    pooled = []
-    for prompt in prompts:
-        # A layer's input depends on the routes before it: sample those too.
-        routes = torch.randint(2, (model.num_layers,), generator=generator).tolist()
-        request = model.run(
-            prompt, pattern=pattern, routes=routes, router=router, score_prompt=False
-        )
-        pooled.append(request.steps[0].pooled)
-    return torch.stack(pooled)
-
-
 def write_random_router(
     folder: str | Path,
     *,
@@ -235,9 +215,8 @@ def write_random_router(
                 random_prompt(length, 1_000_000 + seed * 1_000 + i, vocab_size)
                 for i, length in enumerate(lengths)
             ]
-        pattern = SparsePattern(sink_tokens, window_tokens, block_size=16)
-        raw = ReferenceRouter(tensors, metadata)
-        pooled = _sample_features(model_folder, raw, pattern, prompts, generator)
+        raw, model = ReferenceRouter(tensors, metadata), StepModel(model_folder)
+        pooled = torch.stack([raw.pooled(model, prompt)[:, 0] for prompt in prompts])
         tensors = _calibrate(tensors, pooled, gain)
     path = Path(folder) / "flux_router.safetensors"
     save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), metadata)
