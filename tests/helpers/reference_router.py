@@ -88,14 +88,16 @@ class ReferenceRouter:
         pools = [queries[:, picked[kind](tokens)].mean(dim=1) for kind, tokens in self.pools]
         return torch.stack(pools, dim=1)
 
-    def p_full(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
-        """Give the probability of FULL in each layer: [layers]."""
+    def features(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+        """Put each layer's pools and the context layers' in a row: [layers, F]."""
         pooled = self.pooled(model, prompt)
         context = [pooled[i] for i in json.loads(self.metadata.get("context_layers", "[]"))]
-        logits = [
-            self.logits(layer, torch.cat([own, *context]).flatten())
-            for layer, own in enumerate(pooled)
-        ]
+        return torch.stack([torch.cat([own, *context]).flatten() for own in pooled])
+
+    def p_full(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+        """Give the probability of FULL in each layer: [layers]."""
+        features = self.features(model, prompt)
+        logits = [self.logits(layer, row) for layer, row in enumerate(features)]
         return torch.softmax(torch.stack(logits), dim=-1)[:, FULL]
 
     def logits(self, layer: int, features: torch.Tensor) -> torch.Tensor:
