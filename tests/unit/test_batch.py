@@ -215,7 +215,7 @@ class TestWarmup:
             assert runner.step([req]).is_warmup, name
 
 
-class TestStepContext:
+class TestBatch:
     def make(self, *rows: tuple[int, int, int]) -> Batch:
         numbers = np.array(rows, dtype=np.int64).reshape(len(rows), 3)
         return Batch(
