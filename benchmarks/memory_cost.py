@@ -74,7 +74,7 @@ def side_tables(
     from vllm.config import CacheConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from flux_vllm.attention_backend.cuda import fixed_nbytes
+    from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
     from flux_vllm.startup import reserve_side_tables
 
     shape = Shape.of(config)
@@ -124,7 +124,7 @@ def _runtime(shape: Shape) -> Any:
     from flux_vllm.config import FluxConfig
     from flux_vllm.router.checkpoint import RouterInfo
     from flux_vllm.router.model import LayerRouter
-    from flux_vllm.runtime import FluxRuntime
+    from flux_vllm.routing.runtime import FluxRuntime
 
     info = RouterInfo(
         base_model="",

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from flux_vllm import compat
-from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.pattern import make_pattern
+from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.config import FluxConfig
@@ -24,6 +23,7 @@ from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
+from flux_vllm.patterns.base import make_pattern
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter

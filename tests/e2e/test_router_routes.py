@@ -101,9 +101,7 @@ def test_pooled_queries_are_those_of_transformers(engine, reference, reference_r
         prompt = random_prompt(length, seed=length)
         engine.runtime.probe.decide(_prompt(prompt))
         expected = reference_router.pooled(reference, prompt)
-        torch.testing.assert_close(
-            engine.runtime.probe.pooled_queries, expected, rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(engine.runtime.probe.pooled_queries, expected, rtol=0, atol=1e-4)
 
 
 def _prompt(tokens: list[int]):
