@@ -55,12 +55,14 @@ class ProbedLayer:
 class ModelCall(Protocol):
     """vLLM's model, called beside its batches."""
 
-    can_be_captured: bool
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether one CUDA graph serves all requests."""
 
     def __call__(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Run the model over tokens [T] int32 at positions [T] int64; only layers see the result.
+        """Run the model over tokens at positions; only its attention layers see the result.
 
         Args:
             metadata: what each attention layer gets, by name.

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from .reference_attention import Phase, SparsePattern, masked_attention
-from .reference_router import FULL
 
 _ATTENTION_NAME = "flux_reference"
 
@@ -81,6 +81,10 @@ class _Step:
     prompt_len: int
 
 
+class _Probe:
+    """Tokens that only attend to those before them; nothing is kept."""
+
+
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -95,6 +99,14 @@ def _attend(
     if unknown or attention_mask is not None:
         raise NotImplementedError(f"the reference has no attention with {unknown or 'a mask'}")
     step, layer = module.reference_model.current_step, module.layer_idx
+    if isinstance(step, _Probe):
+        attended = scaled_dot_product_attention(
+            *(t.float() for t in (query, key, value)),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).to(query.dtype), None
     history = step.history
     history.keys[layer] = torch.cat([history.keys[layer], key[0]], dim=1)
     history.values[layer] = torch.cat([history.values[layer], value[0]], dim=1)
@@ -137,7 +149,7 @@ class StepModel:
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", config.hidden_size // self.num_heads)
         self.vocab_size = config.vocab_size
-        self.current_step: _Step | None = None
+        self.current_step: _Step | _Probe | None = None
         self._queries: list[torch.Tensor] = []
         for layer, block in enumerate(self.model.base_model.layers):
             attention = block.self_attn
@@ -162,9 +174,7 @@ class StepModel:
 
         Returns: [layers, tokens, H] queries before RoPE, averaged over heads.
         """
-        history = self.empty_history()
-        record = StepRecord(0, len(tokens), "prefill", [FULL] * self.num_layers)
-        self.current_step = _Step(record, history, SparsePattern(0, 1, 1), len(tokens))
+        self.current_step = _Probe()
         self.model.base_model(
             input_ids=torch.tensor([list(tokens)]),
             position_ids=torch.tensor([list(positions)]),
