@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,9 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     layers = _attention_layers(runner.get_model())
     routed = [layer for layer in layers if layer.is_routed]
     if info is not None:
-        for layer in routed:
-            _check_fit(info, num_layers, layer.attention.head_size)
+        for layer in layers:
+            if layer.is_routed or layer.index in info.context_layers:
+                _check_fit(info, num_layers, layer.attention.head_size)
     unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
     if unrouted:
         raise FluxConfigError(
@@ -378,8 +379,8 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         "sparse_pattern": config.pattern_name(info),
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
-        "pool_tokens": str(info.pool_tokens) if info else "",
-        "pool_prefix": str(info.pool_prefix).lower() if info else "",
+        "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
+        "pools": " ".join(map(str, info.inputs.pools)) if info else "",
     }
     runtime.reporter = RouteReporter(
         MetricStore(directory, model),

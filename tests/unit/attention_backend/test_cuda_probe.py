@@ -39,7 +39,9 @@ def flash_attention(
     assert fa_version == 3
     left, right = window_size or (-1, -1)
     distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
-    mask = (distance >= 0) & ((distance <= left) | (left < 0)) & ((distance >= -right) | (right < 0))
+    mask = (
+        (distance >= 0) & ((distance <= left) | (left < 0)) & ((distance >= -right) | (right < 0))
+    )
     attended = torch.nn.functional.scaled_dot_product_attention(
         *(t.transpose(0, 1) for t in (q, k, v)), mask, scale=softmax_scale, enable_gqa=True
     )
