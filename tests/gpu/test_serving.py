@@ -192,7 +192,7 @@ def served(request, model):
 
 def test_router_in_a_batch(model, flash_attn_error, served):
     """Mixed routes and phases in one batch."""
-    assert len({tuple(answer.routes) for answer in served.batch}) > 3
+    assert len({tuple(answer.routes or ()) for answer in served.batch}) > 3
     _check(served.batch, model, flash_attn_error)
 
 
@@ -291,7 +291,7 @@ def test_prefix_caching(model, flash_attn_error):
     sources.append(sources[2])
     requests = _check(again, model, flash_attn_error, sources=sources)
     assert [answer.routes for answer in again] == [request.routes for request in requests]
-    assert len({tuple(answer.routes) for answer in again}) > 1
+    assert len({tuple(answer.routes or ()) for answer in again}) > 1
 
 
 def test_router_of_the_latest_tokens_alone(model, flash_attn_error, tmp_path):
@@ -311,7 +311,7 @@ def test_router_of_the_latest_tokens_alone(model, flash_attn_error, tmp_path):
         folder, {"router": str(router)}, max_num_batched_tokens=CHUNK, **DEFAULTS
     ) as engine:
         answers = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
-    assert len({tuple(answer.routes) for answer in answers}) > 3
+    assert len({tuple(answer.routes or ()) for answer in answers}) > 3
     _check(answers, (folder, tmp_path, reference), flash_attn_error)
 
 
@@ -338,7 +338,7 @@ def test_router_under_triangle(model, flash_attn_error, kernels):
     flux = {"router": str(model[1]), "sparse_pattern": "triangle", "kernels": kernels}
     with Engine(model[0], flux, max_num_batched_tokens=CHUNK, **DEFAULTS) as engine:
         answers = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
-    assert len({tuple(answer.routes) for answer in answers}) > 3
+    assert len({tuple(answer.routes or ()) for answer in answers}) > 3
     _check(answers, model, flash_attn_error, kind="triangle")
 
 
