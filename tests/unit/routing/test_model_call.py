@@ -1,7 +1,7 @@
 """How a model runner's model is called beside its batches.
 
-Oracle: calls recorded by fakes of vLLM's parts. The real ones run in tests/e2e/test_router_routes.py
-on the CPU, in tests/gpu/test_probe.py on a GPU.
+Oracle: calls recorded by fakes of vLLM's parts. The real ones run in tests/e2e
+(test_router_routes.py) on the CPU and in tests/gpu (test_probe.py) on a GPU.
 """
 
 from collections.abc import Iterator
