@@ -6,6 +6,7 @@ flux; the rest wrap the objects of a flux engine alone.
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+
+logger = logging.getLogger("vllm.flux")
 
 _WARMUP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
 
@@ -30,7 +33,10 @@ def uses_flux(vllm_config: Any) -> bool:
 
 
 def install_front_end_hooks() -> None:
-    """Let the platform choose our backend, and check an engine's configuration before it starts."""
+    """Let the platform choose our backend, and check an engine's configuration before it starts.
+
+    Raises: UnsupportedConfigurationError: vLLM lacks a function that is to be wrapped.
+    """
     from vllm import plugins
     from vllm.platforms.cpu import CpuPlatform
 
@@ -44,7 +50,11 @@ def install_front_end_hooks() -> None:
 def _hook_again(original: Callable) -> None:
     """EngineArgs asks for the plugins before it makes a configuration, loaded or not."""
     original()
-    install_front_end_hooks()
+    try:
+        install_front_end_hooks()
+    except UnsupportedConfigurationError as error:
+        # In every process with plugins, also those that never ask for flux.
+        logger.warning("flux: configurations are not checked before the engine starts: %s", error)
 
 
 def _choose_on_cpu(
@@ -248,8 +258,16 @@ def batch_from_v2(input_batch: Any, request_states: Any) -> Batch:
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
-    """Replace a function of a class or module by `wrapper(original, ...)`, once."""
-    found = vars(owner)[name]
+    """Replace a function of a class or module by `wrapper(original, ...)`, once.
+
+    Raises: UnsupportedConfigurationError: there is no such function.
+    """
+    found = vars(owner).get(name)
+    if found is None:
+        raise UnsupportedConfigurationError(
+            f"expected a function {name} of {owner.__name__} in vLLM, found none; install a "
+            "version of vLLM that flux knows"
+        )
     function = found.__func__ if is_classmethod else found
     if hasattr(function, "__flux_wrapped__"):
         return

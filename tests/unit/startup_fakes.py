@@ -102,8 +102,9 @@ class SelfAttention(nn.Module):
     """A decoder layer's attention, as far as rotation goes."""
 
     def forward(self, positions: Any, query: Any, key: Any) -> Any:
-        """Rotate."""
-        return self.rotary_emb(positions, query, key)
+        """Rotate, then attend."""
+        query, key = self.rotary_emb(positions, query, key)
+        return self.attn(query, key, key)
 
 
 class SometimesRotating(nn.Module):
@@ -127,7 +128,7 @@ class SometimesScaling(nn.Module):
         query = query.view(-1, 4, 8).flatten(1)
         if self.do_scaling:
             query = query * positions.log()
-        return query, key
+        return self.attn(query, key, key)
 
 
 class Model(nn.Module):

@@ -103,8 +103,8 @@ class _Server:
 
     def add_routes(self, metadata: SimpleNamespace) -> None:
         """Do what the builder does with vLLM's metadata."""
-        metadata.flux = self.builder._begin_step(self.runtime, metadata.block_table.shape[1])
-        self.builder._write_step(metadata.flux, self.runtime, metadata)
+        metadata.flux = self.builder._make_routes(self.runtime, metadata.block_table.shape[1])
+        self.builder._write_routes(metadata.flux, self.runtime, metadata)
 
     def step(
         self, rows: list[tuple[str, int, bool]], padding: int = 0, at_once: bool = False
