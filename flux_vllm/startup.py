@@ -17,7 +17,12 @@ from flux_vllm.errors import (
     RouterCheckpointError,
     UnsupportedConfigurationError,
 )
-from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
+from flux_vllm.metrics.directory import (
+    FOLDER_VARIABLES,
+    live_page_is_on,
+    metrics_directory,
+    prepare_front_end,
+)
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
@@ -96,7 +101,7 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
         if id(rotary) not in rotaries:
             rotaries[id(rotary)] = RotaryInverse(rotary, attention.head_size, device)
         attention.impl.binding = LayerBinding(runtime, index, rotaries[id(rotary)])
-    _report(runtime, vllm_config)
+    _report(runtime, vllm_config, layers[0][1].impl.kernels_name)
     return runtime
 
 
@@ -304,23 +309,64 @@ def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks
 
 
-def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
-    """Log what was set up, and start counting on the first tensor-parallel rank."""
+def _report(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> None:
+    """Log what was set up, and start counting on the first tensor-parallel rank.
+
+    What cannot be counted is said in the log; it is no reason not to serve.
+    """
     from vllm.distributed import get_tensor_model_parallel_rank
 
     config, info = runtime.config, runtime.info
     logger.info(
-        "flux: policy %s, %d routed layers, pattern %s, sink %d and window %d tokens, threshold %g",
+        "flux: policy %s, %d routed layers, pattern %s, sink %d and window %d tokens, "
+        "threshold %g, kernels %s",
         config.policy,
         len(runtime.routed_layers),
         config.pattern_name(info),
         runtime.sink_tokens,
         runtime.window_tokens,
         config.threshold,
+        kernels,
     )
-    directory = metrics_directory()
-    if directory is None or get_tensor_model_parallel_rank() != 0:
+    if get_tensor_model_parallel_rank() != 0:
         return
+    directory = metrics_directory()
+    if directory is None:
+        logger.warning(
+            "flux: expected the folder of the counters in %s or %s, which the API server's process "
+            "sets, found neither in this worker; nothing is counted and the live page stays empty: "
+            "hand the variable on to the workers",
+            *FOLDER_VARIABLES,
+        )
+        return
+    model, router = _labels(runtime, vllm_config, kernels)
+    try:
+        reporter = RouteReporter(
+            MetricStore(directory, model),
+            runtime.routed_layers,
+            vllm_config.cache_config.block_size,
+            runtime.pattern,
+        )
+        reporter.announce(**router)
+        runtime.reporter = reporter
+        if live_page_is_on():
+            num_layers = runtime.table.num_layers
+            layers = {"num_layers": num_layers, "routed_layers": runtime.routed_layers}
+            runtime.journal = RouteJournal(directory, model | router | layers, num_layers)
+    except OSError as error:
+        logger.warning(
+            "flux: expected room for %s in %s, found: %s; requests are served without",
+            "counters" if runtime.reporter is None else "the latest requests' routes",
+            directory,
+            error,
+        )
+
+
+def _labels(
+    runtime: FluxRuntime, vllm_config: Any, kernels: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Say what serves: labels of every metric, and those of `flux_router_info` besides."""
+    config, info = runtime.config, runtime.info
     name = vllm_config.model_config.served_model_name
     model = {"model_name": name if isinstance(name, str) else name[0]}
     router = {
@@ -332,14 +378,6 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         "window_tokens": str(runtime.window_tokens),
         "pool_tokens": str(info.pool_tokens) if info else "",
         "pool_prefix": str(info.pool_prefix).lower() if info else "",
+        "kernels": kernels,
     }
-    runtime.reporter = RouteReporter(
-        MetricStore(directory, model),
-        runtime.routed_layers,
-        vllm_config.cache_config.block_size,
-        runtime.pattern,
-    )
-    runtime.reporter.announce(**router)
-    num_layers = runtime.table.num_layers
-    layers = {"num_layers": num_layers, "routed_layers": runtime.routed_layers}
-    runtime.journal = RouteJournal(directory, model | router | layers, num_layers)
+    return model, router

@@ -45,7 +45,8 @@ def change_after_rope(attention: Any) -> str | None:
 
     Returns: the statement, as source text; None where queries reach attention as RoPE made them.
     """
-    tree = _rotating_function(type(attention))
+    kind: Any = type(attention)
+    tree = _rotating_function(kind)
     if tree is None:
         return None
     names: set[str] = set()

@@ -94,7 +94,7 @@ def make_attention(
     attention.attn_backend = SimpleNamespace(get_name=lambda: backend)
     attention.sliding_window = window
     attention.head_size = head_size
-    attention.impl = SimpleNamespace(binding=None)
+    attention.impl = SimpleNamespace(binding=None, kernels_name="cpu")
     return attention
 
 

@@ -174,8 +174,16 @@ class TestNumbers:
         write(tmp_path)
         return Model([make_attention(i) for i in range(L)], rope)
 
-    def test_no_front_end_no_numbers(self, tmp_path: Path, model: Model) -> None:
-        assert startup.attach(model, make_config(tmp_path), CPU).reporter is None
+    def test_no_front_end_no_numbers(
+        self, tmp_path: Path, model: Model, monkeypatch, caplog: Any
+    ) -> None:
+        """As in a worker whose environment the API server's variable did not reach."""
+        monkeypatch.setattr(startup.logger, "propagate", True)
+        with caplog.at_level("WARNING", startup.logger.name):
+            assert startup.attach(model, make_config(tmp_path), CPU).reporter is None
+        (message,) = caplog.messages
+        assert "FLUX_METRICS_DIR or PROMETHEUS_MULTIPROC_DIR" in message
+        assert "nothing is counted" in message
 
     def test_first_rank_counts(self, tmp_path: Path, model: Model, monkeypatch) -> None:
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
@@ -194,7 +202,42 @@ class TestNumbers:
             "window_tokens": "256",
             "pool_tokens": "48",
             "pool_prefix": "true",
+            "kernels": "cpu",
         }
+
+    @pytest.mark.parametrize("plugins", [None, "flux", "flux,flux_live"])
+    def test_ring_only_for_a_live_page(
+        self, tmp_path: Path, model: Model, monkeypatch, plugins: str | None
+    ) -> None:
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        if plugins is not None:
+            monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        runtime = startup.attach(model, make_config(tmp_path), CPU)
+        assert runtime.reporter is not None
+        assert (runtime.journal is not None) == (plugins == "flux,flux_live")
+
+    @pytest.mark.parametrize("name", ["MetricStore", "RouteJournal"])
+    def test_full_disk_is_said_and_served(
+        self, tmp_path: Path, model: Model, monkeypatch, caplog: Any, name: str
+    ) -> None:
+        def no_room(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(startup, name, no_room)
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        monkeypatch.setenv("VLLM_PLUGINS", "flux_live")
+        monkeypatch.setattr(startup.logger, "propagate", True)
+        with caplog.at_level("WARNING", startup.logger.name):
+            runtime = startup.attach(model, make_config(tmp_path), CPU)
+        assert (runtime.reporter is None) == (name == "MetricStore")
+        assert runtime.journal is None
+        what = {"MetricStore": "counters", "RouteJournal": "the latest requests' routes"}[name]
+        (message,) = caplog.messages
+        assert message == (
+            f"flux: expected room for {what} in {tmp_path}, found: [Errno 28] No space left on "
+            "device; requests are served without"
+        )
 
     def test_other_ranks_do_not(self, tmp_path: Path, model: Model, monkeypatch) -> None:
         from vllm import distributed

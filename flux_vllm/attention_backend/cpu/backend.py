@@ -79,13 +79,13 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        """Build vLLM's metadata, and the routes' side of it where requests are known."""
+        """Build vLLM's metadata, and the routes' side of it where they can make a difference."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.flux = None
         if not self._layers:
             return metadata
         runtime = self._layers[0].impl.binding.runtime
-        if runtime.current is not None:
+        if runtime.current is not None and runtime.config.policy != "full":
             metadata.flux = CpuRoutes(runtime, metadata, self, self._query_sums(runtime.router))
         return metadata
 
@@ -139,6 +139,8 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
     group_index: int
     """Index among the routed layers of its KV cache group."""
+
+    kernels_name = "cpu"
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)

@@ -33,6 +33,7 @@ from flux_vllm.attention_backend.cuda.calls import (
 )
 from flux_vllm.attention_backend.cuda.routing import GroupPooling, PromptRouting
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
+from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
@@ -258,6 +259,9 @@ class FluxCUDAImpl(FlashAttentionImpl):
             "attention logits softcap": bool(self.logits_soft_cap),
             "learned attention sinks": self.sinks is not None,
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
+            f"{self.num_queries_per_kv} query heads a KV head (at most {MOST_QUERY_HEADS})": (
+                self.num_queries_per_kv > MOST_QUERY_HEADS
+            ),
             "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
         }
         found = [what for what, present in refused.items() if present]
@@ -272,6 +276,11 @@ class FluxCUDAImpl(FlashAttentionImpl):
         """The kernels that this layer calls, once it is bound."""
         assert self.binding is not None
         return choose_kernels(self, self.binding.runtime)
+
+    @property
+    def kernels_name(self) -> str:
+        """Say which kernels serve this layer, once it is bound: `fa3` or `triton`."""
+        return self._kernels.name
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """The two families of CUDA kernels behind one interface: FlashAttention-3, and our Triton ones."""
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 from weakref import WeakKeyDictionary
@@ -11,6 +13,7 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from flux_vllm.attention_backend.cuda.views import LayerRows, ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.decode_plan import CallShape
+from flux_vllm.attention_backend.kernels.tiles import is_hopper
 from flux_vllm.attention_backend.kernels.triton_decode import (
     QUERIES,
     DecodeWorkspace,
@@ -22,6 +25,8 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
 from flux_vllm.attention_backend.kernels.triton_prefill import SUPPORTED_HEAD_DIMS, attend_prefill
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
 from flux_vllm.runtime import FluxRuntime
+
+logger = logging.getLogger("vllm.flux")
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import (
@@ -54,6 +59,8 @@ class LayerCall:
 class Kernels(Protocol):
     """The kinds of attention call that a layer makes."""
 
+    name: str
+    """As the operator calls them: `fa3` or `triton`."""
     scale: float
     """Of the scores."""
 
@@ -96,6 +103,8 @@ class Kernels(Protocol):
 def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
     """Choose the kernels of a layer: those asked for, else FlashAttention-3 where it runs.
 
+    The log says once why a GPU that could run FlashAttention-3 does not.
+
     Raises:
         FluxConfigError: FlashAttention-3 was asked for and is not there.
         UnsupportedConfigurationError: the Triton kernels do not take this head size.
@@ -108,6 +117,12 @@ def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
             f"capability 9.0), found FlashAttention-{impl.vllm_flash_attn_version} on "
             f'{torch.cuda.get_device_name()}; use "kernels": "triton" or leave it out'
         )
+    if wanted is None and not has_fa3 and is_hopper():
+        _say_why_triton(
+            fa3.why_unavailable()
+            or f"vLLM takes FlashAttention-{impl.vllm_flash_attn_version} for a head size of "
+            f"{impl.head_size}"
+        )
     if wanted == "triton" or not has_fa3:
         if impl.head_size not in SUPPORTED_HEAD_DIMS:
             raise UnsupportedConfigurationError(
@@ -117,6 +132,16 @@ def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
             )
         return TritonKernels(impl, runtime)
     return FA3Kernels(impl, runtime)
+
+
+@functools.cache
+def _say_why_triton(reason: str) -> None:
+    logger.warning(
+        "flux: expected FlashAttention-3 on this GPU, found none that can be used (%s); layers run "
+        'on flux\'s Triton kernels, which are slower in FULL prefill. "kernels": "triton" asks '
+        "for them and says no more",
+        reason,
+    )
 
 
 def workspace_nbytes(
@@ -143,6 +168,8 @@ def workspace_nbytes(
 
 class FA3Kernels:
     """FlashAttention-3: one call for mixed decode; window and sinks for sparse prefill."""
+
+    name = "fa3"
 
     def __init__(self, impl: "FlashAttentionImpl", runtime: FluxRuntime) -> None:
         self.scale = impl.scale
@@ -231,6 +258,8 @@ class FA3Kernels:
 
 class TritonKernels:
     """Our Triton kernels: any CUDA GPU."""
+
+    name = "triton"
 
     _workspaces: ClassVar[WeakKeyDictionary[FluxRuntime, DecodeWorkspace]] = WeakKeyDictionary()
     """A worker's only one, of all its layers: captured graphs keep its address."""

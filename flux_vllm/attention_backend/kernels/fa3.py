@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
+from flux_vllm.attention_backend.kernels.tiles import is_hopper
 
 
 class Descales(NamedTuple):
@@ -23,14 +24,21 @@ class Descales(NamedTuple):
 
 
 def is_available() -> bool:
-    """Tell whether vLLM's FA3 operator is there and this GPU runs it (compute capability 9)."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        return False
+    """Tell whether vLLM's FA3 operator is there and this GPU runs it."""
+    return why_unavailable() is None
+
+
+def why_unavailable() -> str | None:
+    """Say why FA3 does not run here; None where it does."""
+    if not is_hopper():
+        return "the GPU is not of compute capability 9"
     try:
         from vllm.vllm_flash_attn import flash_attn_interface
-    except ImportError:
-        return False
-    return bool(flash_attn_interface.FA3_AVAILABLE)
+    except ImportError as error:
+        return str(error)
+    if not flash_attn_interface.FA3_AVAILABLE:
+        return str(flash_attn_interface.FA3_UNAVAILABLE_REASON)
+    return None
 
 
 def attend(

@@ -116,6 +116,24 @@ class TestBackend:
         assert builder._cudagraph_support == AttentionCGSupport.NEVER
 
 
+@pytest.mark.parametrize(("policy", "planned"), [("full", False), ("sparse", True)])
+def test_policy_full_is_vllms_own_call(
+    monkeypatch: pytest.MonkeyPatch, policy: str, planned: bool
+) -> None:
+    from flux_vllm.attention_backend.cpu import backend as cpu
+
+    monkeypatch.setattr(
+        cpu.CPUAttentionMetadataBuilder, "build", lambda *args: SimpleNamespace(), raising=True
+    )
+    monkeypatch.setattr(cpu, "CpuRoutes", lambda *args: "a plan")
+    runtime = SimpleNamespace(current="a batch", router=None, config=SimpleNamespace(policy=policy))
+    builder = cpu.FluxCPUMetadataBuilder.__new__(cpu.FluxCPUMetadataBuilder)
+    builder._layers = [
+        SimpleNamespace(impl=SimpleNamespace(binding=SimpleNamespace(runtime=runtime)))
+    ]
+    assert builder.build(0, None).flux == ("a plan" if planned else None)
+
+
 class TestQuerySums:
     def test_follow_the_kv_cache(self) -> None:
         from flux_vllm.attention_backend.cpu.backend import FluxCPUMetadataBuilder
