@@ -85,18 +85,20 @@ def test_library_does_not_print(file: Path) -> None:
     assert not prints, f"print in lines {prints}: log, or return what is to be shown"
 
 
-@_each([*_files("flux_vllm/router"), REPOSITORY / "flux_vllm/attention_backend/naive.py"])
-def test_router_and_naive_import_only_torch(file: Path) -> None:
+@_each(_files("flux_vllm/router", "flux_vllm/patterns"))
+def test_router_and_patterns_import_only_torch(file: Path) -> None:
     allowed = (
         *sys.stdlib_module_names,
         "torch",
         "numpy",
         "safetensors",
+        "flux_vllm.batch",
         "flux_vllm.errors",
+        "flux_vllm.patterns",
         "flux_vllm.router",
     )
     foreign = [module for module in _imports(file) if not _within(module, allowed)]
-    assert not foreign, f"imports {foreign}; the router runs without vLLM"
+    assert not foreign, f"imports {foreign}; routers and patterns run without vLLM"
 
 
 @_each(_files("flux_vllm"))
@@ -114,15 +116,20 @@ def test_backend_does_not_import_what_shows_it(file: Path) -> None:
 
 
 @_each(_files("training"))
-def test_training_imports_only_the_router(file: Path) -> None:
-    allowed = ("flux_vllm.router", "flux_vllm.errors", "flux_vllm.__version__")
+def test_training_imports_only_routers_and_patterns(file: Path) -> None:
+    allowed = (
+        "flux_vllm.router",
+        "flux_vllm.patterns",
+        "flux_vllm.errors",
+        "flux_vllm.__version__",
+    )
     foreign = [
         module
         for module in _imports(file)
         if _within(module, ("flux_vllm", "vllm", "demo", "benchmarks"))
         and not _within(module, allowed)
     ]
-    assert not foreign, f"imports {foreign}; of the package, training sees the router alone"
+    assert not foreign, f"imports {foreign}; of the package, it sees routers and patterns alone"
 
 
 @_each(LIBRARY)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from flux_vllm.patterns.base import make_pattern
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import full_probability
@@ -27,7 +28,6 @@ from training.distributed import start_world
 from training.evaluation.scoring import Condition, Scorer
 from training.model_loading import load_routed
 from training.policies import ThresholdPolicy
-from training.sparse_patterns import make_pattern
 
 pytestmark = pytest.mark.vllm
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from flux_vllm.attention_backend.cpu.prefill import Chunk, ChunkPrefill, plan_chunk
 from flux_vllm.attention_backend.cpu.views import compact_view
 from flux_vllm.attention_backend.layer import LayerBinding
-from flux_vllm.patterns.base import Chunk, CpuPrefill
 from flux_vllm.router.route import Route
 from flux_vllm.router.state import QuerySums
 from flux_vllm.runtime import FluxRuntime
@@ -27,7 +27,7 @@ class LayerPlan:
     """For vLLM's kernel: FULL rows, and SPARSE decode rows through compacted tables."""
     tokens: torch.Tensor | None
     """int64: tokens of the kernel's rows; None for all of the batch."""
-    sparse_prefills: tuple[tuple[slice, CpuPrefill], ...]
+    sparse_prefills: tuple[tuple[slice, ChunkPrefill], ...]
     """Tokens and plan of each row that is prefilled under SPARSE."""
 
 
@@ -74,7 +74,7 @@ class CpuRoutes:
             runtime.window_tokens,
         )
         self._plans: dict[bytes, LayerPlan] = {}
-        self._prefills: dict[int, CpuPrefill] = {}
+        self._prefills: dict[int, ChunkPrefill] = {}
         self._sum_plan = None
         if sums is not None:
             assert runtime.info is not None
@@ -163,7 +163,7 @@ class CpuRoutes:
             scheduler_metadata=self._builder.schedule(seq_lens, query_start_loc),
         )
 
-    def _prefill(self, row: int) -> CpuPrefill:
+    def _prefill(self, row: int) -> ChunkPrefill:
         if row not in self._prefills:
             batch = self._current.batch
             chunk = Chunk(
@@ -173,5 +173,5 @@ class CpuRoutes:
                 self._metadata.block_table[row],
                 self._builder.block_size,
             )
-            self._prefills[row] = self._runtime.pattern.cpu_prefill(chunk)
+            self._prefills[row] = plan_chunk(self._runtime.pattern, chunk)
         return self._prefills[row]

@@ -31,13 +31,13 @@ from flux_vllm.attention_backend.cuda.calls import (
     split_cache,
     workspace_nbytes,
 )
+from flux_vllm.attention_backend.cuda.prefill import BatchPrefill, plan_batch, prefill_nbytes
 from flux_vllm.attention_backend.cuda.routing import GroupPooling, PromptRouting
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
 from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.patterns.base import CudaPrefill
 from flux_vllm.router.route import Route
 from flux_vllm.runtime import FluxRuntime
 
@@ -113,7 +113,7 @@ class CudaRoutes:
     """None in a step without prompt tokens, and for fixed policies."""
     pooling: GroupPooling | None = None
     """Where the queries of `prompt` go."""
-    sparse_prefill: CudaPrefill | None = None
+    sparse_prefill: BatchPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
 
 
@@ -210,7 +210,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             routes.sparse_pass = [may_be_sparse and route == Route.SPARSE for route in by_layer]
             routes.full_pass = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
         if any(routes.sparse_pass):
-            routes.sparse_prefill = runtime.pattern.cuda_prefill(batch, self.device)
+            routes.sparse_prefill = plan_batch(runtime.pattern, batch, self.device)
 
     def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
         if self._views is None:
@@ -348,7 +348,8 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> in
         return 0
     rows, model = most_rows(vllm_config), vllm_config.model_config
     heads = model.get_num_attention_heads(vllm_config.parallel_config)
-    total = runtime.pattern.cuda_nbytes(
+    total = prefill_nbytes(
+        runtime.pattern,
         heads,
         vllm_config.scheduler_config.max_num_batched_tokens,
         model.max_model_len,

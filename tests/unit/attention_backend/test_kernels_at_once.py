@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.batch import Batch
@@ -22,6 +21,7 @@ from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.features import GRANULE_TOKENS
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.runtime import FluxRuntime
+from tests.helpers.oracle import naive
 from tests.unit.attention_backend.test_kernels_cases import DEVICES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.parametrize("device", DEVICES)]

@@ -1,6 +1,6 @@
 """The CUDA backend's real builder and layers over whole batches, in Triton's interpreter.
 
-Oracle: `flux_vllm.attention_backend.naive`, by the rule of test_kernels_cases. On a GPU the same
+Oracle: `tests.helpers.oracle.naive`, by the rule of test_kernels_cases. On a GPU the same
 worker runs larger batches (tests/gpu/test_backend_batches.py).
 """
 

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
@@ -34,6 +33,7 @@ from flux_vllm.attention_backend.kernels.trigonometry import cos_sin
 from flux_vllm.router.features import PromptSpan
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.state import QuerySums
+from tests.helpers.oracle import naive
 from tests.unit.attention_backend.test_kernels_cases import DEVICES
 
 POOL = 20
