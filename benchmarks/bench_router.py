@@ -10,19 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from benchmarks.bench_attention import (
-    BLOCK_SIZE,
-    DTYPE,
-    HEAD_DIM,
-    HEADS,
-    POOL,
-    SINK,
-    WINDOW,
-    record,
-    write_rows,
-)
-from flux_vllm.attention_backend.kernels import query_sums
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
@@ -39,6 +26,19 @@ from flux_vllm.attention_backend.kernels.router_mlp import (
     router_weights,
     router_workspace,
 )
+
+from benchmarks.bench_attention import (
+    BLOCK_SIZE,
+    DTYPE,
+    HEAD_DIM,
+    HEADS,
+    POOL,
+    SINK,
+    WINDOW,
+    record,
+    write_rows,
+)
+from flux_vllm.attention_backend.kernels import query_sums
 from flux_vllm.router.features import PromptSpan
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import choose_route, full_probability

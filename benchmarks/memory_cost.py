@@ -124,7 +124,7 @@ def _runtime(shape: Shape) -> Any:
     from flux_vllm.config import FluxConfig
     from flux_vllm.router.checkpoint import RouterInfo
     from flux_vllm.router.model import LayerRouter
-    from flux_vllm.runtime import FluxRuntime
+    from flux_vllm.routing.runtime import FluxRuntime
 
     info = RouterInfo(
         base_model="",

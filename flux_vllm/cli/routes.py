@@ -20,7 +20,7 @@ from flux_vllm.cli.route_map import (
 )
 
 if TYPE_CHECKING:
-    from flux_vllm.runtime import RouteDecision
+    from flux_vllm.routing.runtime import RouteDecision
 
 _ROUTE_NAMES = {1: "FULL", 0: "SPARSE", -1: None}
 
@@ -136,7 +136,7 @@ def route_prompt(
     import vllm
     from vllm.exceptions import VLLMError
 
-    from flux_vllm.runtime import recent_decisions
+    from flux_vllm.routing.runtime import recent_decisions
 
     progress(f"loading {args.model}")
     try:

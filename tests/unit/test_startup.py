@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flux_vllm.router.state import QuerySums
 from torch import nn
 
 from flux_vllm import startup
@@ -17,7 +18,6 @@ from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.router.state import QuerySums
 from tests.unit.startup_fakes import CPU, H, L, make_config, write
 
 pytestmark = pytest.mark.vllm

@@ -7,7 +7,7 @@ import torch
 from benchmarks.worker_extension import BenchmarkWorker
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.route import Route
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.runtime import FluxRuntime
 
 
 def test_mix_rows_gives_live_requests_routes_of_their_own() -> None:

@@ -9,7 +9,7 @@ from flux_vllm.attention_backend.cuda.patterns import streaming
 from flux_vllm.attention_backend.cuda.prefill import BatchPrefill
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import triangle
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 
 def plan(pattern: triangle.Pattern, batch: Batch, device: torch.device) -> BatchPrefill:

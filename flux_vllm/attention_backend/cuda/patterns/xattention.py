@@ -22,7 +22,7 @@ from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tas
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import xattention
 from flux_vllm.patterns.xattention import BLOCK
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 
 def plan(pattern: xattention.Pattern, batch: Batch, device: torch.device) -> "BlockPrefill":
