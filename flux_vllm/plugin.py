@@ -5,9 +5,8 @@ import logging
 import re
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.selection import BACKEND_NAME, BACKEND_PATH, is_flux
 
-BACKEND_NAME = "FLUX"
-BACKEND_PATH = "flux_vllm.attention_backend.backend.FluxBackend"
 VLLM_FROM, VLLM_BELOW = (0, 32), (0, 34)
 """The versions whose inside was read: docs/CONTRACTS.md."""
 
@@ -29,9 +28,9 @@ def register() -> None:
     try:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        from flux_vllm import compat
+        from flux_vllm.hooks import front_end
 
-        compat.install_front_end_hooks()
+        front_end.install()
     except (ImportError, UnsupportedConfigurationError) as error:
         _warn(f"what flux hooks in vLLM {version}", str(error))
         return
@@ -52,7 +51,7 @@ def _reduce(member: object) -> tuple:
     `vllm serve` spawns EngineCore and pickles the configuration into it, and an enum member
     normally pickles by a value that is unknown there.
     """
-    if member.name == BACKEND_NAME:  # type: ignore[attr-defined]
+    if is_flux(member):
         return _restore, ()
     return type(member), (member.value,)  # type: ignore[attr-defined]
 

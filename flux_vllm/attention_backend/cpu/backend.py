@@ -17,14 +17,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from flux_vllm import compat
 from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
 from flux_vllm.attention_backend.cpu.pages import learn_page_layout
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.routing.probe import ProbeMetadata
-
-compat.install_worker_hooks()
+from flux_vllm.selection import BACKEND_NAME
 
 
 class FluxCPUBackend(CPUAttentionBackend):
@@ -33,7 +31,7 @@ class FluxCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Return the enum name that selects this backend."""
-        return "FLUX"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type["FluxCPUImpl"]:

@@ -1,7 +1,7 @@
 """One batch of the CPU backend: which rows go where, layer by layer."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from flux_vllm.routing.runtime import FluxRuntime
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-    from flux_vllm.attention_backend.cpu.backend import FluxCPUMetadataBuilder
-
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -27,6 +25,15 @@ class LayerPlan:
     """int64: tokens of the kernel's rows; None for all of the batch."""
     sparse_prefills: tuple[tuple[slice, ChunkPrefill], ...]
     """Tokens and plan of each row that is prefilled under SPARSE."""
+
+
+class MetadataBuilder(Protocol):
+    """What a plan needs of the builder that makes vLLM's metadata of one KV cache group."""
+
+    block_size: int
+
+    def schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """Make vLLM's kernel a schedule for some rows: [R] keys, [R + 1] where queries begin."""
 
 
 class CpuRoutes:
@@ -44,7 +51,7 @@ class CpuRoutes:
         self,
         runtime: FluxRuntime,
         metadata: "CPUAttentionMetadata",
-        builder: "FluxCPUMetadataBuilder",
+        builder: MetadataBuilder,
     ) -> None:
         assert runtime.current is not None
         self._runtime = runtime

@@ -7,7 +7,6 @@ the route table: the host never knows the routes. Nothing here waits for the dev
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
@@ -23,16 +22,15 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from flux_vllm import compat
 from flux_vllm.attention_backend.cuda.calls import (
     FA3Kernels,
     Kernels,
     LayerCall,
     choose_kernels,
     split_cache,
-    workspace_nbytes,
 )
-from flux_vllm.attention_backend.cuda.prefill import BatchPrefill, plan_batch, prefill_nbytes
+from flux_vllm.attention_backend.cuda.memory import most_rows
+from flux_vllm.attention_backend.cuda.prefill import BatchPrefill, plan_batch
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
 from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
@@ -41,8 +39,7 @@ from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.route import Route
 from flux_vllm.routing.probe import ProbeMetadata
 from flux_vllm.routing.runtime import FluxRuntime
-
-compat.install_worker_hooks()
+from flux_vllm.selection import BACKEND_NAME
 
 
 class FluxCUDABackend(FlashAttentionBackend):
@@ -51,7 +48,7 @@ class FluxCUDABackend(FlashAttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Return the enum name that selects this backend."""
-        return "FLUX"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type["FluxCUDAImpl"]:
@@ -328,40 +325,3 @@ class FluxCUDAImpl(FlashAttentionImpl):
             fa_version=self.vllm_flash_attn_version,
         )
         return output
-
-
-def most_rows(vllm_config: Any) -> int:
-    """Return the most rows of a batch, padding for CUDA graphs included."""
-    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, largest_graph)
-
-
-def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> int:
-    """Return the memory of all builders' buffers, one builder a KV cache group.
-
-    Args:
-        runtime: of the worker.
-        vllm_config: of the engine.
-        groups: vLLM's KVCacheGroupSpec of each group.
-    """
-    if runtime.config.policy == "full":
-        return 0
-    rows, model = most_rows(vllm_config), vllm_config.model_config
-    heads = model.get_num_attention_heads(vllm_config.parallel_config)
-    total = prefill_nbytes(
-        runtime.pattern,
-        heads,
-        vllm_config.scheduler_config.max_num_batched_tokens,
-        model.max_model_len,
-        model.get_head_size() * model.dtype.itemsize,
-    )
-    shapes = set()
-    for group in groups:
-        context = vllm_config.compilation_config.static_forward_context
-        layers = bound_layers(context, group.layer_names)
-        shapes |= {(layer.num_kv_heads, layer.head_size) for layer in layers}
-        # vLLM rounds a table's width up to whole 128 tokens.
-        width = -(-model.max_model_len // group.kv_cache_spec.block_size) + 128
-        if layers:
-            total += ViewBuffers.nbytes(rows, width, len(layers))
-    return total + max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)
