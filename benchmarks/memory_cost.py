@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory_cost --model SHAPE_FOLDER --out OUT.json [--engine]
 
-Asks `startup.reserve_side_tables`, as the worker does, for each tensor-parallel size and KV cache
+Asks `startup.reserve_buffers`, as the worker does, for each tensor-parallel size and KV cache
 dtype (`memory` rows); nothing is allocated. What vLLM leaves for the KV cache is estimated: its
 default share of the GPU, less this rank's weights and --other-gib for everything else. A float8 KV
 cache is half as large beside the same sums: those rows say what one costs or, where flux refuses
@@ -179,7 +179,7 @@ def engine_side_tables(args: argparse.Namespace) -> dict[str, Any]:
         asked.append((available, reserve(available, *others)))
         return asked[-1][1]
 
-    reserve, startup.reserve_side_tables = startup.reserve_side_tables, noted
+    reserve, startup.reserve_buffers = startup.reserve_side_tables, noted
     with tempfile.TemporaryDirectory() as folder:
         router = write_random_router(
             shape, Path(folder), SINK_TOKENS, WINDOW_TOKENS, pool_tokens=POOL_TOKENS

@@ -47,7 +47,7 @@ from benchmarks import quality_report as report
 from benchmarks.quality_client import SERVED_NAME, Client
 from benchmarks.row_file import RowFile, say, time_limit
 from demo.server import Server, leave_on_signals
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router
 from training.config import SystemSettings
 from training.data.encoding import Encoded

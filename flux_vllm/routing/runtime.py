@@ -11,7 +11,7 @@ from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.route import Route
 from flux_vllm.routing.probe import PromptProbe

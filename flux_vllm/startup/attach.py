@@ -38,8 +38,9 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     layers = attention_layers(runner.get_model())
     routed = [layer for layer in layers if layer.is_routed]
     if info is not None:
-        for layer in routed:
-            check_fit(info, num_layers, layer.attention.head_size)
+        for layer in layers:
+            if layer.is_routed or layer.index in info.context_layers:
+                check_fit(info, num_layers, layer.attention.head_size)
     unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
     if unrouted:
         raise FluxConfigError(

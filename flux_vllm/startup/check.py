@@ -12,7 +12,7 @@ from flux_vllm.errors import (
     RouterCheckpointError,
     UnsupportedConfigurationError,
 )
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.startup.router_file import read_router_for

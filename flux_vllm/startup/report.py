@@ -1,6 +1,7 @@
 """What a worker says when it starts, and where it will count: the log, and the metrics' files."""
 
 import logging
+from dataclasses import astuple
 from typing import Any
 
 from flux_vllm.metrics.directory import FOLDER_VARIABLES, live_page_is_on, metrics_directory
@@ -84,8 +85,8 @@ def _labels(
         "sparse_pattern": config.pattern_name(info),
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
-        "pool_tokens": str(info.pool_tokens) if info else "",
-        "pool_prefix": str(info.pool_prefix).lower() if info else "",
+        "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
+        "pools": " ".join(map(str, info.inputs.pools)) if info else "",
         "kernels": kernels,
     }
     return model, router

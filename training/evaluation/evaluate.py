@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from flux_vllm.attention_backend.cpu.prefill import Chunk, ChunkPrefill, plan_chunk
+from flux_vllm.attention_backend.cpu.patterns import plan_chunk
+from flux_vllm.attention_backend.cpu.prefill import Chunk, ChunkPrefill
 from flux_vllm.attention_backend.cpu.views import compact_view
 from flux_vllm.router.route import Route
 from flux_vllm.routing.runtime import FluxRuntime

@@ -1,16 +1,14 @@
-"""SPARSE prefill on the CPU: one request's chunk, as its sparse pattern says.
+"""SPARSE prefill on the CPU: one request's chunk, as a sparse pattern plans it.
 
 Dimension legend: Q queries of a chunk, N query heads, K kv heads, H head dim, M block-table width.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Protocol
 
 import torch
 
 from flux_vllm.attention_backend.cpu.pages import PageLayout
-from flux_vllm.patterns.base import SparsePattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,3 @@ class ChunkPrefill(Protocol):
             scale: of the scores.
             output: [Q, N, H], written.
         """
-
-
-def plan_chunk(pattern: SparsePattern, chunk: Chunk) -> ChunkPrefill:
-    """Plan a SPARSE chunk, by `plan` of the module that has the pattern's name."""
-    module = import_module(f"flux_vllm.attention_backend.cpu.patterns.{pattern.name}")
-    planned: ChunkPrefill = module.plan(pattern, chunk)
-    return planned

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from flux_vllm.attention_backend.cuda.calls import (
+    BatchPrefill,
     FA3Kernels,
     Kernels,
     LayerCall,
@@ -30,7 +31,7 @@ from flux_vllm.attention_backend.cuda.calls import (
     split_cache,
 )
 from flux_vllm.attention_backend.cuda.memory import most_rows
-from flux_vllm.attention_backend.cuda.prefill import BatchPrefill, plan_batch
+from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
 from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers

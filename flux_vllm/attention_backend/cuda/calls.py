@@ -100,6 +100,16 @@ class Kernels(Protocol):
         """Attend the other prefill rows to sinks and window, exactly."""
 
 
+class BatchPrefill(Protocol):
+    """A batch's prefill rows, planned once a step and used by every layer."""
+
+    def attend(self, call: LayerCall, kernels: Kernels) -> None:
+        """Attend the rows whose `sparse_seqused_q` is not 0 in this layer; leave the others.
+
+        Host sync: none.
+        """
+
+
 def choose_kernels(impl: "FlashAttentionImpl", runtime: FluxRuntime) -> Kernels:
     """Choose the kernels of a layer: those asked for, else FlashAttention-3 where it runs.
 

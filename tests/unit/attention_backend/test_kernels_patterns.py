@@ -13,13 +13,13 @@ import pytest
 import torch
 import triton
 
-from flux_vllm.attention_backend.cuda.prefill import plan_batch, prefill_nbytes
+from flux_vllm.attention_backend.cuda.patterns import plan_batch, prefill_nbytes
 from flux_vllm.attention_backend.kernels import block_rows, block_sparse, fa3
 from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.batch import Batch
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from tests.helpers import fa3_emulation, reference_attention
 from tests.helpers.oracle.naive import gather_pages
 from tests.unit.attention_backend.test_kernels_cases import (

@@ -18,7 +18,7 @@ from flux_vllm.batch import Batch
 from flux_vllm.metrics.directory import FluxCollector
 from flux_vllm.metrics.reporter import FLUSH_SECONDS, RATIO_BUCKETS, RouteReporter
 from flux_vllm.metrics.store import MetricStore
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.patterns.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
 
 OPEN, SPARSE, FULL = -1, 0, 1

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend.cpu.pages import learn_page_layout
-from flux_vllm.attention_backend.cpu.prefill import Chunk, plan_chunk
-from flux_vllm.attention_backend.cuda.prefill import plan_batch
+from flux_vllm.attention_backend.cpu.patterns import plan_chunk
+from flux_vllm.attention_backend.cpu.prefill import Chunk
+from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.batch import Batch
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
-from flux_vllm.patterns.base import SparsePattern, make_pattern
+from flux_vllm.patterns import make_pattern
+from flux_vllm.patterns.base import SparsePattern
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from tests.conftest import REPOSITORY
 from tests.helpers import reference_attention

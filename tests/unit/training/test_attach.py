@@ -8,8 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.patterns import triangle
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern, triangle
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
 from training.attach import RoutedModel

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.patterns import streaming, triangle, xattention
-from flux_vllm.patterns.base import SparsePattern, make_pattern
+from flux_vllm.patterns import make_pattern, streaming, triangle, xattention
+from flux_vllm.patterns.base import SparsePattern
 from flux_vllm.patterns.xattention import BLOCK
 from tests.helpers.oracle import naive
 from tests.helpers.oracle.masks import visible

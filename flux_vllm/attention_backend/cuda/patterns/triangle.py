@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall
+from flux_vllm.attention_backend.cuda.calls import BatchPrefill, Kernels, LayerCall
 from flux_vllm.attention_backend.cuda.patterns import streaming
-from flux_vllm.attention_backend.cuda.prefill import BatchPrefill
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import triangle
 from flux_vllm.transfer import to_device

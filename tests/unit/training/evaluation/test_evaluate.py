@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
 from training import recipes

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.patterns import triangle
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern, triangle
 from flux_vllm.router.model import LayerRouter
 from training.attach import RoutedModel
 from training.data.encoding import Encoded

@@ -2,21 +2,24 @@
 
 Oracle: vLLM's unwrapped functions, whose answers the wrapped ones must give; recorded calls.
 Pinned: the order of imports does not matter (a program may load the plugins before EngineArgs is
-there, and import our backend before the worker). `test_compat_sources.py` watches what is wrapped.
+there, and import our backend before the worker). `test_sources.py` watches what is wrapped.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from flux_vllm import compat
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.hooks import front_end, rows
+from flux_vllm.hooks import worker as worker_hooks
+from flux_vllm.hooks.wrap import wrap
+from flux_vllm.routing.prompts import Prompt
 
 pytestmark = pytest.mark.vllm
 
@@ -39,9 +42,9 @@ class TestWrapping:
                 plugins.load_general_plugins,
             ]
 
-        compat.install_front_end_hooks()
+        front_end.install()
         wrapped = now()
-        compat.install_front_end_hooks()
+        front_end.install()
         assert all(a is b for a, b in zip(wrapped, now(), strict=True))
         assert all(not hasattr(unwrapped(f), "__flux_wrapped__") for f in wrapped)
 
@@ -57,9 +60,9 @@ class TestWrapping:
                 default_loader.filter_duplicate_safetensors_files,
             ]
 
-        compat.install_worker_hooks()
+        worker_hooks.install()
         wrapped = now()
-        compat.install_worker_hooks()
+        worker_hooks.install()
         assert all(a is b for a, b in zip(wrapped, now(), strict=True))
         assert all(not hasattr(unwrapped(f), "__flux_wrapped__") for f in wrapped)
 
@@ -79,12 +82,35 @@ class TestWrapping:
         class Derived(Owner):
             pass
 
-        compat._wrap(Owner, "method", through)
-        compat._wrap(Owner, "of_class", through, is_classmethod=True)
+        wrap(Owner, "method", through)
+        wrap(Owner, "of_class", through, is_classmethod=True)
         owner = Derived()
         assert owner.method(1, b=3) == (owner, 1, 3)
         assert Derived.of_class(1, b=3) == (Derived, 1, 3)
         assert Owner.method.__doc__ == "Doc."
+
+    def test_a_function_that_is_gone_is_named(self) -> None:
+        class Owner:
+            pass
+
+        with pytest.raises(UnsupportedConfigurationError, match="function method of Owner in vLLM"):
+            wrap(Owner, "method", lambda original: None)
+
+    def test_a_function_that_is_gone_ends_no_other_engine(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Plugins are loaded again and again, in processes that never ask for flux."""
+
+        def gone() -> None:
+            raise UnsupportedConfigurationError("no function create_engine_config")
+
+        loaded = mock.Mock()
+        monkeypatch.setattr(front_end, "install", gone)
+        monkeypatch.setattr(front_end.logger, "propagate", True)
+        with caplog.at_level("WARNING", front_end.logger.name):
+            front_end._hook_again(loaded)
+        loaded.assert_called_once_with()
+        assert caplog.messages[0].endswith("starts: no function create_engine_config")
 
     @pytest.mark.slow
     def test_whatever_is_imported_first(self) -> None:
@@ -122,7 +148,7 @@ class TestOtherEngines:
         from vllm.platforms.cpu import CpuPlatform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-        compat.install_front_end_hooks()
+        front_end.install()
         selected = None if backend is None else AttentionBackendEnum[backend]
         original = unwrapped(vars(CpuPlatform)["get_attn_backend_cls"].__func__)
         config = self.selector_config(**model)
@@ -167,21 +193,37 @@ class TestOtherEngines:
     def test_configuration_is_not_looked_at(self, name: str | None) -> None:
         backend = None if name is None else SimpleNamespace(name=name)
         made = SimpleNamespace(attention_config=SimpleNamespace(backend=backend))
-        with mock.patch("flux_vllm.startup.prepare_front_end") as prepare:
-            assert compat._check_engine_config(lambda self, *a: made, None, 1) is made
+        with mock.patch("flux_vllm.metrics.directory.prepare_front_end") as prepare:
+            assert front_end._check_engine_config(lambda self, *a: made, None, 1) is made
         prepare.assert_not_called()
 
     def test_memory_is_measured_as_before(self) -> None:
         attention = SimpleNamespace(backend=None)
         worker = SimpleNamespace(vllm_config=SimpleNamespace(attention_config=attention))
         before = dict(vars(worker))
-        with mock.patch("flux_vllm.startup.attach") as attach:
-            assert compat._attach_then_measure(lambda self: 123, worker) == 123
+        with mock.patch("flux_vllm.hooks.worker.attach") as attach:
+            assert worker_hooks._attach_then_measure(lambda self: 123, worker) == 123
         attach.assert_not_called()
         assert vars(worker) == before
 
 
 class TestFluxEngine:
+    def test_configuration_is_checked_before_anything_is_made(self) -> None:
+        """A refusal leaves no folder and no collector behind."""
+        order = mock.Mock()
+        attention = SimpleNamespace(backend=SimpleNamespace(name="FLUX"))
+        made = SimpleNamespace(attention_config=attention)
+        with (
+            mock.patch("flux_vllm.startup.check.check_configuration", order.check),
+            mock.patch("flux_vllm.metrics.directory.prepare_front_end", order.prepare),
+        ):
+            assert front_end._check_engine_config(lambda self: made, None) is made
+            assert order.mock_calls == [mock.call.check(made), mock.call.prepare()]
+            order.check.side_effect = UnsupportedConfigurationError("refused")
+            with pytest.raises(UnsupportedConfigurationError, match="refused"):
+                front_end._check_engine_config(lambda self: made, None)
+        assert order.prepare.call_count == 1
+
     def test_attaches_before_measuring(self) -> None:
         import torch
 
@@ -193,16 +235,16 @@ class TestFluxEngine:
             device=torch.device("cpu"),
         )
         with (
-            mock.patch("flux_vllm.startup.attach", order.attach),
-            mock.patch("flux_vllm.startup.reserve_side_tables", order.reserve),
-            mock.patch("flux_vllm.compat.hook_worker", order.hook),
+            mock.patch("flux_vllm.hooks.worker.attach", order.attach),
+            mock.patch("flux_vllm.hooks.worker.reserve_buffers", order.reserve),
+            mock.patch("flux_vllm.hooks.worker.hook_worker", order.hook),
         ):
             order.measure.return_value = 1000
-            found = compat._attach_then_measure(order.measure, worker)
+            found = worker_hooks._attach_then_measure(order.measure, worker)
         runtime = order.attach.return_value
         assert found is order.reserve.return_value
         assert order.mock_calls == [
-            mock.call.attach("model", worker.vllm_config, worker.device),
+            mock.call.attach(worker.model_runner, worker.vllm_config, worker.device),
             mock.call.hook(worker, runtime),
             mock.call.measure(worker),
             mock.call.reserve(1000, worker, runtime),
@@ -212,7 +254,7 @@ class TestFluxEngine:
         """vLLM reads all safetensors files of a folder without an index."""
         from vllm.model_executor.model_loader import default_loader
 
-        compat.install_worker_hooks()
+        worker_hooks.install()
         files = [str(tmp_path / n) for n in ("a.safetensors", "flux_router.safetensors")]
         found = default_loader.filter_duplicate_safetensors_files(
             files, str(tmp_path), "model.safetensors.index.json"
@@ -227,6 +269,55 @@ class TestFluxEngine:
             "model.safetensors.index.json",
         )
         assert found == files[:1]
+
+
+def new_request(name: str, tokens: list[int] | None, computed: int = 0, **changes: Any) -> Any:
+    """Make vLLM's own NewRequestData."""
+    from vllm.v1.core.sched.output import NewRequestData
+
+    fields = {
+        "req_id": name,
+        "prompt_token_ids": tokens,
+        "mm_features": [],
+        "sampling_params": None,
+        "pooling_params": None,
+        "block_ids": ([1],),
+        "num_computed_tokens": computed,
+        "lora_request": None,
+    }
+    return NewRequestData(**fields | changes)
+
+
+class TestPrompts:
+    def test_token_ids(self) -> None:
+        found = rows.prompt_of(new_request("a", [4, 5, 6], lora_request="adapter"))
+        assert found == Prompt("a", 3, [4, 5, 6], "adapter")
+
+    def test_prompt_of_a_resumed_request_leaves_its_outputs_out(self) -> None:
+        found = rows.prompt_of(new_request("a", [4, 5, 6], prefill_token_ids=[4, 5, 6, 7, 8]))
+        assert (found.length, found.tokens) == (3, [4, 5, 6])
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"prompt_embeds": np.zeros((3, 8))},
+            {"prompt_token_ids": None, "prompt_embeds": np.zeros((3, 8))},
+            {"mm_features": ["an image"]},
+        ],
+        ids=["mixed", "embeddings", "image"],
+    )
+    def test_what_is_no_token_ids(self, changes: dict) -> None:
+        found = rows.prompt_of(new_request("a", [4, 5, 6], **changes))
+        assert (found.length, found.tokens) == (3, None)
+
+    def test_context_ends(self) -> None:
+        cached = SimpleNamespace(req_ids=["b", "c"], num_computed_tokens=[40, 7])
+        output = SimpleNamespace(
+            scheduled_new_reqs=[new_request("a", [1] * 50, computed=32)],
+            scheduled_cached_reqs=cached,
+            num_scheduled_tokens={"c": 4, "a": 18, "b": 1},
+        )
+        assert rows.context_ends(output) == {"a": 50, "b": 41, "c": 11}
 
 
 class FakeBatch:
@@ -244,6 +335,11 @@ class TestWorkerHooks:
     def make(self, runner: Any) -> tuple[Any, mock.Mock, list[str]]:
         events: list[str] = []
         runtime = mock.Mock()
+        runtime.has_open_prompts, runtime.is_warming_up = True, False
+        runtime.admit.side_effect = lambda prompts: events.append(
+            f"admit {[prompt.request_id for prompt in prompts]}"
+        )
+        runtime.decide_due.side_effect = lambda ends: events.append(f"decide {ends}")
         runtime.finish.side_effect = lambda ids: events.append(f"finish {sorted(ids)}")
         runtime.begin_step.side_effect = lambda context: events.append(
             f"begin {context.request_ids}"
@@ -253,7 +349,8 @@ class TestWorkerHooks:
         worker = SimpleNamespace(model_runner=runner, events=events)
         worker.execute_model = lambda output: runner.execute(output)
         worker.sample_tokens = lambda grammar: events.append(f"sample {grammar}")
-        compat.hook_worker(worker, runtime)
+        worker.compile_or_warm_up_model = lambda: events.append(f"warm {runtime.is_warming_up}")
+        worker_hooks.hook_worker(worker, runtime)
         return worker, runtime, events
 
     def runner_v1(self, computed: int = 0, prompt: int = 9) -> SimpleNamespace:
@@ -270,20 +367,65 @@ class TestWorkerHooks:
         runner.execute = execute
         return runner
 
-    OUTPUT = SimpleNamespace(finished_req_ids={"z"}, num_scheduled_tokens={"a": 9})
+    OUTPUT = SimpleNamespace(
+        finished_req_ids={"z"},
+        num_scheduled_tokens={"a": 9},
+        scheduled_new_reqs=[new_request("a", [5] * 12, computed=3)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+    )
+    BEFORE: ClassVar[list[str]] = ["finish ['z']", "admit ['a']", "decide {'a': 12}"]
 
     def test_order_of_a_step(self) -> None:
         worker, _, events = self.make(self.runner_v1())
         assert worker.execute_model(self.OUTPUT) is None
         assert worker.sample_tokens("grammar") is None
-        assert events == ["finish ['z']", "begin ('a',)", "sample grammar", "end"]
+        assert events == [*self.BEFORE, "begin ('a',)", "sample grammar", "end"]
+
+    def test_nothing_open_nothing_decided(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        runtime.has_open_prompts = False
+        worker.execute_model(self.OUTPUT)
+        assert events == [*self.BEFORE[:2], "begin ('a',)"]
+
+    def test_error_in_a_probe_abandons_the_step(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        runtime.decide_due.side_effect = KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            worker.execute_model(self.OUTPUT)
+        assert events == [*self.BEFORE[:2], "abandon"]
+
+    def test_warm_up_is_known_while_it_lasts(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        worker.compile_or_warm_up_model()
+        assert events == ["warm True"]
+        assert runtime.is_warming_up is False
+
+    @pytest.mark.parametrize(
+        ("arguments", "captured"),
+        [({}, 1), ({"profile_only": False}, 1), ({"profile_only": True}, 0)],
+    )
+    def test_probe_is_captured_after_vllms_graphs(self, arguments, captured) -> None:
+        runner = self.runner_v1()
+        runner.capture_model = mock.Mock(return_value=77)
+        original = runner.capture_model
+        _, runtime, _ = self.make(runner)
+        runtime.probe.capture.side_effect = lambda: original.assert_called_once_with(**arguments)
+        assert runner.capture_model(**arguments) == 77
+        assert runtime.probe.capture.call_count == captured
+
+    def test_policy_without_a_probe(self) -> None:
+        runner = self.runner_v1()
+        runner.capture_model = lambda: 77
+        _, runtime, _ = self.make(runner)
+        runtime.probe = None
+        assert runner.capture_model() == 77
 
     def test_step_without_tokens_ends_at_once(self) -> None:
         runner = self.runner_v1()
         worker, _, events = self.make(runner)
         runner.execute = lambda output: "nothing to sample"
         assert worker.execute_model(self.OUTPUT) == "nothing to sample"
-        assert events == ["finish ['z']", "end"]
+        assert events == [*self.BEFORE, "end"]
 
     def test_error_in_sampling_abandons_the_step(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
@@ -293,7 +435,7 @@ class TestWorkerHooks:
             raise KeyboardInterrupt
 
         worker.sample_tokens = fail
-        compat.hook_worker(worker, runtime)
+        worker_hooks.hook_worker(worker, runtime)
         with pytest.raises(KeyboardInterrupt):
             worker.sample_tokens(None)
         assert events == ["abandon"]
@@ -315,7 +457,7 @@ class TestWorkerHooks:
         runner.execute = fail
         with pytest.raises(KeyboardInterrupt):
             worker.execute_model(self.OUTPUT)
-        assert events == ["finish ['z']", "begin ('a',)", "abandon"]
+        assert events == [*self.BEFORE, "begin ('a',)", "abandon"]
 
     def test_collective_rpc(self) -> None:
         worker, runtime, _ = self.make(self.runner_v1())
