@@ -76,6 +76,8 @@ class FluxRuntime:
         self.current: RoutedBatch | None = None
         self.is_warming_up = False
         """While vLLM runs requests of its own, which are never counted."""
+        self.reads_back = True
+        """Whether routes come back to the host; all tensor-parallel ranks have the same."""
         self.reporter: RouteReporter | None = None
         self.journal: RouteJournal | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
@@ -189,8 +191,9 @@ class FluxRuntime:
             if self.reporter is not None:
                 self.reporter.flush()
             return
-        self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
-        self._count_pending(wait=False)
+        if self.reads_back:
+            self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
+            self._count_pending(wait=False)
 
     def _count_pending(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0].is_ready()):

@@ -38,6 +38,7 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
         kernels,
     )
     if get_tensor_model_parallel_rank() != 0:
+        runtime.reads_back = False
         return
     directory = metrics_directory()
     if directory is None:

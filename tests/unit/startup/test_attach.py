@@ -263,7 +263,9 @@ class TestNumbers:
 
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
         monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
-        assert attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.reporter is None
+        assert not runtime.reads_back
 
 
 def probed(model: nn.Module) -> list[Any]:
