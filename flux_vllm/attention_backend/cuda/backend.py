@@ -24,12 +24,11 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from flux_vllm.attention_backend.cuda.calls import (
     BatchPrefill,
-    FA3Kernels,
     Kernels,
     LayerCall,
-    choose_kernels,
     split_cache,
 )
+from flux_vllm.attention_backend.cuda.choose import choose_kernels
 from flux_vllm.attention_backend.cuda.memory import most_rows
 from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
@@ -188,7 +187,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         routes.by_vllm = (
             not may_be_sparse
             and bool(batch.is_prefill.all())
-            and isinstance(self._layers[0].impl._kernels, FA3Kernels)
+            and self._layers[0].impl._kernels.name == "fa3"
         )
         routes.sparse_pass = [may_be_sparse] * layers
         fixed = runtime.fixed_routes

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flux_vllm.attention_backend.cuda.calls import workspace_nbytes
+from flux_vllm.attention_backend.cuda.choose import workspace_nbytes
 from flux_vllm.attention_backend.cuda.patterns import prefill_nbytes
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.layer import bound_layers

@@ -316,7 +316,7 @@ def test_memory_is_taken_before_the_cache_is_sized(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the sizes of the model and of a step that vLLM's configuration gives."""
-    from flux_vllm.attention_backend.cuda import backend as cuda
+    from flux_vllm.attention_backend.cuda import memory
     from tests.helpers.cuda_backend import MAX_LEN, _runtime, engine_config
 
     monkeypatch.setattr(fa3, "is_available", lambda: True)
@@ -326,9 +326,9 @@ def test_memory_is_taken_before_the_cache_is_sized(
     runtime = _runtime(shape, "fa3", torch.device("cpu"), **XATTENTION)
     tokens = config.scheduler_config.max_num_batched_tokens
     stated = prefill_nbytes(runtime.pattern, 6, tokens, MAX_LEN, 2 * 128)
-    total = cuda.fixed_nbytes(runtime, config, specs)
-    monkeypatch.setattr(cuda, "prefill_nbytes", lambda *_: 0)
-    assert cuda.fixed_nbytes(runtime, config, specs) == total - stated < total
+    total = memory.fixed_nbytes(runtime, config, specs)
+    monkeypatch.setattr(memory, "prefill_nbytes", lambda *_: 0)
+    assert memory.fixed_nbytes(runtime, config, specs) == total - stated < total
 
 
 @pytest.mark.parametrize("is_warmup", [True, False], ids=["warm-up", "request"])

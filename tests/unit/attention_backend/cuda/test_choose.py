@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux_vllm.attention_backend.cuda import calls
+from flux_vllm.attention_backend.cuda import choose
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(autouse=True)
 def _said_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls._say_why_triton.cache_clear()
-    monkeypatch.setattr(calls.logger, "propagate", True)
+    choose._say_why_triton.cache_clear()
+    monkeypatch.setattr(choose.logger, "propagate", True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(
         torch.cuda,
@@ -29,7 +29,7 @@ def _said_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def choose(kernels: str | None = None, version: int = 3, head_size: int = 128) -> str:
+def name_of(kernels: str | None = None, version: int = 3, head_size: int = 128) -> str:
     impl = SimpleNamespace(
         vllm_flash_attn_version=version,
         head_size=head_size,
@@ -43,7 +43,7 @@ def choose(kernels: str | None = None, version: int = 3, head_size: int = 128) -
         window_tokens=32,
         table=SimpleNamespace(device=torch.device("cpu")),
     )
-    return calls.choose_kernels(impl, runtime).name  # type: ignore[arg-type]
+    return choose.choose_kernels(impl, runtime).name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_hopper_without_fa3_is_said_once(
     version: int,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(calls, "is_hopper", lambda: True)
+    monkeypatch.setattr(choose, "is_hopper", lambda: True)
     monkeypatch.setattr(fa3, "why_unavailable", lambda: unavailable)
-    assert [choose(version=version) for _ in range(3)] == ["triton"] * 3
+    assert [name_of(version=version) for _ in range(3)] == ["triton"] * 3
     (message,) = caplog.messages
     assert message.startswith(
         f"flux: expected FlashAttention-3 on this GPU, found none that can be used ({reason}); "
@@ -74,17 +74,17 @@ def test_hopper_without_fa3_is_said_once(
 def test_nothing_is_said_where_triton_is_no_surprise(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernels: str | None
 ) -> None:
-    monkeypatch.setattr(calls, "is_hopper", lambda: kernels is not None)
+    monkeypatch.setattr(choose, "is_hopper", lambda: kernels is not None)
     monkeypatch.setattr(fa3, "why_unavailable", lambda: "another GPU")
-    assert choose(kernels, version=2) == "triton"
+    assert name_of(kernels, version=2) == "triton"
     assert caplog.messages == []
 
 
 def test_fa3_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fa3, "why_unavailable", lambda: None)
-    assert choose() == choose("fa3") == "fa3"
+    assert name_of() == name_of("fa3") == "fa3"
     with pytest.raises(FluxConfigError, match="expected FlashAttention-3"):
-        choose("fa3", version=2)
+        name_of("fa3", version=2)
 
 
 @pytest.fixture
