@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from flux_vllm.attention_backend.layer import LayerBinding
-from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
+from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.routing.runtime import FluxRuntime
 from flux_vllm.startup.check import check_features, check_fit, check_probe
 from flux_vllm.startup.layers import AttentionLayer, attention_layers, rotary_of
