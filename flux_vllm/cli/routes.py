@@ -171,8 +171,8 @@ def route_prompt(
     decisions = recent_decisions(llm)
     if not decisions:
         raise CommandError(
-            "expected the routes of the prompt, found none; run again with --verbose and look for "
-            "a message of flux in the log"
+            "expected a prompt that is longer than sinks and window together, found one to which "
+            "both routes are alike, so that none was decided; give a longer prompt"
         )
     progress("done")
     return decisions[-1]

@@ -138,6 +138,8 @@ class Request:
         known = len(self.history)
         if known >= len(self.prompt) or self.history.tokens != self.prompt[:known]:
             raise ValueError("history: expected the first tokens of the prompt, fewer than all")
+        if self.routes is None and self.router is None:
+            raise ValueError("routes, router: expected at least one of them")
         if self.router is not None:
             self.p_full = self.router.p_full(self.model, self.prompt)
             if self.routes is None:
