@@ -5,6 +5,7 @@ Oracle: the log, and the names of the classes; vLLM's version lookup and the GPU
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,12 +38,8 @@ def name_of(kernels: str | None = None, version: int = 3, head_size: int = 128) 
         num_heads=4,
         num_kv_heads=2,
     )
-    runtime = SimpleNamespace(
-        config=FluxConfig(kernels=kernels),
-        sink_tokens=16,
-        window_tokens=32,
-        table=SimpleNamespace(device=torch.device("cpu")),
-    )
+    runtime = Mock(config=FluxConfig(kernels=kernels), sink_tokens=16, window_tokens=32)
+    runtime.table.device = torch.device("cpu")
     return choose.choose_kernels(impl, runtime).name  # type: ignore[arg-type]
 
 
