@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.worker_extension import BenchmarkWorker
 from flux_vllm.attention_backend.cuda import backend as cuda
-from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall, choose_kernels
+from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall
+from flux_vllm.attention_backend.cuda.choose import choose_kernels
 from flux_vllm.attention_backend.cuda.views import LayerRows, ViewBuffers
 
 

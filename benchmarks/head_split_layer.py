@@ -41,7 +41,8 @@ def measure_layer(case: LayerCase, rows: RowFile) -> None:
     """Time one attention layer in all ways."""
     from benchmarks import bench_attention as attention
     from benchmarks.head_split import HeadSplitKernels
-    from flux_vllm.attention_backend.cuda.calls import FA3Kernels
+    from flux_vllm.attention_backend.cuda.calls import Sizes
+    from flux_vllm.attention_backend.cuda.fa3_calls import FA3Kernels
     from flux_vllm.router.route import Route
 
     decodes = case.queries == 1
@@ -49,8 +50,17 @@ def measure_layer(case: LayerCase, rows: RowFile) -> None:
     batch = attention.Batch(queries, lengths, case.caches, prefill=not decodes)
     calls = [layer_call(batch, layer, decodes) for layer in range(case.caches)]
     kernels = FA3Kernels(
-        SimpleNamespace(scale=attention.SCALE),
-        SimpleNamespace(sink_tokens=attention.SINK, window_tokens=attention.WINDOW),
+        SimpleNamespace(
+            scale=attention.SCALE,
+            num_heads=attention.HEADS,
+            num_kv_heads=attention.KV_HEADS,
+            head_size=attention.HEAD_DIM,
+        ),
+        Sizes(
+            attention.SINK,
+            attention.WINDOW,
+            torch.cuda.get_device_properties(0).multi_processor_count,
+        ),
     )
     split, at_once = HeadSplitKernels(kernels), SideBySide(kernels)
     name = f"{case.batch} x {case.queries} at {case.context // K}K"

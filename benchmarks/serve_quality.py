@@ -47,6 +47,7 @@ from benchmarks import quality_report as report
 from benchmarks.quality_client import SERVED_NAME, Client
 from benchmarks.row_file import RowFile, say, time_limit
 from demo.server import Server, leave_on_signals
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router
 from training.config import SystemSettings
 from training.data.encoding import Encoded
@@ -55,7 +56,6 @@ from training.evaluation.prompts import PromptSet, read_prompts
 from training.evaluation.scoring import Condition, Scorer, Scores
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import StaticPolicy, ThresholdPolicy
-from training.sparse_patterns import make_pattern
 
 OFFLINE_TOKENS = 32768
 """Computed at once by offline scoring."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.row_file import RowFile, say
+from flux_vllm.patterns import xattention
 from flux_vllm.router.route import Route
 from training.attach import RoutedModel
 from training.config import SystemSettings
@@ -28,7 +29,6 @@ from training.pattern_attention import (
 )
 from training.policies import StaticPolicy
 from training.pooling import plan_chunks
-from training.sparse_patterns import XAttention
 
 SINK_TOKENS, WINDOW_TOKENS = 64, 512  # of decode; they do not enter a prompt's attention
 POOL_TOKENS = 16
@@ -83,7 +83,9 @@ def measure(routed: RoutedModel, token_ids: list[int], threshold: float) -> list
 
     Returns: the density of each layer.
     """
-    pattern = XAttention(sink_tokens=SINK_TOKENS, window_tokens=WINDOW_TOKENS, threshold=threshold)
+    pattern = xattention.Pattern(
+        sink_tokens=SINK_TOKENS, window_tokens=WINDOW_TOKENS, threshold=threshold
+    )
     attend = make_pattern_attention(pattern, routed.sparse_attention, routed.sparse_kernel)
     by_layer, ends = _ByLayer(attend), [[len(token_ids)]]
     plan = plan_chunks(ends, len(token_ids), POOL_TOKENS)

@@ -11,7 +11,7 @@ class Batch:
     """The rows of the batch that is about to run, in the runner's order.
 
     This is the only thing that knows requests: vLLM's attention metadata has neither their ids
-    nor their prompts' lengths. `compat.py` fills it. A dummy run (warm-up, profiling, graph
+    nor their prompts' lengths. `hooks/rows.py` fills it. A dummy run (warm-up, profiling, graph
     capture) has no Batch.
     """
 

@@ -1,4 +1,4 @@
-"""The laws of the house style, each as a test: sizes, imports, prints, docstrings.
+"""The laws of the house style, each as a test over all files: sizes, imports, prints, docstrings.
 
 Oracle: the source text itself, read with `ast`; nothing of the project is imported.
 """
@@ -6,7 +6,8 @@ Oracle: the source text itself, read with `ast`; nothing of the project is impor
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,31 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_FLOORS = 10
+
+IMPORTS_VLLM = (
+    "flux_vllm/attention_backend/backend.py",
+    "flux_vllm/attention_backend/cpu/backend.py",
+    "flux_vllm/attention_backend/cpu/batch_plan.py",
+    "flux_vllm/attention_backend/cpu/pages.py",
+    "flux_vllm/attention_backend/cuda/backend.py",
+    "flux_vllm/attention_backend/cuda/calls.py",
+    "flux_vllm/attention_backend/cuda/choose.py",
+    "flux_vllm/attention_backend/cuda/fa3_calls.py",
+    "flux_vllm/attention_backend/cuda/triton_calls.py",
+    "flux_vllm/attention_backend/kernels/fa3.py",
+    "flux_vllm/cli/routes.py",
+    "flux_vllm/cli/serve.py",
+    "flux_vllm/hooks/front_end.py",
+    "flux_vllm/hooks/worker.py",
+    "flux_vllm/plugin.py",
+    "flux_vllm/routing/model_call.py",
+    "flux_vllm/startup/attach.py",
+    "flux_vllm/startup/layers.py",
+    "flux_vllm/startup/memory.py",
+    "flux_vllm/startup/report.py",
+)
+"""Where vLLM may be imported: what to look at when a version of it comes."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -27,15 +53,22 @@ def _name(file: Path) -> str:
 
 
 CODE = _files("flux_vllm", "training", "demo", "deploy")
+PACKAGE = _files("flux_vllm")
 LIBRARY = _files("flux_vllm", "training")
 
 
-def _each(files: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("file", files, ids=_name)
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def _offences(files: list[Path], find: Callable[[Path], object]) -> dict[str, object]:
+    """Give what is found in each file that has any."""
+    return {_name(file): found for file in files if (found := find(file))}
 
 
 def _functions(file: Path) -> Iterator[Function]:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, Function):
             yield node
 
@@ -46,88 +79,148 @@ def _body_lines(function: Function) -> int:
     return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
-def _imports(file: Path) -> Iterator[str]:
+@cache
+def _imports(file: Path) -> tuple[str, ...]:
     """Give every module that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    found = []
+    for node in ast.walk(_tree(file)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{_name(file)}:{node.lineno}: import by the full name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
 
 
 def _within(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-@_each(CODE)
-def test_file_is_short(file: Path) -> None:
-    lines = len(file.read_text().splitlines())
-    assert lines <= MAX_FILE_LINES, f"{lines} lines, at most {MAX_FILE_LINES}: split it by concept"
+def _importing(files: list[Path], *packages: str) -> dict[str, object]:
+    """Give the imports of some packages."""
+    return _offences(files, lambda file: [m for m in _imports(file) if _within(m, packages)])
 
 
-@_each(CODE)
-def test_functions_are_short(file: Path) -> None:
-    lengths = {f"{f.name}:{f.lineno}": _body_lines(f) for f in _functions(file)}
-    long = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+def _arrows() -> dict[str, set[str]]:
+    """Give the package's modules and what each imports of the package, types included."""
+    modules = {}
+    for file in PACKAGE:
+        modules[_name(file).removesuffix(".py").replace("/", ".").removesuffix(".__init__")] = file
+    arrows = {}
+    for module, file in modules.items():
+        # `from a import b` names the module a.b, or something in the module a.
+        named = {m if m in modules else m.rpartition(".")[0] for m in _imports(file)}
+        arrows[module] = (named & modules.keys()) - {module}
+    return arrows
+
+
+def test_files_are_short() -> None:
+    def too_long(file: Path) -> int:
+        lines = len(file.read_text().splitlines())
+        return lines if lines > MAX_FILE_LINES else 0
+
+    long = _offences(CODE, too_long)
+    assert not long, f"files of more than {MAX_FILE_LINES} lines, to be split by concept: {long}"
+
+
+def test_functions_are_short() -> None:
+    def too_long(file: Path) -> dict[str, int]:
+        lengths = {f"{f.name}:{f.lineno}": _body_lines(f) for f in _functions(file)}
+        return {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+
+    long = _offences(CODE, too_long)
     assert not long, f"functions of more than {MAX_FUNCTION_LINES} lines: {long}"
 
 
-@_each([file for file in LIBRARY if "cli" not in file.parts and file.name != "__main__.py"])
-def test_library_does_not_print(file: Path) -> None:
-    prints = [
-        node.lineno
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "print"
-    ]
-    assert not prints, f"print in lines {prints}: log, or return what is to be shown"
+def test_library_does_not_print() -> None:
+    def prints(file: Path) -> list[int]:
+        return [
+            node.lineno
+            for node in ast.walk(_tree(file))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+        ]
+
+    library = [file for file in LIBRARY if "cli" not in file.parts and file.name != "__main__.py"]
+    found = _offences(library, prints)
+    assert not found, f"prints, by line: {found}; log, or return what is to be shown"
 
 
-@_each([*_files("flux_vllm/router"), REPOSITORY / "flux_vllm/attention_backend/naive.py"])
-def test_router_and_naive_import_only_torch(file: Path) -> None:
+def test_imports_run_in_no_circle_and_few_floors() -> None:
+    arrows = _arrows()
+    floors: dict[str, int] = {}
+
+    def floor(module: str, path: tuple[str, ...]) -> int:
+        assert module not in path, f"circle: {' -> '.join((*path[path.index(module) :], module))}"
+        if module not in floors:
+            below = [floor(other, (*path, module)) for other in sorted(arrows[module])]
+            floors[module] = 1 + max(below, default=0)
+        return floors[module]
+
+    for module in arrows:
+        floor(module, ())
+    high = {module: number for module, number in floors.items() if number > MAX_FLOORS}
+    assert not high, f"modules above floor {MAX_FLOORS}: {high}"
+
+
+def test_vllm_is_imported_where_it_is_said() -> None:
+    found = _importing(PACKAGE, "vllm")
+    assert sorted(found) == sorted(IMPORTS_VLLM)
+
+
+def test_routers_and_patterns_import_only_torch() -> None:
     allowed = (
         *sys.stdlib_module_names,
         "torch",
         "numpy",
         "safetensors",
+        "flux_vllm.batch",
         "flux_vllm.errors",
+        "flux_vllm.patterns",
         "flux_vllm.router",
     )
-    foreign = [module for module in _imports(file) if not _within(module, allowed)]
-    assert not foreign, f"imports {foreign}; the router runs without vLLM"
+    files = _files("flux_vllm/router", "flux_vllm/patterns")
+    foreign = _offences(files, lambda file: [m for m in _imports(file) if not _within(m, allowed)])
+    assert not foreign, f"{foreign}; routers and patterns run without vLLM"
 
 
-@_each(_files("flux_vllm"))
-def test_package_imports_nothing_of_the_checkout(file: Path) -> None:
-    checkout = ("training", "demo", "benchmarks", "tests", "tools")
-    foreign = [module for module in _imports(file) if _within(module, checkout)]
-    assert not foreign, f"imports {foreign}, which the wheel does not ship"
+def test_package_imports_nothing_of_the_checkout() -> None:
+    foreign = _importing(PACKAGE, "training", "demo", "benchmarks", "tests", "tools")
+    assert not foreign, f"{foreign}; the wheel does not ship these"
 
 
-@_each(_files("flux_vllm/attention_backend", "flux_vllm/metrics", "flux_vllm/patterns"))
-def test_backend_does_not_import_what_shows_it(file: Path) -> None:
-    shown_by = ("flux_vllm.cli", "flux_vllm.live")
-    foreign = [module for module in _imports(file) if _within(module, shown_by)]
-    assert not foreign, f"imports {foreign}; arrows point from what users see inward"
+def test_what_serves_does_not_import_what_shows_it() -> None:
+    served = _files(
+        *(f"flux_vllm/{name}" for name in ("attention_backend", "hooks", "metrics", "patterns")),
+        *(f"flux_vllm/{name}" for name in ("router", "routing", "startup")),
+    )
+    foreign = _importing(served, "flux_vllm.cli", "flux_vllm.live", "flux_vllm.importer")
+    assert not foreign, f"{foreign}; arrows point from what users see inward"
 
 
-@_each(_files("training"))
-def test_training_imports_only_the_router(file: Path) -> None:
-    allowed = ("flux_vllm.router", "flux_vllm.errors", "flux_vllm.__version__")
-    foreign = [
-        module
-        for module in _imports(file)
-        if _within(module, ("flux_vllm", "vllm", "demo", "benchmarks"))
-        and not _within(module, allowed)
-    ]
-    assert not foreign, f"imports {foreign}; of the package, training sees the router alone"
+def test_training_imports_only_routers_and_patterns() -> None:
+    allowed = (
+        "flux_vllm.router",
+        "flux_vllm.patterns",
+        "flux_vllm.errors",
+        "flux_vllm.__version__",
+    )
+    others = ("flux_vllm", "vllm", "demo", "benchmarks")
+    foreign = _offences(
+        _files("training"),
+        lambda file: [m for m in _imports(file) if _within(m, others) and not _within(m, allowed)],
+    )
+    assert not foreign, f"{foreign}; of the package, training sees routers and patterns alone"
 
 
-@_each(LIBRARY)
-def test_public_names_have_docstrings(file: Path) -> None:
-    tree = ast.parse(file.read_text())
+def test_public_names_have_docstrings() -> None:
+    missing = _offences(LIBRARY, _without_docstring)
+    assert not missing, f"no docstring: {missing}"
+
+
+def _without_docstring(file: Path) -> list[str]:
+    tree = _tree(file)
     missing = [] if ast.get_docstring(tree) or not tree.body else ["the module"]
     for node in tree.body:
         if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
@@ -142,7 +235,7 @@ def test_public_names_have_docstrings(file: Path) -> None:
                     and not method.name.startswith("_")
                     and not ast.get_docstring(method)
                 ]
-    assert not missing, f"no docstring: {missing}"
+    return missing
 
 
 @pytest.mark.parametrize("module", ["flux_vllm.plugin", "flux_vllm.cli"])

@@ -1,10 +1,9 @@
 """Block-sparse attention for the pattern `xattention`: choose key blocks, attend to them.
 
-`flux_vllm.patterns.xattention` defines what is chosen; this is the same for
-padded batches.
+`flux_vllm.patterns.xattention` chooses; here for padded batches of prompts.
 
 Dimension legend: B prompts, N query heads, K kv heads, T padded tokens (whole blocks), H head dim,
-Q query blocks and M key blocks (T / 128 both), G strided rows a block (128 / stride).
+Q query blocks and M key blocks (T / 128 both).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from training.sparse_patterns import BLOCK, XAttention
+from flux_vllm.patterns import xattention
+from flux_vllm.patterns.xattention import BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def choose_blocks(
     k: torch.Tensor,
     starts: Sequence[int],
     ends: Sequence[int],
-    pattern: XAttention,
+    pattern: xattention.Pattern,
     scale: float,
 ) -> ChosenBlocks:
     """Choose the key blocks of one chunk of each prompt.
@@ -62,7 +62,7 @@ def choose_blocks(
     Returns: ChosenBlocks.
     """
     stride, rows = pattern.stride, BLOCK // pattern.stride
-    batch, heads, tokens, _ = q.shape
+    tokens = q.shape[2]
     # Prompts without this chunk do not widen what is looked at.
     first = min(s for s, e in zip(starts, ends, strict=True) if s < e) // BLOCK
     last = -(-max(ends) // BLOCK)
@@ -73,28 +73,9 @@ def choose_blocks(
     chunk = slice(first * BLOCK, last * BLOCK)
     q = q[:, :, chunk].where(inside[:, None, chunk, None], 0)
     k = k[:, :, : chunk.stop].where((position < end)[:, None, : chunk.stop, None], 0)
-    strided_q = q.float().unflatten(2, (-1, stride)).flip(3).flatten(3)
-    strided_k = k.float().unflatten(2, (-1, stride)).flatten(3)
-    scores = strided_q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) @ strided_k.transpose(2, 3)
-    scores = scores.view(batch, heads, -1, last * rows) * (scale / stride)
-
     row = torch.arange(first * rows, last * rows, device=q.device)
-    later = torch.arange(last * rows, device=q.device) > row[:, None]
-    weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
-    # Strided rows without a query of the chunk do not count.
     present = ((row + 1) * stride > begin) & (row * stride < end)
-    mass = (weights * present[:, None, :, None]).unflatten(3, (-1, rows)).sum(dim=4)
-    mass = mass.unflatten(2, (-1, rows)).sum(dim=3)
-    needed = pattern.threshold * present.unflatten(1, (-1, rows)).sum(dim=2)[:, None, :, None]
-
-    block = torch.arange(first, last, device=q.device)[:, None]
-    column = torch.arange(last, device=q.device)
-    forced = (column == 0) | (column == block)
-    needed = needed - (mass * forced).sum(dim=-1, keepdim=True)
-    others, order = mass.masked_fill(forced, 0).sort(dim=-1, descending=True)
-    # One is needed as long as those before it do not suffice.
-    wanted = others.cumsum(dim=-1) - others < needed
-    kept = (forced | torch.zeros_like(wanted).scatter(3, order, wanted)) & (column <= block)
+    kept = xattention.choose_blocks(pattern, q, k, first, present, scale)
     behind = tokens // BLOCK - last
     return ChosenBlocks(functional.pad(kept, (0, behind, first, behind)), inside)
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from flux_vllm.patterns import triangle
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from training.data.encoding import WRAPPERS
 from training.data.families import FAMILIES
@@ -46,6 +47,12 @@ class RouterSettings:
             f"among {patterns}, which routers can be trained under",
             self.sparse_pattern,
         )
+
+    @property
+    def tail_tokens(self) -> int:
+        """Queries at a prompt's end that a SPARSE layer shows everything."""
+        is_triangle = self.sparse_pattern == triangle.Pattern.name
+        return triangle.Pattern.tail_tokens if is_triangle else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

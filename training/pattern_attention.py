@@ -13,9 +13,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.patterns import streaming, triangle, xattention
+from flux_vllm.patterns.base import SparsePattern
+from flux_vllm.patterns.keys import full_keys, sparse_prefill_keys
 from training.block_attention import ChosenBlocks, attend_blocks, choose_blocks, pad_to_blocks
 from training.soft_attention import Attention, full_attention
-from training.sparse_patterns import Streaming, Triangle, XAttention
 
 ChunkEnds = Sequence[Sequence[int]]
 """For each prompt, where its chunks end; the last is the prompt's length."""
@@ -48,7 +51,7 @@ class PatternAttention(Protocol):
 
 
 def make_pattern_attention(
-    pattern: Streaming, sink_window: Attention, kernel: str
+    pattern: SparsePattern, sink_window: Attention, kernel: str
 ) -> PatternAttention:
     """Choose the implementation of a pattern.
 
@@ -56,18 +59,25 @@ def make_pattern_attention(
         pattern: of `make_pattern`.
         sink_window: attention to the pattern's sinks and window.
         kernel: `flex` or `sdpa`, where a pattern has a choice.
+
+    Raises: UnsupportedConfigurationError: a pattern that only the server knows.
     """
-    if isinstance(pattern, Triangle):
+    if isinstance(pattern, triangle.Pattern):
         return _TriangleAttention(pattern, sink_window)
-    if isinstance(pattern, XAttention):
+    if isinstance(pattern, streaming.Pattern):
+        return _StreamingAttention(pattern, sink_window)
+    if isinstance(pattern, xattention.Pattern):
         return _XAttention(pattern, sink_window, kernel)
-    return _StreamingAttention(pattern, sink_window)
+    raise UnsupportedConfigurationError(
+        "expected a sparse pattern among ['streaming', 'triangle', 'xattention'], found "
+        f"{pattern.name!r}; measure a router under it on the server"
+    )
 
 
 class _StreamingAttention:
     """Sinks and window, for prompts and answers alike."""
 
-    def __init__(self, pattern: Streaming, sink_window: Attention) -> None:
+    def __init__(self, pattern: streaming.Pattern, sink_window: Attention) -> None:
         self._pattern = pattern
         self._sink_window = sink_window
 
@@ -86,7 +96,7 @@ class _StreamingAttention:
 class _TriangleAttention:
     """Sinks and window, and everything for each prompt's last queries, whatever the chunks."""
 
-    def __init__(self, pattern: Triangle, sink_window: Attention) -> None:
+    def __init__(self, pattern: triangle.Pattern, sink_window: Attention) -> None:
         self._pattern = pattern
         self._sink_window = sink_window
 
@@ -115,7 +125,7 @@ class _TriangleAttention:
 class _XAttention:
     """Key blocks chosen anew for each query block of each chunk; sinks and window for answers."""
 
-    def __init__(self, pattern: XAttention, sink_window: Attention, kernel: str) -> None:
+    def __init__(self, pattern: xattention.Pattern, sink_window: Attention, kernel: str) -> None:
         self._pattern = pattern
         self._sink_window = sink_window
         self._kernel = kernel
@@ -153,12 +163,11 @@ def _float32(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _sink_window_density(pattern: Streaming, tokens: np.ndarray) -> np.ndarray:
+def _sink_window_density(pattern: streaming.Pattern, tokens: np.ndarray) -> np.ndarray:
     """Give the share of pairs that sinks and window have of the first tokens' [B]: float64."""
-    reach = pattern.sink_tokens + pattern.window_tokens
-    growing = tokens.clip(max=reach)
-    keys = growing * (growing + 1) / 2 + (tokens - growing) * reach
-    return keys / np.maximum(tokens * (tokens + 1) / 2, 1)
+    start = np.zeros_like(tokens)
+    keys = sparse_prefill_keys(start, tokens, pattern.reach)
+    return keys / np.maximum(full_keys(start, tokens), 1)
 
 
 class PromptAttention:

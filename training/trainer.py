@@ -41,7 +41,6 @@ from training.provenance import model_name, provenance
 from training.recent_prompts import RecentPrompts
 from training.relaxation import logistic_noise, temperature
 from training.schedule import rate_scale
-from training.sparse_patterns import tail_tokens
 from training.standardize import StandardizedRouter
 from training.storage import STORED_DTYPES, round_for_storage
 
@@ -271,7 +270,7 @@ class Trainer:
             router.pool_tokens,
             router.pool_prefix,
             self.config.loss.answer_tokens,
-            tail_tokens=tail_tokens(router.sparse_pattern),
+            tail_tokens=router.tail_tokens,
         ).to(self.world.device)
 
     def _calibrate(self) -> None:

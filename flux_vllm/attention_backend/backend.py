@@ -1,11 +1,13 @@
 """`FluxBackend`, the class that `--attention-backend flux` names: this platform's backend.
 
-vLLM imports the class again by its own module and name, so it is chosen at import.
+vLLM imports it where the backend was chosen, and there alone, so a worker's hooks begin here. It
+imports the class again by its own module and name, so it is chosen at import.
 """
 
 from vllm.platforms import current_platform
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.hooks import worker
 
 if current_platform.is_cpu():
     from flux_vllm.attention_backend.cpu.backend import FluxCPUBackend as FluxBackend
@@ -16,5 +18,7 @@ else:
         "--attention-backend flux: expected a CPU or a CUDA platform, found "
         f"{current_platform.device_name}; choose another attention backend"
     )
+
+worker.install()
 
 __all__ = ["FluxBackend"]

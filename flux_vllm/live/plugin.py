@@ -11,7 +11,7 @@ import msgspec
 from fastapi import FastAPI, HTTPException, Query, Response
 
 from flux_vllm.live.snapshot import MOST_REQUESTS, live_snapshot, routes_of_request
-from flux_vllm.metrics.directory import metrics_directory
+from flux_vllm.metrics.directory import LIVE_PLUGIN, metrics_directory
 
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -32,7 +32,7 @@ _ASSETS = {
 class LivePlugin:
     """Satisfies vLLM's `EndpointPlugin` (vllm/plugins/endpoint_plugins/interface.py)."""
 
-    name = "flux_live"
+    name = LIVE_PLUGIN
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:

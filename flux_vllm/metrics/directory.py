@@ -20,6 +20,10 @@ from flux_vllm.metrics.store import remove_ended_stores
 
 _VLLM_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _OWN_VARIABLE = "FLUX_METRICS_DIR"
+FOLDER_VARIABLES = (_OWN_VARIABLE, _VLLM_VARIABLE)
+"""Environment variables that name the folder to workers."""
+LIVE_PLUGIN = "flux_live"
+"""The name of the live page's plugin, which vLLM loads where `VLLM_PLUGINS` has it."""
 _PREFIX = "flux-metrics-"
 _folder: tuple[int, str] | None = None
 """What this process made, under its process id: a forked child is no owner."""
@@ -29,6 +33,11 @@ def metrics_directory() -> Path | None:
     """Return the folder in use; None where no front end prepared one (metrics are then off)."""
     name = os.environ.get(_VLLM_VARIABLE) or os.environ.get(_OWN_VARIABLE)
     return Path(name) if name else None
+
+
+def live_page_is_on() -> bool:
+    """Tell whether vLLM attaches the live page, the only reader of the latest requests' routes."""
+    return LIVE_PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(",")
 
 
 def prepare_front_end() -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flux_vllm.batch import Batch
-from flux_vllm.metrics.keys import full_keys, sparse_decode_keys
 from flux_vllm.metrics.store import MetricStore
+from flux_vllm.patterns.keys import full_keys, sparse_decode_keys
 from flux_vllm.router.route import Route
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """vLLM's model, called beside its batches: no KV cache, no request, one forward of fixed shape.
 
-vLLM 0.32 and 0.33. `tests/unit/test_compat_sources.py` fails when vLLM's side of it changes.
+vLLM 0.32 and 0.33. `tests/unit/hooks/test_sources.py` fails when vLLM's side of it changes.
 """
 
 from collections.abc import Callable

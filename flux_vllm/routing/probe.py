@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route, choose_route, full_probability
 from flux_vllm.routing.prompts import Prompt
+from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.transfer import upload
 
 

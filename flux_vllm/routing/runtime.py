@@ -11,7 +11,7 @@ from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.route import Route
 from flux_vllm.routing.probe import PromptProbe
@@ -76,6 +76,8 @@ class FluxRuntime:
         self.current: RoutedBatch | None = None
         self.is_warming_up = False
         """While vLLM runs requests of its own, which are never counted."""
+        self.reads_back = True
+        """Whether routes come back to the host; all tensor-parallel ranks have the same."""
         self.reporter: RouteReporter | None = None
         self.journal: RouteJournal | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
@@ -189,8 +191,9 @@ class FluxRuntime:
             if self.reporter is not None:
                 self.reporter.flush()
             return
-        self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
-        self._count_pending(wait=False)
+        if self.reads_back:
+            self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
+            self._count_pending(wait=False)
 
     def _count_pending(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0].is_ready()):

@@ -1,6 +1,6 @@
 """The CUDA backend over the batches of vLLM's own backend test, with mixed routes.
 
-Oracle: `flux_vllm.attention_backend.naive`, its mask with sinks and window; the bound is twice
+Oracle: `tests.helpers.oracle.naive`, its mask with sinks and window; the bound is twice
 plain torch's error in the same dtype. Blocks of a row are in no order; block 0, blocks of no row,
 slots past a row's length and outputs are poisoned.
 """

@@ -6,8 +6,6 @@ checks (hopper/flash_api.cpp), and reads no table entry and no key that the oper
 
 import torch
 
-from flux_vllm.attention_backend.kernels.fa3 import Descales
-
 
 def attend(
     query: torch.Tensor,
@@ -26,12 +24,10 @@ def attend(
     window_tokens: int | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
-    descales: Descales | None = None,
 ) -> torch.Tensor:
-    """Attend as `fa3.attend` says; no window, no work plan, no float8."""
+    """Attend as `fa3.attend` says; no window, no work plan."""
     assert window_tokens is None
     assert scheduler_metadata is None
-    assert descales is None
     rows, (tokens, heads, head_dim) = len(query_start_loc) - 1, query.shape
     pages, page_tokens, kv_heads, _ = key_cache.shape
     assert key_cache.shape == value_cache.shape

@@ -1,6 +1,6 @@
 """Check the benchmarks' head split over a whole batch.
 
-Oracle: `flux_vllm.attention_backend.naive`, once with all rows FULL for the first half of the
+Oracle: `tests.helpers.oracle.naive`, once with all rows FULL for the first half of the
 heads, once with the rows' own routes for the other half.
 """
 

@@ -78,6 +78,61 @@ class TestRegister:
         assert run(code) == "True 1"
 
 
+class TestOtherVersions:
+    """A vLLM that is not known, or not as it was, loses nothing by flux being installed."""
+
+    UNTOUCHED = (
+        "import vllm\n"
+        "from vllm import plugins\n"
+        "from vllm.platforms.cpu import CpuPlatform\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+        "{change}\n"
+        "from flux_vllm import plugin\n"
+        "plugin.register()\n"
+        "assert 'FLUX' not in E.__members__\n"
+        "assert not hasattr(plugins.load_general_plugins, '__flux_wrapped__')\n"
+        "print('untouched')\n"
+    )
+
+    @pytest.mark.parametrize(
+        ("version", "known"),
+        [
+            ("0.31.9", False),
+            ("0.32.0", True),
+            ("0.32.1+cpu", True),
+            ("0.33.1rc1.dev5+gabc", True),
+            ("0.34.0", False),
+            ("1.32.0", False),
+            ("dev", False),
+        ],
+    )
+    def test_known_versions(self, version: str, known: bool) -> None:
+        assert plugin.is_known_version(version) == known
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("change", "warning"),
+        [
+            (
+                "vllm.__version__ = '0.34.0'",
+                "expected vLLM 0.32 or later, before 0.34, found 0.34.0",
+            ),
+            (
+                "del CpuPlatform.get_attn_backend_cls",
+                "expected a function get_attn_backend_cls of CpuPlatform in vLLM, found none",
+            ),
+        ],
+        ids=["version", "function"],
+    )
+    def test_nothing_is_hooked(self, change: str, warning: str) -> None:
+        code = self.UNTOUCHED.format(change=change)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.strip().splitlines()[-1:] == ["untouched"], done.stderr[-3000:]
+        shown = done.stdout + done.stderr
+        assert shown.count(warning) == 1
+        assert "`--attention-backend flux` is not available" in shown
+
+
 class TestSelection:
     @pytest.mark.parametrize("name", ["flux", "FLUX", "Flux", "fLuX"])
     def test_any_case(self, backends: Any, name: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.model import LayerRouter
 from training.config import EvalConfig
@@ -26,7 +27,6 @@ from training.evaluation.variants import Variant, measure_variant, read_variant
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import Policy, StaticPolicy, ThresholdPolicy
 from training.provenance import provenance
-from training.sparse_patterns import make_pattern
 
 _DEFAULT_THRESHOLD = 0.5
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flux_vllm.patterns.base import SparsePattern
 from training.attach import RoutedModel
 from training.data.batching import MicroBatch, collate, fixed_chunk_ends, group_by_length
 from training.data.encoding import Encoded
@@ -23,7 +24,6 @@ from training.distributed import World
 from training.losses import cross_entropy, mean_by_prompt
 from training.pattern_attention import PromptAttention, make_pattern_attention
 from training.policies import CachedContextPolicy, Policy
-from training.sparse_patterns import Streaming
 
 _LOGITS_AT_ONCE = 16384
 
@@ -71,7 +71,7 @@ class Scorer:
     def __init__(
         self,
         routed: RoutedModel,
-        pattern: Streaming,
+        pattern: SparsePattern,
         pool_tokens: int,
         token_budget: int,
         world: World,

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class StoredScorer:
         self.scorer = scorer
         self.routed = scorer.routed
         self.folder = folder
-        self.setting = setting | {"pattern": repr(scorer.pattern)}
+        self.setting = setting | {"pattern": {"name": scorer.pattern.name} | asdict(scorer.pattern)}
         # How old a mark of another evaluation's may be before its piece is computed here: twice
         # what the longest one took here.
         self.patience_s = _FIRST_PATIENCE_S

@@ -17,14 +17,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from flux_vllm import compat
 from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
 from flux_vllm.attention_backend.cpu.pages import learn_page_layout
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.routing.probe import ProbeMetadata
-
-compat.install_worker_hooks()
+from flux_vllm.selection import BACKEND_NAME
 
 
 class FluxCPUBackend(CPUAttentionBackend):
@@ -33,7 +31,7 @@ class FluxCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Return the enum name that selects this backend."""
-        return "FLUX"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type["FluxCPUImpl"]:
@@ -77,7 +75,7 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        """Build vLLM's metadata, and the routes' side of it where requests are known."""
+        """Build vLLM's metadata, and the routes' side of it where they can make a difference."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.flux = None
         if not self._layers:
@@ -118,6 +116,8 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
 
     binding: LayerBinding | None = None
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
+
+    kernels_name = "cpu"
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)

@@ -1,20 +1,19 @@
 """One batch of the CPU backend: which rows go where, layer by layer."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from flux_vllm.attention_backend.cpu.patterns import plan_chunk
+from flux_vllm.attention_backend.cpu.prefill import Chunk, ChunkPrefill
 from flux_vllm.attention_backend.cpu.views import compact_view
-from flux_vllm.patterns.base import Chunk, CpuPrefill
 from flux_vllm.router.route import Route
 from flux_vllm.routing.runtime import FluxRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
-
-    from flux_vllm.attention_backend.cpu.backend import FluxCPUMetadataBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,17 @@ class LayerPlan:
     """For vLLM's kernel: FULL rows, and SPARSE decode rows through compacted tables."""
     tokens: torch.Tensor | None
     """int64: tokens of the kernel's rows; None for all of the batch."""
-    sparse_prefills: tuple[tuple[slice, CpuPrefill], ...]
+    sparse_prefills: tuple[tuple[slice, ChunkPrefill], ...]
     """Tokens and plan of each row that is prefilled under SPARSE."""
+
+
+class MetadataBuilder(Protocol):
+    """What a plan needs of the builder that makes vLLM's metadata of one KV cache group."""
+
+    block_size: int
+
+    def schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """Make vLLM's kernel a schedule for some rows: [R] keys, [R + 1] where queries begin."""
 
 
 class CpuRoutes:
@@ -44,7 +52,7 @@ class CpuRoutes:
         self,
         runtime: FluxRuntime,
         metadata: "CPUAttentionMetadata",
-        builder: "FluxCPUMetadataBuilder",
+        builder: MetadataBuilder,
     ) -> None:
         assert runtime.current is not None
         self._runtime = runtime
@@ -69,7 +77,7 @@ class CpuRoutes:
             runtime.window_tokens,
         )
         self._plans: dict[bytes, LayerPlan] = {}
-        self._prefills: dict[int, CpuPrefill] = {}
+        self._prefills: dict[int, ChunkPrefill] = {}
 
     def plan(self, layer: int) -> LayerPlan:
         """Split the rows of one layer by their routes."""
@@ -119,7 +127,7 @@ class CpuRoutes:
             scheduler_metadata=self._builder.schedule(seq_lens, query_start_loc),
         )
 
-    def _prefill(self, row: int) -> CpuPrefill:
+    def _prefill(self, row: int) -> ChunkPrefill:
         if row not in self._prefills:
             batch = self._current.batch
             chunk = Chunk(
@@ -129,5 +137,5 @@ class CpuRoutes:
                 self._metadata.block_table[row],
                 self._builder.block_size,
             )
-            self._prefills[row] = self._runtime.pattern.cpu_prefill(chunk)
+            self._prefills[row] = plan_chunk(self._runtime.pattern, chunk)
         return self._prefills[row]

@@ -7,7 +7,6 @@ the route table: the host never knows the routes. Nothing here waits for the dev
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
@@ -23,25 +22,24 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from flux_vllm import compat
 from flux_vllm.attention_backend.cuda.calls import (
-    FA3Kernels,
+    BatchPrefill,
     Kernels,
     LayerCall,
-    choose_kernels,
     split_cache,
-    workspace_nbytes,
 )
+from flux_vllm.attention_backend.cuda.choose import choose_kernels
+from flux_vllm.attention_backend.cuda.memory import most_rows
+from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
+from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.patterns.base import CudaPrefill
 from flux_vllm.router.route import Route
 from flux_vllm.routing.probe import ProbeMetadata
 from flux_vllm.routing.runtime import FluxRuntime
-
-compat.install_worker_hooks()
+from flux_vllm.selection import BACKEND_NAME
 
 
 class FluxCUDABackend(FlashAttentionBackend):
@@ -50,7 +48,7 @@ class FluxCUDABackend(FlashAttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Return the enum name that selects this backend."""
-        return "FLUX"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type["FluxCUDAImpl"]:
@@ -109,7 +107,7 @@ class CudaRoutes:
     by_vllm: bool = False
     """Whether vLLM's own call serves the batch: all rows are prefill within the SPARSE pattern's
     reach, where both routes attend alike, and its kernel is the one that we would call."""
-    sparse_prefill: CudaPrefill | None = None
+    sparse_prefill: BatchPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
 
 
@@ -189,7 +187,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         routes.by_vllm = (
             not may_be_sparse
             and bool(batch.is_prefill.all())
-            and isinstance(self._layers[0].impl._kernels, FA3Kernels)
+            and self._layers[0].impl._kernels.name == "fa3"
         )
         routes.sparse_pass = [may_be_sparse] * layers
         fixed = runtime.fixed_routes
@@ -198,7 +196,7 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             routes.sparse_pass = [may_be_sparse and route == Route.SPARSE for route in by_layer]
             routes.full_pass = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
         if any(routes.sparse_pass):
-            routes.sparse_prefill = runtime.pattern.cuda_prefill(batch, self.device)
+            routes.sparse_prefill = plan_batch(runtime.pattern, batch, self.device)
 
     def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
         if self._views is None:
@@ -230,6 +228,9 @@ class FluxCUDAImpl(FlashAttentionImpl):
             "attention logits softcap": bool(self.logits_soft_cap),
             "learned attention sinks": self.sinks is not None,
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
+            f"{self.num_queries_per_kv} query heads a KV head (at most {MOST_QUERY_HEADS})": (
+                self.num_queries_per_kv > MOST_QUERY_HEADS
+            ),
             "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
         }
         found = [what for what, present in refused.items() if present]
@@ -244,6 +245,11 @@ class FluxCUDAImpl(FlashAttentionImpl):
         """The kernels that this layer calls, once it is bound."""
         assert self.binding is not None
         return choose_kernels(self, self.binding.runtime)
+
+    @property
+    def kernels_name(self) -> str:
+        """Say which kernels serve this layer, once it is bound: `fa3` or `triton`."""
+        return self._kernels.name
 
     def forward(
         self,
@@ -319,39 +325,3 @@ class FluxCUDAImpl(FlashAttentionImpl):
             fa_version=self.vllm_flash_attn_version,
         )
         return output
-
-
-def most_rows(vllm_config: Any) -> int:
-    """Return the most rows of a batch, padding for CUDA graphs included."""
-    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, largest_graph)
-
-
-def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> int:
-    """Return the memory of all builders' buffers, one builder a KV cache group.
-
-    Args:
-        runtime: of the worker.
-        vllm_config: of the engine.
-        groups: vLLM's KVCacheGroupSpec of each group.
-    """
-    if runtime.config.policy == "full":
-        return 0
-    rows, model = most_rows(vllm_config), vllm_config.model_config
-    heads = model.get_num_attention_heads(vllm_config.parallel_config)
-    total = runtime.pattern.cuda_nbytes(
-        heads,
-        vllm_config.scheduler_config.max_num_batched_tokens,
-        model.max_model_len,
-        model.get_head_size() * model.dtype.itemsize,
-    )
-    shapes = set()
-    for group in groups:
-        context = vllm_config.compilation_config.static_forward_context
-        layers = bound_layers(context, group.layer_names)
-        shapes |= {(layer.num_kv_heads, layer.head_size) for layer in layers}
-        # vLLM rounds a table's width up to whole 128 tokens.
-        width = -(-model.max_model_len // group.kv_cache_spec.block_size) + 128
-        if layers:
-            total += ViewBuffers.nbytes(rows, width, len(layers))
-    return total + max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)

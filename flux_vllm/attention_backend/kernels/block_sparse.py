@@ -16,6 +16,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     LOG2_E,
     NO_SCORE,
     dot,
+    is_hopper,
     power_of_two,
     softmax_step,
 )
@@ -36,7 +37,7 @@ def default_tile(head_dim: int) -> SparseTile:
     """Choose a tile that fits the shared memory of Hopper, or elsewhere that of Ada, 99 KiB."""
     if INTERPRETED:
         return SparseTile(64, 4, 1)
-    if torch.cuda.get_device_capability()[0] == 9:
+    if is_hopper():
         return SparseTile(64, 8, 3 if head_dim <= 128 else 2)
     return SparseTile(64, 8, 2) if head_dim <= 128 else SparseTile(16, 8, 1)
 

@@ -7,30 +7,28 @@ Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim
 M table width.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
-
-
-class Descales(NamedTuple):
-    """Factors of a float8 call, each [R, K] float32 (an expanded scalar will do)."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+from flux_vllm.attention_backend.kernels.tiles import is_hopper
 
 
 def is_available() -> bool:
-    """Tell whether vLLM's FA3 operator is there and this GPU runs it (compute capability 9)."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        return False
+    """Tell whether vLLM's FA3 operator is there and this GPU runs it."""
+    return why_unavailable() is None
+
+
+def why_unavailable() -> str | None:
+    """Say why FA3 does not run here; None where it does."""
+    if not is_hopper():
+        return "the GPU is not of compute capability 9"
     try:
         from vllm.vllm_flash_attn import flash_attn_interface
-    except ImportError:
-        return False
-    return bool(flash_attn_interface.FA3_AVAILABLE)
+    except ImportError as error:
+        return str(error)
+    if not flash_attn_interface.FA3_AVAILABLE:
+        return str(flash_attn_interface.FA3_UNAVAILABLE_REASON)
+    return None
 
 
 def attend(
@@ -50,7 +48,6 @@ def attend(
     window_tokens: int | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
-    descales: Descales | None = None,
 ) -> torch.Tensor:
     """Attend causally, each row over the table row that `kv_batch_idx` names.
 
@@ -58,7 +55,7 @@ def attend(
     of a batch with prefill rows adds `seqused_q`.
 
     Args:
-        query: [T, N, H] float16, bfloat16, or float8 with `descales`.
+        query: [T, N, H] float16 or bfloat16.
         key_cache: [B, block_size, K, H] of the same dtype, block_size a multiple of 16.
         value_cache: [B, block_size, K, H], likewise.
         out: [T, N, H]; rows with `seqused_q` 0 are left as they are.
@@ -74,13 +71,11 @@ def attend(
         scheduler_metadata: FA3's work plan for exactly these rows and this `num_splits`; None
             lets the call make it, which is safe in a CUDA graph.
         num_splits: most shares of a row's keys; 0 lets FA3 choose (not for CUDA graphs).
-        descales: of float8 inputs.
 
     Returns: lse [N, T] float32, natural logarithm; unspecified for skipped rows.
     Source: vLLM 0.33 vllm_flash_attn/flash_attn_interface.py:388-426; hopper/flash_api.cpp.
     Host sync: none. CUDA graph: safe.
     """
-    q_descale, k_descale, v_descale = descales or (None, None, None)
     return torch.ops._vllm_fa3_C.fwd(
         query,
         key_cache,
@@ -102,9 +97,9 @@ def attend(
         None,  # rotary_cos
         None,  # rotary_sin
         None,  # seqlens_rotary
-        q_descale,
-        k_descale,
-        v_descale,
+        None,  # q_descale
+        None,  # k_descale
+        None,  # v_descale
         scale,
         True,  # is_causal
         -1 if window_tokens is None else window_tokens - 1,

@@ -20,6 +20,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     LOG2_E,
     NO_SCORE,
     dot,
+    is_hopper,
     power_of_two,
 )
 
@@ -48,7 +49,7 @@ def default_tile(head_dim: int, element_size: int, queries_per_kv: int, stride: 
     block_m = max(16, strided_rows * power_of_two(queries_per_kv))
     if INTERPRETED:
         return ScoreTile(block_m, 32, 4, 1)
-    hopper = torch.cuda.get_device_capability()[0] == 9
+    hopper = is_hopper()
     block_n = 128 if hopper and element_size == 2 else 64
     stage = (block_m + block_n) * power_of_two(head_dim) * element_size
     stages = max(1, min(3, (200 if hopper else 90) * 1024 // stage))

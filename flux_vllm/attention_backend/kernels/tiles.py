@@ -1,14 +1,25 @@
 """Pieces that the attention kernels share: tile products, rows of a packed batch, softmax."""
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this was imported)."""
 
+MOST_QUERY_HEADS = 64
+"""Query heads of one KV head that the smallest tile of queries holds."""
 LOG2_E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1.0e30)
 """Running maximum before any score: finite, so that an all-masked tile gives no NaN."""
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Tell whether there is a GPU of compute capability 9; torch's own takes the host longer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def power_of_two(number: int) -> int:

@@ -7,7 +7,6 @@ Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim
 M table width.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     NO_SCORE,
     dot,
     find_row,
+    is_hopper,
     power_of_two,
     softmax_step,
 )
@@ -53,16 +53,11 @@ def default_tile(
         return PrefillTile(max(32, power_of_two(queries_per_kv)), 32, 4, 1)
     if head_dim > 128:
         return PrefillTile(64, 32, 4, 1)
-    if not _is_hopper():
+    if not is_hopper():
         return PrefillTile(64, 64, 4, 2)
     if num_tokens >= 1024:
         return PrefillTile(256, 64, 16, 2)
     return PrefillTile(64, 64, 4, 3)
-
-
-@functools.cache
-def _is_hopper() -> bool:
-    return torch.cuda.get_device_capability()[0] == 9
 
 
 def attend_prefill(

@@ -1,6 +1,6 @@
 """The CUDA backend's real builder and layers over whole batches, in Triton's interpreter.
 
-Oracle: `flux_vllm.attention_backend.naive`, by the rule of test_kernels_cases. On a GPU the same
+Oracle: `tests.helpers.oracle.naive`, by the rule of test_kernels_cases. On a GPU the same
 worker runs larger batches (tests/gpu/test_backend_batches.py).
 """
 
@@ -69,8 +69,7 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     splits: list[int],
 ) -> None:
     """Many rows are split less or not at all, long drafts as far as it holds them."""
-    from flux_vllm.attention_backend.cuda import backend as cuda
-    from flux_vllm.attention_backend.cuda import calls
+    from flux_vllm.attention_backend.cuda import memory, triton_calls
     from tests.helpers.cuda_backend import LAYERS, BackendWorker, engine_config
 
     properties = SimpleNamespace(multi_processor_count=num_sms)
@@ -83,7 +82,7 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     worker = BackendWorker(folder, batches[0], "triton")
     used = []
     for batch in batches:
-        with patch.object(calls, "attend_decode", wraps=calls.attend_decode) as spy:
+        with patch.object(triton_calls, "attend_decode", wraps=triton_calls.attend_decode) as spy:
             for layer in worker.layers:
                 layer.kv_cache = batch.kv_cache
             worker.check(batch, worker.step(batch))
@@ -94,9 +93,9 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     assert (taken == 0) == (max(splits) == 1)
     config = engine_config(folder, shape)
     groups = [_group(f"layers.{index}" for index in range(LAYERS))]
-    stated = cuda.fixed_nbytes(worker.runtime, config, groups)
-    monkeypatch.setattr(cuda, "workspace_nbytes", lambda *_: 0)
-    assert stated - cuda.fixed_nbytes(worker.runtime, config, groups) == taken
+    stated = memory.fixed_nbytes(worker.runtime, config, groups)
+    monkeypatch.setattr(memory, "workspace_nbytes", lambda *_: 0)
+    assert stated - memory.fixed_nbytes(worker.runtime, config, groups) == taken
 
 
 def _group(names: Iterable[str]) -> SimpleNamespace:
@@ -106,7 +105,7 @@ def _group(names: Iterable[str]) -> SimpleNamespace:
 
 def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None:
     """vLLM makes a builder a KV cache group, and splits a model's layers into several."""
-    from flux_vllm.attention_backend.cuda import backend as cuda
+    from flux_vllm.attention_backend.cuda import memory
     from tests.helpers.cuda_backend import BackendWorker, engine_config
 
     shape, folder = Shape(), tmp_path_factory.getbasetemp()
@@ -116,10 +115,10 @@ def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None
     views = worker.builder._views
     tensors = [tensor for tensor in vars(views).values() if isinstance(tensor, torch.Tensor)]
     held = sum(tensor.nbytes for tensor in tensors) - views._columns.nbytes
-    monkeypatch.setattr(cuda, "workspace_nbytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "workspace_nbytes", lambda *_: 0)
     config = engine_config(folder, shape)
     one, two = (
-        cuda.fixed_nbytes(worker.runtime, config, groups)
+        memory.fixed_nbytes(worker.runtime, config, groups)
         for groups in (
             [_group(["layers.0", "layers.1"])],
             [_group(["layers.0"]), _group(["layers.1"])],

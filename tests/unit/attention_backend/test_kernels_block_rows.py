@@ -1,6 +1,6 @@
 """Lists of key blocks as rows of one FlashAttention-3 call: views, tables, and what they attend to.
 
-Oracle: `flux_vllm.attention_backend.naive` under the mask that the lists spell out; tables are
+Oracle: `tests.helpers.oracle.naive` under the mask that the lists spell out; tables are
 held to a plain construction. Without a GPU the operator is tests/helpers/fa3_emulation.py over the
 very same views; on a Hopper GPU it is vLLM's. Triton's kernel attends over the same lists.
 """

@@ -1,6 +1,6 @@
 """Batches for the kernel tests, and the rule that errors are held to.
 
-Oracle: `flux_vllm.attention_backend.naive`. Everything that a kernel must not read is NaN: block
+Oracle: `tests.helpers.oracle.naive`. Everything that a kernel must not read is NaN: block
 0, blocks of no row, slots past a row's length; stale ends of the block table point at such blocks.
 Outputs start as NaN, so what was left unwritten shows.
 """
@@ -11,8 +11,9 @@ import pytest
 import torch
 import triton
 
-from flux_vllm.attention_backend import naive
 from flux_vllm.patterns.base import SparsePattern
+from tests.helpers.oracle import naive
+from tests.helpers.oracle.masks import visible
 
 FULL, SPARSE = naive.FULL, naive.SPARSE
 
@@ -129,7 +130,7 @@ class PagedBatch:
     def _sparse_mask(self, row: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         assert self.pattern is not None
         prompt_len = self.rows[row].prompt_len or self.rows[row].seq_len
-        return self.pattern.visible(query, key, prompt_len, self.scale).to(query.device)
+        return visible(self.pattern, query, key, prompt_len, self.scale).to(query.device)
 
 
 def make_batch(

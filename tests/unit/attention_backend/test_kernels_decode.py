@@ -6,7 +6,6 @@ Views: the oracle's list of kept blocks. Attention: the oracle's mask with edges
 import pytest
 import torch
 
-from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
 from flux_vllm.attention_backend.kernels.triton_decode import (
     DecodeWorkspace,
@@ -15,6 +14,7 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
     decode_workspace,
     most_shares,
 )
+from tests.helpers.oracle import naive
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,

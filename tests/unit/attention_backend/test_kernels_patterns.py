@@ -1,7 +1,7 @@
 """The CUDA backend under the other sparse patterns: whole batches through builder and layers.
 
-Oracle: each pattern's own definition, `SparsePattern.visible`, attended to by naive.py; the bound
-is that of test_kernels_cases. The definitions are held to masks written apart from them in
+Oracle: each pattern's definition (tests/helpers/oracle/masks.py), attended to by naive.py; the
+bound is that of test_kernels_cases. The definitions are held to masks written apart from them in
 test_patterns.py.
 """
 
@@ -13,14 +13,15 @@ import pytest
 import torch
 import triton
 
+from flux_vllm.attention_backend.cuda.patterns import plan_batch, prefill_nbytes
 from flux_vllm.attention_backend.kernels import block_rows, block_sparse, fa3
 from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
-from flux_vllm.attention_backend.naive import gather_pages
 from flux_vllm.batch import Batch
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from tests.helpers import fa3_emulation, reference_attention
+from tests.helpers.oracle.naive import gather_pages
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
@@ -299,11 +300,11 @@ def test_memory_is_bounded_before_it_is_needed(
         query=torch.empty(tokens, heads, 64, dtype=torch.float16),
         keys=torch.empty(1, 16, heads, 64, dtype=torch.float16),
     )
-    reserved = pattern.cuda_nbytes(heads, tokens, length, 2 * 64)
+    reserved = prefill_nbytes(pattern, heads, tokens, length, 2 * 64)
     for rows in (1, tokens):
         lengths = [np.full(rows, n) for n in (length, length - tokens // rows, tokens // rows)]
         step = Batch(tuple(map(str, range(rows))), *lengths, np.ones(rows, bool))
-        buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call, has_fa3)
+        buffers = plan_batch(pattern, step, torch.device("cpu"))._make_buffers(call, has_fa3)
         taken = buffers.lse.nbytes + buffers.chosen.nbytes
         taken += sum(buffer.nbytes for buffer in buffers.rows or ())
         assert taken <= reserved
@@ -315,7 +316,7 @@ def test_memory_is_taken_before_the_cache_is_sized(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the sizes of the model and of a step that vLLM's configuration gives."""
-    from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
+    from flux_vllm.attention_backend.cuda import memory
     from tests.helpers.cuda_backend import MAX_LEN, _runtime, engine_config
 
     monkeypatch.setattr(fa3, "is_available", lambda: True)
@@ -324,10 +325,10 @@ def test_memory_is_taken_before_the_cache_is_sized(
     specs = [SimpleNamespace(block_size=shape.block_size, num_kv_heads=2, head_size=128)]
     runtime = _runtime(shape, "fa3", torch.device("cpu"), **XATTENTION)
     tokens = config.scheduler_config.max_num_batched_tokens
-    stated = runtime.pattern.cuda_nbytes(6, tokens, MAX_LEN, 2 * 128)
-    total = fixed_nbytes(runtime, config, specs)
-    monkeypatch.setattr(type(runtime.pattern), "cuda_nbytes", lambda *_: 0)
-    assert fixed_nbytes(runtime, config, specs) == total - stated < total
+    stated = prefill_nbytes(runtime.pattern, 6, tokens, MAX_LEN, 2 * 128)
+    total = memory.fixed_nbytes(runtime, config, specs)
+    monkeypatch.setattr(memory, "prefill_nbytes", lambda *_: 0)
+    assert memory.fixed_nbytes(runtime, config, specs) == total - stated < total
 
 
 @pytest.mark.parametrize("is_warmup", [True, False], ids=["warm-up", "request"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
 from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile, attend_prefill
+from tests.helpers.oracle import naive
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,

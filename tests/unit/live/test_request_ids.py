@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flux_vllm.live.request_ids import Part, RequestName
-from tests.unit.test_compat_sources import VERSIONS, package
+from tests.unit.hooks.test_sources import VERSIONS, package
 
 pytestmark = pytest.mark.vllm
 

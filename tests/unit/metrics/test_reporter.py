@@ -16,10 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flux_vllm.batch import Batch
 from flux_vllm.metrics.directory import FluxCollector
-from flux_vllm.metrics.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
 from flux_vllm.metrics.reporter import FLUSH_SECONDS, RATIO_BUCKETS, RouteReporter
 from flux_vllm.metrics.store import MetricStore
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
+from flux_vllm.patterns.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
 
 OPEN, SPARSE, FULL = -1, 0, 1
 LAYERS = (0, 2, 3)  # layer 1 has a sliding window of its own

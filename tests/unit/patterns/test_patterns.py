@@ -15,12 +15,17 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend.cpu.pages import learn_page_layout
+from flux_vllm.attention_backend.cpu.patterns import plan_chunk
+from flux_vllm.attention_backend.cpu.prefill import Chunk
+from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.batch import Batch
-from flux_vllm.errors import FluxConfigError
-from flux_vllm.patterns.base import Chunk, SparsePattern, make_pattern
+from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.patterns import make_pattern
+from flux_vllm.patterns.base import SparsePattern
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from tests.conftest import REPOSITORY
 from tests.helpers import reference_attention
+from tests.helpers.oracle.masks import visible
 from tests.helpers.reference_router import SPARSE
 
 S, W, TAIL = 40, 70, 50
@@ -97,7 +102,7 @@ def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_visible_is_the_definition(name: str, case: Case) -> None:
     query, key, _ = draw(case)
-    found = make(name).visible(query, key, case.prompt_len, SCALE)
+    found = visible(make(name), query, key, case.prompt_len, SCALE)
     assert torch.equal(found.expand(case.heads, -1, -1), expected(name, case, query, key))
 
 
@@ -123,7 +128,7 @@ def test_up_to_its_reach_every_key_is_seen(name: str) -> None:
     pattern = make(name)
     case = Case(0, pattern.reach, 10_000)
     query, key, _ = draw(case)
-    seen = pattern.visible(query, key, case.prompt_len, SCALE).expand(case.heads, -1, -1)
+    seen = visible(pattern, query, key, case.prompt_len, SCALE).expand(case.heads, -1, -1)
     assert seen.sum() == case.heads * case.end * (case.end + 1) // 2
 
 
@@ -142,7 +147,7 @@ def run_on_cpu(
     slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
     layout = learn_page_layout("vec", BLOCK, H, torch.float32)
     torch.ops._C.cpu_attn_reshape_and_cache(key, value, *halves, slots, "vec", 1.0, 1.0, "auto")
-    plan = pattern.cpu_prefill(Chunk(case.computed, case.scheduled, case.prompt_len, row, BLOCK))
+    plan = plan_chunk(pattern, Chunk(case.computed, case.scheduled, case.prompt_len, row, BLOCK))
     output = torch.full_like(query, float("nan"))
     for _ in range(2):  # one plan serves every SPARSE layer of a step
         plan.attend(query, cache, layout, SCALE, output)
@@ -162,7 +167,7 @@ def masked(
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cpu_prefill_equals_masked_attention(name: str, case: Case) -> None:
+def test_cpu_chunks_equal_masked_attention(name: str, case: Case) -> None:
     query, key, value = draw(case)
     output = run_on_cpu(make(name), case, query, key, value)
     exact = masked(query, key, value, expected(name, case, query, key))
@@ -173,10 +178,12 @@ def test_cpu_prefill_equals_masked_attention(name: str, case: Case) -> None:
 @pytest.mark.parametrize("case", [Case(0, 300, 300), Case(150, 97, 500)], ids=str)
 def test_the_example_of_the_docs_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (REPOSITORY / "docs" / "PATTERNS.md").read_text()
-    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    module = ModuleType("flux_vllm.patterns.anchors")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/PATTERNS.md", "exec"), module.__dict__)
+    sources = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = ["flux_vllm.patterns.anchors", "flux_vllm.attention_backend.cpu.patterns.anchors"]
+    for name, source in zip(names, sources, strict=True):
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(source, "docs/PATTERNS.md", "exec"), module.__dict__)
     pattern = make_pattern("anchors", S, W, {"spacing": 37})
     query, key, value = draw(case)
     output = run_on_cpu(pattern, case, query, key, value)
@@ -185,7 +192,10 @@ def test_the_example_of_the_docs_runs(case: Case, monkeypatch: pytest.MonkeyPatc
     mask &= keys <= positions
     torch.testing.assert_close(output, masked(query, key, value, mask), rtol=0, atol=2e-5)
     one = [np.array([n]) for n in (case.prompt_len, case.computed, case.scheduled)]
-    assert pattern.prefill_keys(Batch(("a",), *one, np.array([True]))) == mask.sum()
+    batch = Batch(("a",), *one, np.array([True]))
+    assert pattern.prefill_keys(batch) == mask.sum()
+    with pytest.raises(UnsupportedConfigurationError, match="'anchors': expected one that runs on"):
+        plan_batch(pattern, batch, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

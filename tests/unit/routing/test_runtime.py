@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flux_vllm.routing.readback import PendingReadback
 from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
     FULL,
@@ -284,6 +285,21 @@ class TestStatus:
         runtime = make("full")
         run(runtime, batch(("_warmup_0", 0, 9, 9), is_warmup=True))
         assert runtime.status()["recent"] == []
+
+    def test_a_rank_that_nobody_reads_copies_nothing(self, monkeypatch) -> None:
+        """All tensor-parallel ranks have the same routes: the first one's are read."""
+        runtime = make(answers=ANSWERS)
+        runtime.reads_back = False
+        monkeypatch.setattr(PendingReadback, "read", None)
+        assert run(runtime, batch(("a", 0, 50, 50))) == ["a"]
+        assert run(runtime, batch(("a", 50, 1, 50))) == []
+        assert runtime.table.routes[runtime.table.slot("a")].tolist() == [
+            SPARSE,
+            FULL,
+            OPEN,
+            SPARSE,
+        ]
+        assert runtime.status()["recent"] == recorded(runtime) == []
 
     def test_offline(self) -> None:
         runtime = make("full")

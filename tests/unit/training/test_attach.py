@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.patterns import make_pattern, triangle
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
 from training.attach import RoutedModel
@@ -15,7 +16,6 @@ from training.pattern_attention import PromptAttention, make_pattern_attention
 from training.policies import CachedContextPolicy, RelaxedPolicy, StaticPolicy, ThresholdPolicy
 from training.pooling import ChunkPlan, plan_chunks
 from training.relaxation import logistic_noise
-from training.sparse_patterns import Triangle, make_pattern
 from training.standardize import StandardizedRouter
 
 SINK, WINDOW, TOKENS = 4, 16, 60
@@ -131,7 +131,7 @@ def test_triangle_is_trained_as_it_is_evaluated(tiny_model: Callable[..., Any]) 
     noise = torch.full((4, 2, 2), -30.0)  # drowns the logits: surely SPARSE
     router = StandardizedRouter(LayerRouter(4, 8))
     soft = routed.forward(ids, trained, RelaxedPolicy(router, noise, 1.0))
-    pattern = Triangle(sink_tokens=SINK, window_tokens=WINDOW, tail_tokens=tail)
+    pattern = triangle.Pattern(sink_tokens=SINK, window_tokens=WINDOW, tail_tokens=tail)
     attend = make_pattern_attention(pattern, routed.sparse_attention, "sdpa")
     all_sparse = StaticPolicy([Route.SPARSE] * 4)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_sparse_rows_attend_under_the_batchs_pattern(tiny_model: Callable[..., A
     """Rows that differ in their routes, against each prompt alone under a static policy."""
     routed = RoutedModel(tiny_model(), SINK, WINDOW)
     attend = make_pattern_attention(
-        Triangle(sink_tokens=SINK, window_tokens=WINDOW, tail_tokens=8),
+        triangle.Pattern(sink_tokens=SINK, window_tokens=WINDOW, tail_tokens=8),
         routed.sparse_attention,
         "sdpa",
     )

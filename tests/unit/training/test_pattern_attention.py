@@ -1,19 +1,19 @@
-"""Oracle: the patterns' own definition, `SparsePattern.visible`, chunk by chunk, and naive."""
+"""Oracle: the patterns' definitions in `tests/helpers/oracle`, chunk by chunk, and naive."""
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
-from flux_vllm.attention_backend import naive
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.patterns import base as server
-from flux_vllm.patterns import streaming, xattention
+from flux_vllm.patterns import make_pattern, streaming, triangle, xattention
+from flux_vllm.patterns.base import SparsePattern
+from flux_vllm.patterns.xattention import BLOCK
+from tests.helpers.oracle import naive
+from tests.helpers.oracle.masks import visible
 from training.block_attention import attend_blocks, choose_blocks, make_block_mask, pad_to_blocks
 from training.pattern_attention import PromptAttention, make_pattern_attention
 from training.soft_attention import make_sparse_attention
-from training.sparse_patterns import BLOCK, Streaming, Triangle, XAttention, make_pattern
 
 SINK, WINDOW, SCALE = 16, 48, 0.3
 CPU = torch.device("cpu")
@@ -44,29 +44,23 @@ def states(
     return [q, k, v]
 
 
-def served(pattern: Streaming) -> server.SparsePattern:
-    """Make the server's pattern of the same name and options."""
-    options = asdict(pattern)
-    sizes = (options.pop("sink_tokens"), options.pop("window_tokens"))
-    return server.make_pattern(type(pattern).__name__.lower(), *sizes, options)
-
-
-def oracle(own: Streaming, rows: list[torch.Tensor], ends: list[int]) -> tuple[torch.Tensor, float]:
+def oracle(
+    pattern: SparsePattern, rows: list[torch.Tensor], ends: list[int]
+) -> tuple[torch.Tensor, float]:
     """Attend one prompt with its answer: [T, N, H]; and count the pairs its prompt attends to."""
-    pattern = served(own)
     q, k, v = (x.transpose(0, 1) for x in rows)
     answer = streaming.Pattern(sink_tokens=SINK, window_tokens=WINDOW)
     spans = [*zip([0, *ends], ends, [pattern] * len(ends), strict=False)]
     out, pairs = [], 0.0
     for begin, end, rule in [*spans, (ends[-1], len(q), answer)]:
-        mask = rule.visible(q[begin:end], k[:end], ends[-1], SCALE)
+        mask = visible(rule, q[begin:end], k[:end], ends[-1], SCALE)
         out.append(naive.attend(q[begin:end], k[:end], v[:end], mask, SCALE))
         if rule is pattern:
             pairs += float(mask.sum()) / (mask.shape[0] if mask.dim() == 3 else 1)
     return torch.cat(out), pairs
 
 
-def attention(pattern: Streaming, kernel: str = "sdpa") -> Any:
+def attention(pattern: SparsePattern, kernel: str = "sdpa") -> Any:
     return make_pattern_attention(pattern, make_sparse_attention(kernel, SINK, WINDOW), kernel)
 
 
@@ -87,27 +81,29 @@ def test_attends_as_the_pattern_defines(
         assert density[row] * ends[-1] * (ends[-1] + 1) / 2 == pytest.approx(pairs, rel=1e-5)
 
 
-def test_patterns_are_the_servers() -> None:
-    assert xattention.BLOCK == BLOCK
-    for name in ("streaming", "triangle", "xattention"):
-        own, other = make_pattern(name, SINK, WINDOW), server.make_pattern(name, SINK, WINDOW)
-        assert type(own).__name__.lower() == name
-        assert asdict(own) == asdict(other)
+def test_a_pattern_of_the_server_alone_is_refused() -> None:
+    class Other(SparsePattern):
+        name = "other"
+        reach = 1
+
+        def prefill_keys(self, batch: Any) -> None:
+            return
+
     with pytest.raises(UnsupportedConfigurationError, match="found 'other'"):
-        make_pattern("other", SINK, WINDOW)
+        attention(Other(sink_tokens=SINK, window_tokens=WINDOW))
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (Triangle, {"tail_tokens": 7}),
-        (Triangle, {"tail_tokens": 4096}),
-        (XAttention, {"threshold": 0.5}),
-        (XAttention, {"threshold": 1.0, "stride": 8}),
+        (triangle.Pattern, {"tail_tokens": 7}),
+        (triangle.Pattern, {"tail_tokens": 4096}),
+        (xattention.Pattern, {"threshold": 0.5}),
+        (xattention.Pattern, {"threshold": 1.0, "stride": 8}),
     ],
     ids=str,
 )
-def test_options_mean_the_same(kind: type[Streaming], options: dict[str, Any]) -> None:
+def test_options_mean_the_same(kind: type[SparsePattern], options: dict[str, Any]) -> None:
     pattern = kind(sink_tokens=SINK, window_tokens=WINDOW, **options)
     drawn = states(1, 520, 4, 2)
     found, _ = attention(pattern)(*drawn, SCALE, [[450]])
@@ -147,13 +143,13 @@ def test_chosen_rows_attend_and_count_as_in_the_batch() -> None:
 @pytest.mark.parametrize(("begin", "end"), [(0, 650), (300, 521), (387, 650)])
 def test_choice_is_the_definitions_for_noise(begin: int, end: int, threshold: float) -> None:
     """Noise makes close choices: the order along anti-diagonals shows, and one key too many."""
-    pattern = XAttention(sink_tokens=SINK, window_tokens=WINDOW, threshold=threshold)
+    pattern = xattention.Pattern(sink_tokens=SINK, window_tokens=WINDOW, threshold=threshold)
     q, k = 2 * torch.randn(2, 2, 16, 650, 16)
     k = k[:, ::2]
     chosen = choose_blocks(*map(pad_to_blocks, (q, k)), [begin] * 2, [end] * 2, pattern, SCALE)
     for row in range(2):
         queries, keys = q[row, :, begin:end].transpose(0, 1), k[row, :, :end].transpose(0, 1)
-        mask = served(pattern).visible(queries, keys, 650, SCALE)
+        mask = visible(pattern, queries, keys, 650, SCALE)
         # Every block holds a key that the chunk's last query in the query block sees.
         for block in range(begin // BLOCK, -(-end // BLOCK)):
             last = min(end, (block + 1) * BLOCK) - 1
@@ -165,7 +161,7 @@ def test_choice_is_the_definitions_for_noise(begin: int, end: int, threshold: fl
 def test_block_mask_holds_the_kept_blocks() -> None:
     """flex_attention visits its lists; what they hold is what was kept, and no more."""
     q, k, _ = map(pad_to_blocks, states(2, 1000, 4, 2))
-    pattern = XAttention(sink_tokens=SINK, window_tokens=WINDOW)
+    pattern = xattention.Pattern(sink_tokens=SINK, window_tokens=WINDOW)
     kept = choose_blocks(q, k, [300, 0], [700, 1000], pattern, SCALE).kept
     assert kept[0, :, 2:6].any()
     assert not kept[0, :, 2:6].tril().all()
@@ -182,7 +178,7 @@ def test_block_mask_holds_the_kept_blocks() -> None:
 
 def test_flex_blocks_match_sdpa_on_the_cpu() -> None:
     q, k, v = map(pad_to_blocks, states(2, 700, 4, 2))
-    pattern = XAttention(sink_tokens=SINK, window_tokens=WINDOW)
+    pattern = xattention.Pattern(sink_tokens=SINK, window_tokens=WINDOW)
     kept = choose_blocks(q, k, [0, 0], [700, 500], pattern, SCALE).kept
     expected = attend_blocks(q, k, v, kept, SCALE, "sdpa")
     found = attend_blocks(q, k, v, kept, SCALE, "flex")

@@ -113,3 +113,21 @@ class TestBackend:
 
         builder = backend.get_builder_cls()
         assert builder._cudagraph_support == AttentionCGSupport.NEVER
+
+
+@pytest.mark.parametrize(("policy", "planned"), [("full", False), ("sparse", True)])
+def test_policy_full_is_vllms_own_call(
+    monkeypatch: pytest.MonkeyPatch, policy: str, planned: bool
+) -> None:
+    from flux_vllm.attention_backend.cpu import backend as cpu
+
+    monkeypatch.setattr(
+        cpu.CPUAttentionMetadataBuilder, "build", lambda *args: SimpleNamespace(), raising=True
+    )
+    monkeypatch.setattr(cpu, "CpuRoutes", lambda *args: "a plan")
+    runtime = SimpleNamespace(current="a batch", config=SimpleNamespace(policy=policy))
+    builder = cpu.FluxCPUMetadataBuilder.__new__(cpu.FluxCPUMetadataBuilder)
+    builder._layers = [
+        SimpleNamespace(impl=SimpleNamespace(binding=SimpleNamespace(runtime=runtime)))
+    ]
+    assert builder.build(0, None).flux == ("a plan" if planned else None)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
 from training import recipes
@@ -24,7 +25,6 @@ from training.evaluation.scoring import Condition, Scorer, Scores
 from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
 from training.policies import StaticPolicy, ThresholdPolicy
-from training.sparse_patterns import make_pattern
 
 
 def test_evaluate_writes_figures_and_plots(config: EvalConfig) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from flux_vllm.patterns import make_pattern, triangle
 from flux_vllm.router.model import LayerRouter
 from training.attach import RoutedModel
 from training.data.encoding import Encoded
@@ -21,7 +22,6 @@ from training.evaluation.scoring import Condition, Scorer
 from training.evaluation.static_patterns import pattern
 from training.evaluation.stored_scores import StoredScorer
 from training.policies import StaticPolicy, ThresholdPolicy
-from training.sparse_patterns import Triangle, make_pattern
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_each_pattern_and_size_has_a_place_of_its_own(
     for chosen in (
         make_pattern("streaming", 8, 32),
         make_pattern("triangle", 8, 32),
-        Triangle(sink_tokens=8, window_tokens=32, tail_tokens=9),
+        triangle.Pattern(sink_tokens=8, window_tokens=32, tail_tokens=9),
         make_pattern("streaming", 4, 32),
     ):
         scorer.routed.detach()

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.routing.rotary import RotaryInverse
 
 pytestmark = pytest.mark.vllm
 

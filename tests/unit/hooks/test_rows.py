@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from flux_vllm.batch import Batch
-from tests.unit.step_batches import Req, RunnerV1, RunnerV2, rows_of
+from tests.unit.hooks.step_batches import Req, RunnerV1, RunnerV2, rows_of
 
 pytestmark = pytest.mark.vllm
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 OTHER_VERSION = "0.33.0"
 IN_OTHER = "FLUX_TEST_OTHER_VLLM"  # set in the process that runs this file on OTHER_VERSION
 

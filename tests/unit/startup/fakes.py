@@ -98,7 +98,7 @@ def make_attention(
     attention.attn_backend = SimpleNamespace(get_name=lambda: backend)
     attention.sliding_window = window
     attention.head_size = head_size
-    attention.impl = SimpleNamespace(binding=None)
+    attention.impl = SimpleNamespace(binding=None, kernels_name="cpu")
     return attention
 
 
@@ -106,8 +106,9 @@ class SelfAttention(nn.Module):
     """A decoder layer's attention, as far as rotation goes."""
 
     def forward(self, positions: Any, query: Any, key: Any) -> Any:
-        """Rotate."""
-        return self.rotary_emb(positions, query, key)
+        """Rotate, then attend."""
+        query, key = self.rotary_emb(positions, query, key)
+        return self.attn(query, key, key)
 
 
 class SometimesRotating(nn.Module):
@@ -131,7 +132,7 @@ class SometimesScaling(nn.Module):
         query = query.view(-1, 4, 8).flatten(1)
         if self.do_scaling:
             query = query * positions.log()
-        return query, key
+        return self.attn(query, key, key)
 
 
 class Model(nn.Module):

@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from flux_vllm import compat
 from flux_vllm.batch import Batch
+from flux_vllm.hooks import rows
 
 CPU = torch.device("cpu")
 MAX_LEN, BLOCK = 512, 16
@@ -86,7 +86,7 @@ class RunnerV1:
         self.batch.refresh_metadata()
 
     def step(self, reqs: list[Req]) -> Batch:
-        return compat.batch_from_v1(self.batch, {req.name: req.scheduled for req in reqs})
+        return rows.batch_from_v1(self.batch, {req.name: req.scheduled for req in reqs})
 
 
 class RunnerV2:
@@ -173,7 +173,7 @@ class RunnerV2:
         return InputBatch(**fields)
 
     def step(self, reqs: list[Req], padded_rows: int = 0, is_warmup: bool = False) -> Batch:
-        return compat.batch_from_v2(self.batch(reqs, padded_rows), self.states, is_warmup)
+        return rows.batch_from_v2(self.batch(reqs, padded_rows), self.states, is_warmup)
 
 
 def rows_of(context: Batch) -> dict[str, tuple[int, int, int, bool]]:

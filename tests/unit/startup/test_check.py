@@ -1,8 +1,8 @@
 """Start-up: every refusal by its message, and the memory that is set aside for query sums.
 
 Oracle: the messages; and the sizes of real tensors. Configurations are the least that is read of
-them; `test_startup_llm.py` meets some of the same errors through a real `vllm.LLM(...)`, and
-`test_startup_attach.py` has what the model itself decides.
+them; `test_llm.py` meets some of the same errors through a real `vllm.LLM(...)`, and
+`test_attach.py` has what the model itself decides.
 """
 
 from pathlib import Path
@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from flux_vllm import startup
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
-from tests.unit.startup_fakes import CPU, H, L, make_config, runner_of, write
+from flux_vllm.startup.attach import _mean_over_ranks, attach
+from flux_vllm.startup.check import check_configuration
+from flux_vllm.startup.memory import reserve_buffers
+from flux_vllm.startup.router_file import read_router_for
+from tests.unit.startup.fakes import CPU, H, L, make_config, runner_of, write
 
 pytestmark = pytest.mark.vllm
 
@@ -26,7 +29,6 @@ pytestmark = pytest.mark.vllm
 def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLUX_METRICS_DIR", raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setattr(startup, "prepare_front_end", lambda: None)
 
 
 REFUSED = {
@@ -64,8 +66,8 @@ class TestFeatures:
         write(tmp_path)
         config = make_config(tmp_path, **changes)
         check = {
-            "front-end": startup.check_front_end,
-            "worker": lambda given: startup.attach(runner_of(nn.Module()), given, CPU),
+            "front-end": check_configuration,
+            "worker": lambda given: attach(runner_of(nn.Module()), given, CPU),
         }[where]
         with pytest.raises(UnsupportedConfigurationError) as error:
             check(config)
@@ -78,36 +80,31 @@ class TestFeatures:
         write(tmp_path)
         changes = {"cache__kv_offloading_size": 4.0, "root__kv_transfer_config": object()}
         with pytest.raises(UnsupportedConfigurationError, match="found KV cache offloading; "):
-            startup.check_front_end(make_config(tmp_path, **changes))
+            check_configuration(make_config(tmp_path, **changes))
 
     def test_kernels_are_for_cuda(self, tmp_path: Path) -> None:
         write(tmp_path)
         with pytest.raises(
             FluxConfigError, match=r"expected no \"kernels\" on the CPU, found 'tri"
         ):
-            startup.check_front_end(make_config(tmp_path, {"kernels": "triton"}))
+            check_configuration(make_config(tmp_path, {"kernels": "triton"}))
 
     @pytest.mark.parametrize("policy", ["router", "sparse", "full"])
     def test_options_of_another_pattern(self, tmp_path: Path, policy: str) -> None:
         write(tmp_path, sparse_pattern="triangle")
         flux = {"policy": policy, "pattern_options": {"threshold": 0.9}}
         with pytest.raises(FluxConfigError) as error:
-            startup.check_front_end(make_config(tmp_path, flux))
+            check_configuration(make_config(tmp_path, flux))
         assert str(error.value) == (
             "flux config: expected \"pattern_options\" among ['tail_tokens'] for sparse_pattern "
             "'triangle', found ['threshold']; remove or correct them"
         )
-        startup.check_front_end(make_config(tmp_path, flux | {"sparse_pattern": "xattention"}))
+        check_configuration(make_config(tmp_path, flux | {"sparse_pattern": "xattention"}))
 
     def test_ngram_speculation_is_carried(self, tmp_path: Path) -> None:
         write(tmp_path)
         speculative = SimpleNamespace(method="ngram")
-        startup.check_front_end(make_config(tmp_path, root__speculative_config=speculative))
-
-    def test_other_backends_are_not_checked(self, tmp_path: Path) -> None:
-        config = make_config(tmp_path, {"no such key": 1}, model__use_mla=True)
-        config.attention_config.backend = None
-        startup.check_front_end(config)
+        check_configuration(make_config(tmp_path, root__speculative_config=speculative))
 
 
 class TestRouter:
@@ -123,7 +120,7 @@ class TestRouter:
     def test_does_not_fit(self, tmp_path: Path, sizes: dict, what: str, policy: str) -> None:
         write(tmp_path, **sizes)
         with pytest.raises(RouterCheckpointError) as error:
-            startup.check_front_end(make_config(tmp_path, {"policy": policy}))
+            check_configuration(make_config(tmp_path, {"policy": policy}))
         assert str(error.value) == (
             f"router: expected {what} (trained for 'org/Other'); give this model's own router with "
             """--additional-config '{"flux": {"router": "PATH"}}'"""
@@ -131,16 +128,16 @@ class TestRouter:
 
     def test_that_pools_the_latest_tokens_alone(self, tmp_path: Path) -> None:
         write(tmp_path, pool_prefix=False)
-        startup.check_front_end(make_config(tmp_path))
+        check_configuration(make_config(tmp_path))
 
     def test_of_an_unnamed_model(self, tmp_path: Path) -> None:
         write(tmp_path, num_layers=3, base_model="")
         with pytest.raises(RouterCheckpointError, match=r"\(trained for an unnamed model\)|'an u"):
-            startup.check_front_end(make_config(tmp_path))
+            check_configuration(make_config(tmp_path))
 
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(RouterCheckpointError) as error:
-            startup.check_front_end(make_config(tmp_path))
+            check_configuration(make_config(tmp_path))
         assert str(error.value).startswith(
             f"expected a router at {tmp_path / 'flux_router.safetensors'}, found nothing there"
         )
@@ -149,7 +146,7 @@ class TestRouter:
     def test_missing_where_it_was_said_to_be(self, tmp_path: Path, policy: str) -> None:
         config = make_config(tmp_path, {"router": str(tmp_path / "r"), "policy": policy})
         with pytest.raises(RouterCheckpointError, match=r"^expected a router at .*/r, found"):
-            startup.check_front_end(config)
+            check_configuration(config)
 
     @pytest.mark.parametrize("revision", [None, "main", "v2"])
     def test_in_the_snapshot_of_a_hub_id(self, tmp_path: Path, revision: str | None) -> None:
@@ -163,8 +160,8 @@ class TestRouter:
             (repository / "refs" / ref).write_text(commit)
         config = make_config(Path("org/Served"), model__revision=revision)
         config.load_config.download_dir = str(tmp_path)
-        startup.check_front_end(config)
-        _, info = startup._read_router(FluxConfig(), config)
+        check_configuration(config)
+        _, info = read_router_for(FluxConfig(), config)
         assert info is not None
         assert info.window_tokens == (512 if revision == "v2" else 256)
 
@@ -173,20 +170,20 @@ class TestRouter:
         config = make_config(Path("org/Served"), model__revision=revision)
         config.load_config.download_dir = str(tmp_path)
         with pytest.raises(RouterCheckpointError) as error:
-            startup.check_front_end(config)
+            check_configuration(config)
         assert str(error.value).startswith(
             f"expected a router in the cached snapshot of org/Served (revision "
             f"{revision or 'main'}), found no flux_router.safetensors under {tmp_path}; nothing is "
             "downloaded for it: fetch the file with `hf download org/Served flux_router.safet"
         )
         config.additional_config = {"flux": {"policy": "full"}}
-        startup.check_front_end(config)  # which needs none
+        check_configuration(config)  # which needs none
 
     def test_truncated(self, tmp_path: Path) -> None:
         path = write(tmp_path)
         path.write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(RouterCheckpointError, match="it may be truncated, copy or write"):
-            startup.check_front_end(make_config(tmp_path))
+            check_configuration(make_config(tmp_path))
 
     def test_nan(self, tmp_path: Path) -> None:
         router = LayerRouter(L, H)
@@ -196,25 +193,25 @@ class TestRouter:
         )
         write_router(tmp_path, router, info)
         with pytest.raises(RouterCheckpointError, match=r"in layers\.2\.head\.2\.weight, found Na"):
-            startup.check_front_end(make_config(tmp_path))
+            check_configuration(make_config(tmp_path))
 
     @pytest.mark.parametrize("policy", ["full", "sparse"])
     def test_not_needed(self, tmp_path: Path, policy: str) -> None:
         flux = {"policy": policy, "sink_tokens": 1, "window_tokens": 2}
-        startup.check_front_end(make_config(tmp_path, flux))
+        check_configuration(make_config(tmp_path, flux))
 
     def test_sizes_from_a_router_that_is_there(self, tmp_path: Path) -> None:
         write(tmp_path)
-        startup.check_front_end(make_config(tmp_path, {"policy": "sparse"}))
+        check_configuration(make_config(tmp_path, {"policy": "sparse"}))
 
     def test_no_sizes(self, tmp_path: Path) -> None:
         with pytest.raises(FluxConfigError, match='expected "sink_tokens" and "window_tokens"'):
-            startup.check_front_end(make_config(tmp_path, {"policy": "sparse"}))
+            check_configuration(make_config(tmp_path, {"policy": "sparse"}))
 
     def test_layer_beyond_the_model(self, tmp_path: Path) -> None:
         flux = {"policy": "static", "sparse_layers": [L], "sink_tokens": 1, "window_tokens": 2}
         with pytest.raises(FluxConfigError, match=r"sparse_layers from 0 to 3 .*, found \[4\]"):
-            startup.check_front_end(make_config(tmp_path, flux))
+            check_configuration(make_config(tmp_path, flux))
 
 
 class TestMeanOverRanks:
@@ -228,7 +225,7 @@ class TestMeanOverRanks:
         )
         tensor = torch.tensor([3.0, 5.0])
         expected = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
-        assert startup._mean_over_ranks(tensor).tolist() == expected
+        assert _mean_over_ranks(tensor).tolist() == expected
 
 
 class TestProbe:
@@ -239,12 +236,12 @@ class TestProbe:
     def test_data_parallel_mixture_of_experts(self, tmp_path: Path) -> None:
         write(tmp_path)
         with pytest.raises(UnsupportedConfigurationError, match="run every forward together"):
-            startup.check_front_end(make_config(tmp_path, **self.EXPERTS))
-        startup.check_front_end(make_config(tmp_path, {"policy": "full"}, **self.EXPERTS))
+            check_configuration(make_config(tmp_path, **self.EXPERTS))
+        check_configuration(make_config(tmp_path, {"policy": "full"}, **self.EXPERTS))
 
     def test_data_parallel_dense_model(self, tmp_path: Path) -> None:
         write(tmp_path)
-        startup.check_front_end(make_config(tmp_path, parallel__data_parallel_size=2))
+        check_configuration(make_config(tmp_path, parallel__data_parallel_size=2))
 
     @pytest.mark.parametrize(("budget", "refused"), [(255, True), (256, False)])
     def test_budget_of_a_step(self, tmp_path: Path, budget: int, refused: bool) -> None:
@@ -254,11 +251,11 @@ class TestProbe:
         config = make_config(tmp_path, **changes)
         if refused:
             with pytest.raises(UnsupportedConfigurationError, match="at least 256, .* found 255"):
-                startup.check_front_end(config)
+                check_configuration(config)
         else:
-            startup.check_front_end(config)
-        startup.check_front_end(make_config(tmp_path, **changes | {"device__device_type": "cpu"}))
+            check_configuration(config)
+        check_configuration(make_config(tmp_path, **changes | {"device__device_type": "cpu"}))
 
 
 def test_memory_on_the_cpu_is_vllms(tmp_path: Path) -> None:
-    assert startup.reserve_buffers(12345, SimpleNamespace(device=CPU), None) == 12345
+    assert reserve_buffers(12345, SimpleNamespace(device=CPU), None) == 12345

@@ -1,4 +1,4 @@
-"""Exact SPARSE prefill on the CPU: attention sinks and a sliding window, by tiles of queries.
+"""Streaming on the CPU: attention sinks and a sliding window, by tiles of queries.
 
 Dimension legend: T queries of the chunk, N query heads, K KV heads, H head dim.
 """
@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 
 from flux_vllm.attention_backend.cpu.pages import PageLayout
+from flux_vllm.attention_backend.cpu.prefill import Chunk
+from flux_vllm.patterns import streaming
 
 _TILE_QUERIES = 256
 
@@ -26,29 +28,25 @@ class _Tile:
     """[queries, sinks + window keys] bool."""
 
 
-class SparsePrefill:
-    """One request's chunk, planned once a step and used by every SPARSE layer.
+def plan(pattern: streaming.Pattern, chunk: Chunk) -> "SinkWindowPrefill":
+    """Plan tiles of queries over gathered sinks and window."""
+    return SinkWindowPrefill(pattern, chunk)
+
+
+class SinkWindowPrefill:
+    """One chunk, planned once a step and used by every SPARSE layer.
 
     Args:
-        computed: position of the chunk's first query.
-        scheduled: queries T in the chunk; their keys are in the cache already.
-        block_row: [M] int32: the request's row of the block table.
-        block_size: tokens a block.
-        sink_tokens: S; queries attend to keys [0, S) and, at position p, (p - W, p].
-        window_tokens: W.
+        pattern: a query at position p attends to keys [0, S) and (p - W, p].
+        chunk: T queries; their keys are in the cache already.
     """
 
-    def __init__(
-        self,
-        computed: int,
-        scheduled: int,
-        block_row: torch.Tensor,
-        block_size: int,
-        sink_tokens: int,
-        window_tokens: int,
-    ) -> None:
+    def __init__(self, pattern: streaming.Pattern, chunk: Chunk) -> None:
+        computed, scheduled = chunk.computed, chunk.scheduled
+        block_row, block_size = chunk.block_row, chunk.block_size
+        window_tokens = pattern.window_tokens
         end = computed + scheduled
-        self.sink_tokens = min(sink_tokens, end)
+        self.sink_tokens = min(pattern.sink_tokens, end)
         sink_blocks = -(-self.sink_tokens // block_size)
         first_block = max(0, computed - window_tokens + 1) // block_size
         # Where sinks and window touch, a block is read once.

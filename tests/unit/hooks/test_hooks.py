@@ -2,7 +2,7 @@
 
 Oracle: vLLM's unwrapped functions, whose answers the wrapped ones must give; recorded calls.
 Pinned: the order of imports does not matter (a program may load the plugins before EngineArgs is
-there, and import our backend before the worker). `test_compat_sources.py` watches what is wrapped.
+there, and import our backend before the worker). `test_sources.py` watches what is wrapped.
 """
 
 import subprocess
@@ -15,8 +15,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from flux_vllm import compat
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.hooks import front_end, rows
+from flux_vllm.hooks import worker as worker_hooks
+from flux_vllm.hooks.wrap import wrap
 from flux_vllm.routing.prompts import Prompt
 
 pytestmark = pytest.mark.vllm
@@ -40,9 +42,9 @@ class TestWrapping:
                 plugins.load_general_plugins,
             ]
 
-        compat.install_front_end_hooks()
+        front_end.install()
         wrapped = now()
-        compat.install_front_end_hooks()
+        front_end.install()
         assert all(a is b for a, b in zip(wrapped, now(), strict=True))
         assert all(not hasattr(unwrapped(f), "__flux_wrapped__") for f in wrapped)
 
@@ -58,9 +60,9 @@ class TestWrapping:
                 default_loader.filter_duplicate_safetensors_files,
             ]
 
-        compat.install_worker_hooks()
+        worker_hooks.install()
         wrapped = now()
-        compat.install_worker_hooks()
+        worker_hooks.install()
         assert all(a is b for a, b in zip(wrapped, now(), strict=True))
         assert all(not hasattr(unwrapped(f), "__flux_wrapped__") for f in wrapped)
 
@@ -80,12 +82,35 @@ class TestWrapping:
         class Derived(Owner):
             pass
 
-        compat._wrap(Owner, "method", through)
-        compat._wrap(Owner, "of_class", through, is_classmethod=True)
+        wrap(Owner, "method", through)
+        wrap(Owner, "of_class", through, is_classmethod=True)
         owner = Derived()
         assert owner.method(1, b=3) == (owner, 1, 3)
         assert Derived.of_class(1, b=3) == (Derived, 1, 3)
         assert Owner.method.__doc__ == "Doc."
+
+    def test_a_function_that_is_gone_is_named(self) -> None:
+        class Owner:
+            pass
+
+        with pytest.raises(UnsupportedConfigurationError, match="function method of Owner in vLLM"):
+            wrap(Owner, "method", lambda original: None)
+
+    def test_a_function_that_is_gone_ends_no_other_engine(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Plugins are loaded again and again, in processes that never ask for flux."""
+
+        def gone() -> None:
+            raise UnsupportedConfigurationError("no function create_engine_config")
+
+        loaded = mock.Mock()
+        monkeypatch.setattr(front_end, "install", gone)
+        monkeypatch.setattr(front_end.logger, "propagate", True)
+        with caplog.at_level("WARNING", front_end.logger.name):
+            front_end._hook_again(loaded)
+        loaded.assert_called_once_with()
+        assert caplog.messages[0].endswith("starts: no function create_engine_config")
 
     @pytest.mark.slow
     def test_whatever_is_imported_first(self) -> None:
@@ -123,7 +148,7 @@ class TestOtherEngines:
         from vllm.platforms.cpu import CpuPlatform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-        compat.install_front_end_hooks()
+        front_end.install()
         selected = None if backend is None else AttentionBackendEnum[backend]
         original = unwrapped(vars(CpuPlatform)["get_attn_backend_cls"].__func__)
         config = self.selector_config(**model)
@@ -168,21 +193,37 @@ class TestOtherEngines:
     def test_configuration_is_not_looked_at(self, name: str | None) -> None:
         backend = None if name is None else SimpleNamespace(name=name)
         made = SimpleNamespace(attention_config=SimpleNamespace(backend=backend))
-        with mock.patch("flux_vllm.startup.prepare_front_end") as prepare:
-            assert compat._check_engine_config(lambda self, *a: made, None, 1) is made
+        with mock.patch("flux_vllm.metrics.directory.prepare_front_end") as prepare:
+            assert front_end._check_engine_config(lambda self, *a: made, None, 1) is made
         prepare.assert_not_called()
 
     def test_memory_is_measured_as_before(self) -> None:
         attention = SimpleNamespace(backend=None)
         worker = SimpleNamespace(vllm_config=SimpleNamespace(attention_config=attention))
         before = dict(vars(worker))
-        with mock.patch("flux_vllm.startup.attach") as attach:
-            assert compat._attach_then_measure(lambda self: 123, worker) == 123
+        with mock.patch("flux_vllm.hooks.worker.attach") as attach:
+            assert worker_hooks._attach_then_measure(lambda self: 123, worker) == 123
         attach.assert_not_called()
         assert vars(worker) == before
 
 
 class TestFluxEngine:
+    def test_configuration_is_checked_before_anything_is_made(self) -> None:
+        """A refusal leaves no folder and no collector behind."""
+        order = mock.Mock()
+        attention = SimpleNamespace(backend=SimpleNamespace(name="FLUX"))
+        made = SimpleNamespace(attention_config=attention)
+        with (
+            mock.patch("flux_vllm.startup.check.check_configuration", order.check),
+            mock.patch("flux_vllm.metrics.directory.prepare_front_end", order.prepare),
+        ):
+            assert front_end._check_engine_config(lambda self: made, None) is made
+            assert order.mock_calls == [mock.call.check(made), mock.call.prepare()]
+            order.check.side_effect = UnsupportedConfigurationError("refused")
+            with pytest.raises(UnsupportedConfigurationError, match="refused"):
+                front_end._check_engine_config(lambda self: made, None)
+        assert order.prepare.call_count == 1
+
     def test_attaches_before_measuring(self) -> None:
         import torch
 
@@ -194,12 +235,12 @@ class TestFluxEngine:
             device=torch.device("cpu"),
         )
         with (
-            mock.patch("flux_vllm.startup.attach", order.attach),
-            mock.patch("flux_vllm.startup.reserve_buffers", order.reserve),
-            mock.patch("flux_vllm.compat.hook_worker", order.hook),
+            mock.patch("flux_vllm.hooks.worker.attach", order.attach),
+            mock.patch("flux_vllm.hooks.worker.reserve_buffers", order.reserve),
+            mock.patch("flux_vllm.hooks.worker.hook_worker", order.hook),
         ):
             order.measure.return_value = 1000
-            found = compat._attach_then_measure(order.measure, worker)
+            found = worker_hooks._attach_then_measure(order.measure, worker)
         runtime = order.attach.return_value
         assert found is order.reserve.return_value
         assert order.mock_calls == [
@@ -213,7 +254,7 @@ class TestFluxEngine:
         """vLLM reads all safetensors files of a folder without an index."""
         from vllm.model_executor.model_loader import default_loader
 
-        compat.install_worker_hooks()
+        worker_hooks.install()
         files = [str(tmp_path / n) for n in ("a.safetensors", "flux_router.safetensors")]
         found = default_loader.filter_duplicate_safetensors_files(
             files, str(tmp_path), "model.safetensors.index.json"
@@ -249,11 +290,11 @@ def new_request(name: str, tokens: list[int] | None, computed: int = 0, **change
 
 class TestPrompts:
     def test_token_ids(self) -> None:
-        found = compat.prompt_of(new_request("a", [4, 5, 6], lora_request="adapter"))
+        found = rows.prompt_of(new_request("a", [4, 5, 6], lora_request="adapter"))
         assert found == Prompt("a", 3, [4, 5, 6], "adapter")
 
     def test_prompt_of_a_resumed_request_leaves_its_outputs_out(self) -> None:
-        found = compat.prompt_of(new_request("a", [4, 5, 6], prefill_token_ids=[4, 5, 6, 7, 8]))
+        found = rows.prompt_of(new_request("a", [4, 5, 6], prefill_token_ids=[4, 5, 6, 7, 8]))
         assert (found.length, found.tokens) == (3, [4, 5, 6])
 
     @pytest.mark.parametrize(
@@ -266,7 +307,7 @@ class TestPrompts:
         ids=["mixed", "embeddings", "image"],
     )
     def test_what_is_no_token_ids(self, changes: dict) -> None:
-        found = compat.prompt_of(new_request("a", [4, 5, 6], **changes))
+        found = rows.prompt_of(new_request("a", [4, 5, 6], **changes))
         assert (found.length, found.tokens) == (3, None)
 
     def test_context_ends(self) -> None:
@@ -276,7 +317,7 @@ class TestPrompts:
             scheduled_cached_reqs=cached,
             num_scheduled_tokens={"c": 4, "a": 18, "b": 1},
         )
-        assert compat.context_ends(output) == {"a": 50, "b": 41, "c": 11}
+        assert rows.context_ends(output) == {"a": 50, "b": 41, "c": 11}
 
 
 class FakeBatch:
@@ -309,7 +350,7 @@ class TestWorkerHooks:
         worker.execute_model = lambda output: runner.execute(output)
         worker.sample_tokens = lambda grammar: events.append(f"sample {grammar}")
         worker.compile_or_warm_up_model = lambda: events.append(f"warm {runtime.is_warming_up}")
-        compat.hook_worker(worker, runtime)
+        worker_hooks.hook_worker(worker, runtime)
         return worker, runtime, events
 
     def runner_v1(self, computed: int = 0, prompt: int = 9) -> SimpleNamespace:
@@ -394,7 +435,7 @@ class TestWorkerHooks:
             raise KeyboardInterrupt
 
         worker.sample_tokens = fail
-        compat.hook_worker(worker, runtime)
+        worker_hooks.hook_worker(worker, runtime)
         with pytest.raises(KeyboardInterrupt):
             worker.sample_tokens(None)
         assert events == ["abandon"]

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from flux_vllm.attention_backend.cpu import sink_window
 from flux_vllm.attention_backend.cpu.pages import PageLayout, learn_page_layout
-from flux_vllm.attention_backend.cpu.sink_window import SparsePrefill
+from flux_vllm.attention_backend.cpu.patterns import streaming as on_cpu
+from flux_vllm.attention_backend.cpu.patterns.streaming import SinkWindowPrefill
+from flux_vllm.attention_backend.cpu.prefill import Chunk
+from flux_vllm.patterns import streaming
 
 pytestmark = pytest.mark.vllm
 
@@ -117,10 +119,13 @@ def make(case: Case, dtype: torch.dtype) -> Made:
     return Made(query, key, value, cache, row, layout)
 
 
+def pattern_of(sink: int, window: int) -> streaming.Pattern:
+    return streaming.Pattern(sink_tokens=sink, window_tokens=window)
+
+
 def attend(case: Case, made: Made) -> torch.Tensor:
-    prefill = SparsePrefill(
-        case.computed, case.scheduled, made.row, case.block, case.sink, case.window
-    )
+    chunk = Chunk(case.computed, case.scheduled, len(made.key), made.row, case.block)
+    prefill = SinkWindowPrefill(pattern_of(case.sink, case.window), chunk)
     output = torch.full_like(made.query, float("nan"))
     for _ in range(2):  # one plan serves every SPARSE layer of a step
         prefill.attend(made.query, made.cache, made.layout, 0.3, output)
@@ -171,13 +176,13 @@ def test_bfloat16_is_as_exact_as_torch(case: Case) -> None:
 def test_tile_size_changes_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(90, 105, 33, 31)
     made = make(case, torch.float32)
-    monkeypatch.setattr(sink_window, "_TILE_QUERIES", tile)
+    monkeypatch.setattr(on_cpu, "_TILE_QUERIES", tile)
     torch.testing.assert_close(attend(case, made), by_definition(case, made), rtol=0, atol=2e-5)
 
 
 def test_reads_only_blocks_of_sinks_and_window() -> None:
     """A late chunk costs as many blocks as the pattern, not as the context."""
     row = torch.arange(1, 400, dtype=torch.int32)
-    prefill = SparsePrefill(10_000, 64, row, 32, 40, 100)
+    prefill = SinkWindowPrefill(pattern_of(40, 100), Chunk(10_000, 64, 20_000, row, 32))
     first = (10_000 - 100 + 1) // 32
     assert prefill.blocks.tolist() == [1, 2, *range(first + 1, -(-10_064 // 32) + 1)]

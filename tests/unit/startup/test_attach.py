@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from flux_vllm import startup
-from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
-from flux_vllm.patterns.base import make_pattern
+from flux_vllm.patterns import make_pattern
 from flux_vllm.router.inputs import Pool, RouterInputs
-from tests.unit.startup_fakes import (
+from flux_vllm.startup import report
+from flux_vllm.startup.attach import _probed_layers, attach
+from flux_vllm.startup.layers import attention_layers
+from flux_vllm.startup.rope_use import change_after_rope, rotates_always
+from tests.unit.startup.fakes import (
     CPU,
     H,
     L,
@@ -41,7 +43,6 @@ INPUTS = RouterInputs(pools=(Pool("tail", 8),))
 def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLUX_METRICS_DIR", raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setattr(startup, "prepare_front_end", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ class TestAttach:
     def test_all_layers(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
         attentions = self.attentions()
-        runtime = startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+        runtime = attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 1, 2, 3)
         for index, attention in enumerate(attentions):
             binding = attention.impl.binding
@@ -84,7 +85,7 @@ class TestAttach:
     def test_sliding_window_layers_stay_unrouted(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
         attentions = self.attentions(self.WINDOWED)
-        runtime = startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+        runtime = attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 2, 3)
         assert attentions[1].impl.binding is None
         assert [a.impl.binding.layer for a in attentions if a.impl.binding] == [0, 2, 3]
@@ -95,7 +96,7 @@ class TestAttach:
         """It gets no route, and every router looks at its queries."""
         write(tmp_path, context_layers=(1,), pools=("tail:8",))
         attentions = self.attentions(self.WINDOWED)
-        runtime = startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+        runtime = attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert attentions[1].impl.binding is None
         assert runtime.probe._metadata[attentions[1].layer_name].mean_query.shape == (256, H)
         assert runtime.probe._rotations[0].layers.tolist() == [0, 1, 2, 3]
@@ -104,7 +105,7 @@ class TestAttach:
         flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
         model = Model(self.attentions(self.WINDOWED), rope)
         with pytest.raises(FluxConfigError) as error:
-            startup.attach(runner_of(model), make_config(tmp_path, flux), CPU)
+            attach(runner_of(model), make_config(tmp_path, flux), CPU)
         assert str(error.value) == (
             "flux config: expected sparse_layers with full attention in the model, found [1], "
             "which keep a sliding window of the model's own; remove them"
@@ -114,7 +115,7 @@ class TestAttach:
         write(tmp_path)
         attentions = self.attentions(dict.fromkeys(range(L), 128))
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+            attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected layers with full attention in Model, found none; "
             "serve it without --attention-backend flux"
@@ -122,12 +123,12 @@ class TestAttach:
 
     def test_fixed_policies_need_no_rope(self, tmp_path: Path) -> None:
         config = make_config(tmp_path, {"policy": "full"})
-        startup.attach(runner_of(Model(self.attentions(), None)), config, CPU)
+        attach(runner_of(Model(self.attentions(), None)), config, CPU)
 
     def test_no_rope(self, tmp_path: Path) -> None:
         write(tmp_path)
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(runner_of(Model(self.attentions(), None)), make_config(tmp_path), CPU)
+            attach(runner_of(Model(self.attentions(), None)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer, "
             "found none in model.layers.0.self_attn.attn (SelfAttention); serve this model without "
@@ -138,7 +139,7 @@ class TestAttach:
         write(tmp_path)
         attentions = [*self.attentions()[:3], make_attention(3, backend="CPU_ATTN")]
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+            attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected all attention layers to use it, found "
             "model.layers.3.self_attn.attn on CPU_ATTN; serve this model without "
@@ -150,7 +151,7 @@ class TestAttach:
         write(tmp_path)
         attentions = [*self.attentions()[:3], make_attention(3, cls="ChunkedLocalAttention")]
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+            attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected plain causal attention in every layer, found "
             "ChunkedLocalAttention in model.layers.3.self_attn.attn; serve this model without "
@@ -161,28 +162,28 @@ class TestAttach:
         write(tmp_path)
         model = Model(self.attentions(), nn.Linear(2, 2))
         with pytest.raises(UnsupportedConfigurationError, match=r"found Linear \(no single table"):
-            startup.attach(runner_of(model), make_config(tmp_path), CPU)
+            attach(runner_of(model), make_config(tmp_path), CPU)
 
     def test_head_dim_of_one_layer(self, tmp_path: Path, rope: Any) -> None:
         """A model whose layers differ is told by the layers themselves."""
         write(tmp_path)
         attentions = [*self.attentions()[:3], make_attention(3, head_size=2 * H)]
         with pytest.raises(RouterCheckpointError, match="expected head_dim 64 .* found 32"):
-            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+            attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
 
     def test_pattern_of_the_router_or_the_configuration(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path, sparse_pattern="triangle")
         model = Model(self.attentions(), rope)
-        pattern = startup.attach(runner_of(model), make_config(tmp_path), CPU).pattern
+        pattern = attach(runner_of(model), make_config(tmp_path), CPU).pattern
         assert pattern == make_pattern("triangle", 64, 256, {"tail_tokens": 128})
         flux = {"sparse_pattern": "xattention", "pattern_options": {"stride": 8}}
-        pattern = startup.attach(runner_of(model), make_config(tmp_path, flux), CPU).pattern
+        pattern = attach(runner_of(model), make_config(tmp_path, flux), CPU).pattern
         assert pattern == make_pattern("xattention", 64, 256, {"stride": 8, "threshold": 0.9})
 
     def test_fixed_policies_hold_no_router(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
         config = make_config(tmp_path, {"policy": "full"})
-        assert startup.attach(runner_of(Model(self.attentions(), rope)), config, CPU).probe is None
+        assert attach(runner_of(Model(self.attentions(), rope)), config, CPU).probe is None
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -192,13 +193,21 @@ class TestNumbers:
         write(tmp_path)
         return Model([make_attention(i) for i in range(L)], rope)
 
-    def test_no_front_end_no_numbers(self, tmp_path: Path, model: Model) -> None:
-        assert startup.attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
+    def test_no_front_end_no_numbers(
+        self, tmp_path: Path, model: Model, monkeypatch, caplog: Any
+    ) -> None:
+        """As in a worker whose environment the API server's variable did not reach."""
+        monkeypatch.setattr(report.logger, "propagate", True)
+        with caplog.at_level("WARNING", report.logger.name):
+            assert attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
+        (message,) = caplog.messages
+        assert "FLUX_METRICS_DIR or PROMETHEUS_MULTIPROC_DIR" in message
+        assert "nothing is counted" in message
 
     def test_first_rank_counts(self, tmp_path: Path, model: Model, monkeypatch) -> None:
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
         config = make_config(tmp_path, {"threshold": 0.25})
-        assert startup.attach(runner_of(model), config, CPU).reporter is not None
+        assert attach(runner_of(model), config, CPU).reporter is not None
         info = directory.FluxCollector(str(tmp_path)).collect()
         (sample,) = next(m for m in info if m.name == "flux_router_info").samples
         assert sample.value == 1
@@ -212,18 +221,55 @@ class TestNumbers:
             "window_tokens": "256",
             "probe": "128+128",
             "pools": "ends:48",
+            "kernels": "cpu",
         }
+
+    @pytest.mark.parametrize("plugins", [None, "flux", "flux,flux_live"])
+    def test_ring_only_for_a_live_page(
+        self, tmp_path: Path, model: Model, monkeypatch, plugins: str | None
+    ) -> None:
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        if plugins is not None:
+            monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.reporter is not None
+        assert (runtime.journal is not None) == (plugins == "flux,flux_live")
+
+    @pytest.mark.parametrize("name", ["MetricStore", "RouteJournal"])
+    def test_full_disk_is_said_and_served(
+        self, tmp_path: Path, model: Model, monkeypatch, caplog: Any, name: str
+    ) -> None:
+        def no_room(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(report, name, no_room)
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        monkeypatch.setenv("VLLM_PLUGINS", "flux_live")
+        monkeypatch.setattr(report.logger, "propagate", True)
+        with caplog.at_level("WARNING", report.logger.name):
+            runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert (runtime.reporter is None) == (name == "MetricStore")
+        assert runtime.journal is None
+        what = {"MetricStore": "counters", "RouteJournal": "the latest requests' routes"}[name]
+        (message,) = caplog.messages
+        assert message == (
+            f"flux: expected room for {what} in {tmp_path}, found: [Errno 28] No space left on "
+            "device; requests are served without"
+        )
 
     def test_other_ranks_do_not(self, tmp_path: Path, model: Model, monkeypatch) -> None:
         from vllm import distributed
 
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
         monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
-        assert startup.attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.reporter is None
+        assert not runtime.reads_back
 
 
 def probed(model: nn.Module) -> list[Any]:
-    return startup._probed_layers(startup._attention_layers(model), INPUTS, CPU)
+    return _probed_layers(attention_layers(model), INPUTS, CPU)
 
 
 def test_conditional_rotation_is_refused(rope: Any) -> None:
@@ -294,3 +340,86 @@ def test_change_after_rope_on_vllms_models(
     nn.Module.__init__(attention)
     vars(attention).update(attributes)
     assert change_after_rope(attention) == change
+
+
+class Attention(nn.Module):
+    """Each method is what a model might do between RoPE and attention."""
+
+    def product_in_the_call(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale on the way."""
+        q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q * 2, k, k)
+
+    def in_place(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale without an assignment."""
+        q, k = self.rotary_emb(positions, q, k)
+        q.mul_(2)
+        return self.attn(q, k, k)
+
+    def under_another_name(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rename, then scale."""
+        q, k = self.rotary_emb(positions, q, k)
+        query = q
+        query *= 2
+        return self.attn(query, k, k)
+
+    def slice_of_it(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale a part."""
+        q, k = self.rotary_emb(positions, q, k)
+        q[..., :8] = 0
+        return self.attn(q, k, k)
+
+    def by_a_function(self, positions: Any, q: Any, k: Any) -> Any:
+        """Let another write into it."""
+        q, k = self.rotary_emb(positions, q, k)
+        torch.mul(k, 2, out=q)
+        return self.attn(q, k, k)
+
+    def two_at_once(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale in a tuple."""
+        q, k = self.rotary_emb(positions, q, k)
+        k, q = k, q * 2
+        return self.attn(q, k, k)
+
+    def handed_out(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend elsewhere."""
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k
+
+    def something_else(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend with another tensor."""
+        raw = q
+        q, k = self.rotary_emb(positions, q, k)
+        return self.attn(raw, k, k)
+
+    def in_place_rotation(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate without an assignment."""
+        self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def renamed_and_reshaped(self, positions: Any, q: Any, k: Any) -> Any:
+        """Change nothing."""
+        q, k = self.rotary_emb(positions, q, k)
+        query = q.view(-1, 4, 8).flatten(1)
+        attended = self.attn(query, k, k, output_shape=q.shape)
+        return attended.view(q.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("product_in_the_call", "return self.attn(q * 2, k, k)"),
+        ("in_place", "q.mul_(2)"),
+        ("under_another_name", "query *= 2"),
+        ("slice_of_it", "q[..., :8] = 0"),
+        ("by_a_function", "torch.mul(k, 2, out=q)"),
+        ("two_at_once", "k, q = (k, q * 2)"),
+        ("handed_out", "return (q, k)"),
+        ("something_else", "something_else() without self.attn(q, ...)"),
+        ("in_place_rotation", "self.rotary_emb(positions, q, k)"),
+        ("renamed_and_reshaped", None),
+    ],
+)
+def test_change_after_rope_accepts_known_shapes_alone(method: str, change: str | None) -> None:
+    kind = type(method, (nn.Module,), {"forward": vars(Attention)[method]})
+    assert change_after_rope(kind()) == change

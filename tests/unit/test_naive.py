@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flux_vllm.attention_backend import naive
+from tests.helpers.oracle import naive
 
 
 @pytest.mark.parametrize(

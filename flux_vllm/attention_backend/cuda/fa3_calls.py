@@ -1,0 +1,101 @@
+"""Attention calls by FlashAttention-3."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from flux_vllm.attention_backend.cuda.calls import LayerCall, Sizes
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.decode_plan import CallShape
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
+
+
+class FA3Kernels:
+    """FlashAttention-3: one call for mixed decode; window and sinks for sparse prefill."""
+
+    name = "fa3"
+
+    def __init__(self, impl: "FlashAttentionImpl", sizes: Sizes) -> None:
+        self.scale = impl.scale
+        self._shape = CallShape(impl.num_heads, impl.num_kv_heads, impl.head_size, sizes.num_sms)
+        self._sink_tokens = sizes.sink_tokens
+        self._window_tokens = sizes.window_tokens
+
+    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
+        """Write balanced plans, where FA3 would make its own before each call."""
+        if metadata.max_num_splits == 0:  # FA3 chooses, so no graph replays the calls
+            return None
+        return views.plan(
+            metadata.query_start_loc,
+            self._shape,
+            max_query_len=metadata.max_query_len,
+            num_splits=metadata.max_num_splits,
+        )
+
+    def decode(self, call: LayerCall) -> None:
+        """Attend in one call over the views."""
+        metadata = call.metadata
+        self._attend(call, metadata.query_start_loc, None, metadata.max_query_len)
+
+    def full_pass(self, call: LayerCall) -> None:
+        """Attend likewise, less the rows that the other pass takes."""
+        metadata, seqused_q = call.metadata, call.rows.full_seqused_q
+        self._attend(call, metadata.query_start_loc, seqused_q, metadata.max_query_len)
+
+    def every_key_pass(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attend likewise."""
+        self._attend(call, query_start_loc, seqused_q, max_query_len)
+
+    def _attend(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor | None,
+        max_query_len: int,
+    ) -> None:
+        metadata = call.metadata
+        fa3.attend(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.rows.kv_batch_idx,
+            query_start_loc,
+            call.rows.seqused_k,
+            max_query_len=max_query_len,
+            max_seq_len=metadata.max_seq_len,
+            scale=self.scale,
+            seqused_q=seqused_q,
+            scheduler_metadata=call.plan,
+            num_splits=metadata.max_num_splits,
+        )
+
+    def sink_window_pass(self, call: LayerCall) -> None:
+        """Attend over the window with FA3, then merge the sinks."""
+        metadata = call.metadata
+        fa3.attend_sparse_prefill(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.rows.kv_batch_idx,
+            metadata.query_start_loc,
+            call.rows.sparse_seqused_q,
+            metadata.seq_lens,
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+            scale=self.scale,
+            sink_tokens=self._sink_tokens,
+            window_tokens=self._window_tokens,
+        )

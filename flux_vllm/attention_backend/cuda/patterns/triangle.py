@@ -1,0 +1,45 @@
+"""Triangle on CUDA: as streaming does, then the prompts' tails once more, over every key."""
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from flux_vllm.attention_backend.cuda.calls import BatchPrefill, Kernels, LayerCall
+from flux_vllm.attention_backend.cuda.patterns import streaming
+from flux_vllm.batch import Batch
+from flux_vllm.patterns import triangle
+from flux_vllm.transfer import to_device
+
+
+def plan(pattern: triangle.Pattern, batch: Batch, device: torch.device) -> BatchPrefill:
+    """Attend as streaming does, then the tails once more, to everything."""
+    tails = pattern.tails(batch)
+    if not tails.any():
+        return streaming.plan(pattern, batch, device)
+    return _TailPass(to_device(tails.astype(np.int32), device), int(tails.max()))
+
+
+def nbytes(pattern: triangle.Pattern, *sizes: int) -> int:
+    """Return 0: a number a row is little."""
+    return 0
+
+
+class _TailPass:
+    """A batch with tails. A row's tail is a row of its own, that begins further on in the batch."""
+
+    def __init__(self, tails: torch.Tensor, longest: int) -> None:
+        self._tails = tails
+        self._longest = longest
+        self._starts: torch.Tensor | None = None
+
+    def attend(self, call: LayerCall, kernels: Kernels) -> None:
+        kernels.sink_window_pass(call)
+        if self._starts is None:
+            rows, all_rows = len(self._tails), call.metadata.seq_lens.shape[0]
+            # Padding rows have no tail.
+            self._tails = functional.pad(self._tails, (0, all_rows - rows))
+            self._starts = call.metadata.query_start_loc.clone()
+            self._starts[:-1] = call.metadata.query_start_loc[1:] - self._tails
+        # 0 for the rows that this layer does not prefill under SPARSE.
+        seqused_q = torch.minimum(call.rows.sparse_seqused_q, self._tails)
+        kernels.every_key_pass(call, self._starts, seqused_q, self._longest)

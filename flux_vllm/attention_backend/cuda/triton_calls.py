@@ -1,0 +1,119 @@
+"""Attention calls by our Triton kernels."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from flux_vllm.attention_backend.cuda.calls import LayerCall, Sizes
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.kernels.triton_decode import (
+    QUERIES,
+    DecodeWorkspace,
+    attend_decode,
+    choose_num_splits,
+    decode_workspace,
+    most_shares,
+)
+from flux_vllm.attention_backend.kernels.triton_prefill import attend_prefill
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
+
+
+class SharedWorkspace:
+    """A worker's decode workspace, made once for all its layers: captured graphs keep its address.
+
+    Args:
+        num_sms: streaming multiprocessors of the GPU.
+    """
+
+    def __init__(self, num_sms: int) -> None:
+        self._num_sms = num_sms
+        self._whole: DecodeWorkspace | None = None
+
+    def of(self, call: LayerCall) -> DecodeWorkspace:
+        """Return the part that a call needs."""
+        tokens, heads, head_dim = call.query.shape
+        rows, kv_heads = call.metadata.seq_lens.shape[0], call.keys.shape[2]
+        if self._whole is None:
+            shares = most_shares(call.views.capacity, kv_heads, self._num_sms)
+            self._whole = decode_workspace(QUERIES * shares, heads, head_dim, 1, call.query.device)
+        splits = choose_num_splits(rows, kv_heads, self._num_sms)
+        return self._whole.fit(splits, tokens, heads, head_dim)
+
+
+class TritonKernels:
+    """Our Triton kernels: any CUDA GPU."""
+
+    name = "triton"
+
+    def __init__(
+        self, impl: "FlashAttentionImpl", sizes: Sizes, workspace: SharedWorkspace
+    ) -> None:
+        self.scale = impl.scale
+        self._sink_tokens = sizes.sink_tokens
+        self._window_tokens = sizes.window_tokens
+        self._workspace = workspace
+
+    def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
+        """Plan nothing: the shares of a batch are all alike."""
+        return None
+
+    def decode(self, call: LayerCall) -> None:
+        """Attend in one split-KV call over the views."""
+        attend_decode(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            call.rows.kv_batch_idx,
+            call.metadata.query_start_loc,
+            call.rows.seqused_k,
+            self._workspace.of(call),
+            max_query_len=call.metadata.max_query_len,
+            scale=self.scale,
+        )
+
+    def full_pass(self, call: LayerCall) -> None:
+        """Attend by tiles of queries."""
+        seqused_q = call.rows.full_seqused_q
+        self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=False)
+
+    def every_key_pass(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attend likewise."""
+        self._prefill(call, query_start_loc, seqused_q, sparse=False)
+
+    def sink_window_pass(self, call: LayerCall) -> None:
+        """Attend sinks and window in one fused kernel."""
+        seqused_q = call.rows.sparse_seqused_q
+        self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=True)
+
+    def _prefill(
+        self,
+        call: LayerCall,
+        query_start_loc: torch.Tensor,
+        seqused_q: torch.Tensor,
+        sparse: bool,
+    ) -> None:
+        attend_prefill(
+            call.query,
+            call.keys,
+            call.values,
+            call.out,
+            call.views.table,
+            query_start_loc,
+            seqused_q,
+            call.rows.seqused_k,
+            scale=self.scale,
+            sparse=sparse,
+            sink_tokens=self._sink_tokens,
+            window_tokens=self._window_tokens,
+            kv_batch_idx=call.rows.kv_batch_idx,
+        )

@@ -1,0 +1,68 @@
+"""Hooks of every process that loads plugins: the choice of our backend, and the check before it."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.hooks.wrap import wrap
+from flux_vllm.selection import is_flux, uses_flux
+
+logger = logging.getLogger("vllm.flux")
+
+
+def install() -> None:
+    """Let the platform choose our backend, and check an engine's configuration before it starts.
+
+    Raises: UnsupportedConfigurationError: vLLM lacks a function that is to be wrapped.
+    """
+    from vllm import plugins
+    from vllm.platforms.cpu import CpuPlatform
+
+    wrap(CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, is_classmethod=True)
+    wrap(plugins, "load_general_plugins", _hook_again)
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    if arguments is not None:  # not yet, where a program loads the plugins first of all
+        wrap(arguments.EngineArgs, "create_engine_config", _check_engine_config)
+
+
+def _hook_again(original: Callable) -> None:
+    """EngineArgs asks for the plugins before it makes a configuration, loaded or not."""
+    original()
+    try:
+        install()
+    except UnsupportedConfigurationError as error:
+        # In every process with plugins, also those that never ask for flux.
+        logger.warning("flux: configurations are not checked before the engine starts: %s", error)
+
+
+def _choose_on_cpu(
+    original: Callable,
+    selected_backend: Any,
+    attn_selector_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> str:
+    """vLLM's CPU platform knows its own backends only and passes over any other."""
+    if not is_flux(selected_backend):
+        return original(selected_backend, attn_selector_config, *args, **kwargs)
+    if attn_selector_config.use_mla or attn_selector_config.use_sparse:
+        raise UnsupportedConfigurationError(
+            "--attention-backend flux: expected a model with ordinary attention over keys and "
+            "values, found multi-head latent or sparse attention (MLA); serve it without "
+            "--attention-backend flux"
+        )
+    return selected_backend.get_path()
+
+
+def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse what flux cannot serve before anything is loaded; then await the workers' counters."""
+    vllm_config = original(self, *args, **kwargs)
+    if uses_flux(vllm_config):
+        from flux_vllm.metrics.directory import prepare_front_end
+        from flux_vllm.startup.check import check_configuration
+
+        check_configuration(vllm_config)
+        prepare_front_end()
+    return vllm_config

@@ -1,0 +1,1 @@
+"""From a configuration and a loaded model to a running FluxRuntime."""

@@ -1,0 +1,103 @@
+"""Attaching a runtime to the attention layers of a model that was just loaded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flux_vllm.attention_backend.layer import LayerBinding
+from flux_vllm.config import FluxConfig
+from flux_vllm.errors import FluxConfigError
+from flux_vllm.router.inputs import RouterInputs
+from flux_vllm.routing.model_call import RunnerModelCall
+from flux_vllm.routing.probe import ProbedLayer, PromptProbe
+from flux_vllm.routing.rotary import RotaryInverse
+from flux_vllm.routing.runtime import FluxRuntime
+from flux_vllm.startup.check import check_features, check_fit, check_probe
+from flux_vllm.startup.layers import AttentionLayer, attention_layers, rotary_of
+from flux_vllm.startup.report import start_reporting
+from flux_vllm.startup.router_file import read_router_for
+
+
+def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
+    """Bind a runtime to the attention layers of a model that was just loaded.
+
+    Args:
+        runner: vLLM's model runner, V1 or V2.
+        vllm_config: the engine's configuration.
+        device: of the worker.
+
+    Returns: FluxRuntime.
+    Raises: FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError.
+    """
+    config = FluxConfig.from_additional_config(vllm_config.additional_config)
+    check_features(vllm_config)
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    config.check_layers(num_layers)
+    router, info = read_router_for(config, vllm_config)
+    layers = attention_layers(runner.get_model())
+    routed = [layer for layer in layers if layer.is_routed]
+    if info is not None:
+        for layer in layers:
+            if layer.is_routed or layer.index in info.context_layers:
+                check_fit(info, num_layers, layer.attention.head_size)
+    unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
+    if unrouted:
+        raise FluxConfigError(
+            "flux config: expected sparse_layers with full attention in the model, found "
+            f"{sorted(unrouted)}, which keep a sliding window of the model's own; remove them"
+        )
+    runtime = FluxRuntime(
+        config,
+        info,
+        num_layers,
+        tuple(layer.index for layer in routed),
+        vllm_config.scheduler_config.max_num_seqs,
+        device,
+    )
+    for layer in routed:
+        layer.attention.impl.binding = LayerBinding(runtime, layer.index)
+    if config.needs_router:
+        assert router is not None
+        assert info is not None
+        check_probe(info.inputs, vllm_config)
+        runtime.probe = PromptProbe(
+            info.inputs,
+            router.to(device),
+            config.threshold,
+            _probed_layers(layers, info.inputs, device),
+            RunnerModelCall(runner, vllm_config, device),
+            _mean_over_ranks,
+            device,
+        )
+    start_reporting(runtime, vllm_config, routed[0].attention.impl.kernels_name)
+    return runtime
+
+
+def _probed_layers(
+    layers: Sequence[AttentionLayer], inputs: RouterInputs, device: torch.device
+) -> list[ProbedLayer]:
+    """Say what a probe needs of each layer: its rotation where a router looks at its queries."""
+    rotaries: dict[int, RotaryInverse] = {}
+    probed = []
+    for layer in layers:
+        inverse = None
+        if layer.is_routed or layer.index in inputs.context_layers:
+            rotary = rotary_of(layer)
+            if id(rotary) not in rotaries:
+                rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
+            inverse = rotaries[id(rotary)]
+        probed.append(
+            ProbedLayer(layer.attention.layer_name, layer.index, layer.is_routed, inverse)
+        )
+    return probed
+
+
+def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    from vllm.distributed import (
+        get_tensor_model_parallel_world_size,
+        tensor_model_parallel_all_reduce,
+    )
+
+    ranks = get_tensor_model_parallel_world_size()
+    return tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks

@@ -1,0 +1,90 @@
+"""The attention layers of a loaded model: which get a route, and what rotates their queries."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.selection import BACKEND_NAME
+from flux_vllm.startup.rope_use import change_after_rope, rotates_always
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One attention layer of a loaded model."""
+
+    index: int
+    attention: Any
+    """vLLM's Attention."""
+    parent: Any
+    """The model's module that holds it, and its rotary embedding."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Layers with a sliding window of the model's own stay as they are."""
+        return self.attention.sliding_window is None
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """Find every attention layer of vLLM's model, in order.
+
+    Raises: UnsupportedConfigurationError: attention that routes cannot go with.
+    """
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers: list[AttentionLayer] = []
+    for parent in model.modules():
+        for attention in parent.children():
+            if not isinstance(attention, Attention):
+                continue
+            if attention.attn_backend.get_name() != BACKEND_NAME:
+                raise UnsupportedConfigurationError(
+                    f"--attention-backend flux: expected all attention layers to use it, found "
+                    f"{attention.layer_name} on {attention.attn_backend.get_name()}; serve this "
+                    "model without --attention-backend flux"
+                )
+            if type(attention) is not Attention:
+                raise UnsupportedConfigurationError(
+                    "--attention-backend flux: expected plain causal attention in every layer, "
+                    f"found {type(attention).__name__} in {attention.layer_name}; serve this model "
+                    "without --attention-backend flux"
+                )
+            index = extract_layer_index(attention.layer_name)
+            layers.append(AttentionLayer(index, attention, parent))
+    if not any(layer.is_routed for layer in layers):
+        raise UnsupportedConfigurationError(
+            f"--attention-backend flux: expected layers with full attention in "
+            f"{type(model).__name__}, found none; serve it without --attention-backend flux"
+        )
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def rotary_of(layer: AttentionLayer) -> Any:
+    """Give a layer's rotary embedding, if what it does to queries can be undone.
+
+    Raises: UnsupportedConfigurationError: it cannot, or there is none.
+    """
+    parent, attention = layer.parent, layer.attention
+    rotary, kind = getattr(parent, "rotary_emb", None), type(parent).__name__
+    change = change_after_rope(parent)
+    expected, found = "", ""
+    if type(parent).__module__.startswith("transformers."):
+        expected = "attention layers of a model that vLLM implements itself"
+        found = f"transformers' {kind}, whose queries before RoPE are out of reach"
+    elif rotary is None:
+        expected = "rotary position embeddings (RoPE) in every layer"
+        found = f"none in {attention.layer_name} ({kind})"
+    elif not rotates_always(type(parent)):
+        expected = "rotary position embeddings (RoPE) on the queries of every routed layer"
+        found = f"{kind}, which applies them under a condition"
+    elif change is not None:
+        expected = "queries that reach attention as RoPE made them"
+        found = f"`{change}` after it in {kind}, which a router cannot see through"
+    if found:
+        raise UnsupportedConfigurationError(
+            f"--attention-backend flux: expected {expected}, found {found}; serve this model "
+            "without --attention-backend flux"
+        )
+    return rotary

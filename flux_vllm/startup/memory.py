@@ -1,0 +1,39 @@
+"""The share of the KV cache's memory that our buffers take."""
+
+import logging
+from typing import Any
+
+from flux_vllm.routing.runtime import FluxRuntime
+
+logger = logging.getLogger("vllm.flux")
+
+
+def reserve_buffers(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:
+    """Take what our buffers need out of the memory that the KV cache may use.
+
+    Args:
+        available_bytes: what vLLM found for the KV cache.
+        worker: vLLM's worker, its model loaded.
+        runtime: its runtime.
+
+    Returns: bytes left for the KV cache.
+    """
+    if worker.device.type == "cpu":
+        return available_bytes
+    from flux_vllm.attention_backend.cuda.memory import fixed_nbytes
+
+    nbytes = fixed_nbytes(runtime, worker.vllm_config, _kv_cache_groups(worker))
+    logger.info("flux: views and workspaces take %.1f MiB of the KV cache's memory", nbytes / 2**20)
+    return available_bytes - nbytes
+
+
+def _kv_cache_groups(worker: Any) -> list[Any]:
+    """Say how vLLM will group the model's layers in its KV cache (KVCacheGroupSpec)."""
+    vllm_config, specs = worker.vllm_config, dict(worker.get_kv_cache_spec())
+    try:
+        from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+    except ImportError:  # vLLM 0.32
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+        return get_kv_cache_groups(vllm_config, specs)
+    return get_kv_cache_config_builder(vllm_config).get_kv_cache_groups(vllm_config, specs)

@@ -1,0 +1,93 @@
+"""What a worker says when it starts, and where it will count: the log, and the metrics' files."""
+
+import logging
+from dataclasses import astuple
+from typing import Any
+
+from flux_vllm.metrics.directory import FOLDER_VARIABLES, live_page_is_on, metrics_directory
+from flux_vllm.metrics.journal import RouteJournal
+from flux_vllm.metrics.reporter import RouteReporter
+from flux_vllm.metrics.store import MetricStore
+from flux_vllm.routing.runtime import FluxRuntime
+
+logger = logging.getLogger("vllm.flux")
+
+
+def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> None:
+    """Log what was set up, and start counting on the first tensor-parallel rank.
+
+    What cannot be counted is said in the log; it is no reason not to serve.
+
+    Args:
+        runtime: gets its reporter, and its journal where a live page reads that.
+        vllm_config: the engine's.
+        kernels: that serve its layers, by name.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    config, info = runtime.config, runtime.info
+    logger.info(
+        "flux: policy %s, %d routed layers, pattern %s, sink %d and window %d tokens, "
+        "threshold %g, kernels %s",
+        config.policy,
+        len(runtime.routed_layers),
+        config.pattern_name(info),
+        runtime.sink_tokens,
+        runtime.window_tokens,
+        config.threshold,
+        kernels,
+    )
+    if get_tensor_model_parallel_rank() != 0:
+        runtime.reads_back = False
+        return
+    directory = metrics_directory()
+    if directory is None:
+        logger.warning(
+            "flux: expected the folder of the counters in %s or %s, which the API server's process "
+            "sets, found neither in this worker; nothing is counted and the live page stays empty: "
+            "hand the variable on to the workers",
+            *FOLDER_VARIABLES,
+        )
+        return
+    model, router = _labels(runtime, vllm_config, kernels)
+    try:
+        reporter = RouteReporter(
+            MetricStore(directory, model),
+            runtime.routed_layers,
+            vllm_config.cache_config.block_size,
+            runtime.pattern,
+        )
+        reporter.announce(**router)
+        runtime.reporter = reporter
+        if live_page_is_on():
+            num_layers = runtime.table.num_layers
+            layers = {"num_layers": num_layers, "routed_layers": runtime.routed_layers}
+            runtime.journal = RouteJournal(directory, model | router | layers, num_layers)
+    except OSError as error:
+        logger.warning(
+            "flux: expected room for %s in %s, found: %s; requests are served without",
+            "counters" if runtime.reporter is None else "the latest requests' routes",
+            directory,
+            error,
+        )
+
+
+def _labels(
+    runtime: FluxRuntime, vllm_config: Any, kernels: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Say what serves: labels of every metric, and those of `flux_router_info` besides."""
+    config, info = runtime.config, runtime.info
+    name = vllm_config.model_config.served_model_name
+    model = {"model_name": name if isinstance(name, str) else name[0]}
+    router = {
+        "policy": config.policy,
+        "base_model": info.base_model if info else "",
+        "threshold": f"{config.threshold:g}",
+        "sparse_pattern": config.pattern_name(info),
+        "sink_tokens": str(runtime.sink_tokens),
+        "window_tokens": str(runtime.window_tokens),
+        "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
+        "pools": " ".join(map(str, info.inputs.pools)) if info else "",
+        "kernels": kernels,
+    }
+    return model, router

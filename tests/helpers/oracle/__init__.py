@@ -1,0 +1,1 @@
+"""What everything is held to: float32 in torch alone, with no regard to speed."""
