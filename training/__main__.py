@@ -7,7 +7,6 @@ from typing import Any
 
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
-from training.ablations import AblationConfig
 from training.config import EvalConfig, TrainConfig
 
 
@@ -18,10 +17,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--recipe",
         choices=sorted(recipes.RECIPES),
-        default="smollm2",
-        help="settings to begin from; flags below change them (defaults shown: smollm2)",
+        default="budget",
+        help="settings to begin from; flags below change them (defaults shown: budget)",
     )
-    cli.add_flags(train, TrainConfig, recipes.smollm2())
+    cli.add_flags(train, TrainConfig, recipes.budget())
     evaluate = commands.add_parser("eval", help="measure a router on held-out tasks")
     cli.add_flags(evaluate, EvalConfig, recipes.evaluation())
     corpus = commands.add_parser("corpus", help="collect text to build prompts from")
@@ -33,10 +32,6 @@ def _parser() -> argparse.ArgumentParser:
     prompts = commands.add_parser("prompts", help="write held-out prompts as JSON lines")
     cli.add_flags(prompts, EvalConfig, recipes.evaluation())
     _add_join(commands)
-    ablations = commands.add_parser(
-        "ablations", help="train a recipe and one change each, and evaluate them into one table"
-    )
-    cli.add_flags(ablations, AblationConfig, AblationConfig())
     _add_throughput(commands)
     return parser
 
@@ -67,8 +62,8 @@ def _add_throughput(commands: Any) -> None:
     throughput.add_argument(
         "--recipe",
         choices=sorted(recipes.RECIPES),
-        default="smollm2",
-        help="whose router sizes, dtype and kernels are measured (default: smollm2)",
+        default="budget",
+        help="whose router sizes, dtype and kernels are measured (default: budget)",
     )
     throughput.add_argument(
         "--lengths",
@@ -134,11 +129,6 @@ def _run(arguments: argparse.Namespace) -> None:
         documents = collect(arguments.folders or default_sources(), arguments.limit_mib)
         write_corpus(arguments.out, documents)
         print(f"{len(documents)} documents in {arguments.out}")
-    elif arguments.command == "ablations":
-        from training.ablations import run_ablations
-
-        ablations = cli.apply_flags(AblationConfig(), arguments)
-        run_ablations(_require(ablations, "model", "out"))
     elif arguments.command == "throughput":
         from training.throughput import measure
 
