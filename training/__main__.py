@@ -1,13 +1,14 @@
 """`python -m training`: train and evaluate routers, build corpora, show prompts."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
-from training.config import EvalConfig, TrainConfig
+from training.config import DivergenceConfig, EvalConfig, TrainConfig
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,6 +24,11 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_flags(train, TrainConfig, recipes.budget())
     evaluate = commands.add_parser("eval", help="measure a router on held-out tasks")
     cli.add_flags(evaluate, EvalConfig, recipes.evaluation())
+    divergence = commands.add_parser(
+        "divergence",
+        help="compare a router and static patterns with full attention on prompts from files",
+    )
+    cli.add_flags(divergence, DivergenceConfig, DivergenceConfig())
     corpus = commands.add_parser("corpus", help="collect text to build prompts from")
     corpus.add_argument("--out", type=Path, required=True, help=".jsonl, .jsonl.xz or .jsonl.gz")
     corpus.add_argument("--limit_mib", type=float, default=8.0, help="text from each folder, MiB")
@@ -118,6 +124,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
         settings = cli.apply_flags(recipes.evaluation(), arguments)
         evaluate(_require(settings, "model", "router", "out"))
+    elif arguments.command == "divergence":
+        from training.evaluation.divergence import compare
+
+        compared = cli.apply_flags(DivergenceConfig(), arguments)
+        report = compare(_require(compared, "model", "router", "out"))
+        print(json.dumps(report["rows"], indent=1))
     elif arguments.command == "prompts":
         from training.evaluation.prompts import write_prompts
 

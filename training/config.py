@@ -114,6 +114,11 @@ class DataSettings:
             self.min_tokens,
         )
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Files that prompts are read or made from."""
+        return (*self.files, *([self.corpus] if self.corpus else []))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelaxationSettings:
@@ -267,7 +272,8 @@ class EvalConfig:
     """Layers of a static pattern of your own, SPARSE for every prompt, which is scored too."""
     variants: tuple[str, ...] = ()
     """Extra conditions at threshold 0.5: plain, begun (prompts end with the answer's first
-    words), wording (paraphrased instructions), wrapper:NAME."""
+    words), wording (paraphrased instructions), wrapper:NAME. `prompts` also knows cached: questions
+    with a local one on the same context before each."""
     variant_prompts: int = 100
     """Prompts a task and length for each of these."""
     patterns: tuple[str, ...] = ()
@@ -286,3 +292,34 @@ class EvalConfig:
         _check(count >= 0, "validation_prompts", "no less than 0", count)
         wanted = "at least 1 where --shares has thresholds chosen (leave its values out)"
         _check(count > 0 or not self.shares, "validation_prompts", wanted, count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceConfig:
+    """One comparison of routers and static patterns with full attention, on prompts from files."""
+
+    model: str = ""
+    """Folder or name of the language model."""
+    router: str = ""
+    """Router file or folder; it also says what SPARSE means."""
+    out: str = ""
+    """Folder for `divergence.json` and, by prompt, `divergence.npz`."""
+    seed: int = 0
+    """Of random patterns."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Files of prompts."""
+    prompts: int = 400
+    """Prompts of the test split to measure on."""
+    search_prompts: int = 48
+    """Prompts of the training split on which static patterns are searched; 0: none is."""
+    thresholds: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    """Thresholds of the router."""
+    shares: tuple[float, ...] = (0.5, 0.6, 0.75)
+    """Shares of SPARSE layers to search static patterns for."""
+    random_patterns: int = 12
+    """Variations of the best pattern found that are tried for each share."""
+    answer_tokens: int = 128
+    """Most answer tokens of a prompt to look at, evenly spaced."""
+    system: SystemSettings = field(default_factory=SystemSettings)
+    micro_batch_tokens: int = 65536
+    """Tokens computed at once, padding included."""

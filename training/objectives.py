@@ -166,7 +166,9 @@ class ShareTargets:
         gap = torch.where(count > 0, gap, 0.0)
         self._gap = gap.detach()
         linear, quadratic = self.multipliers
-        return (linear * gap.abs() + quadratic * gap**2).sum()
+        loss = (linear * gap.abs() + quadratic * gap**2).sum()
+        # The value is shared out; the gradient is that of this process's own prompts already.
+        return loss - loss.detach() * (1 - 1 / world.size)
 
     def ascend(self, answers_loss: float) -> None:
         """Raise the multipliers of tasks that miss their targets."""

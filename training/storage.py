@@ -33,12 +33,13 @@ def round_for_storage(router: LayerRouter, dtypes: dict[str, torch.dtype]) -> La
 
     Returns: the same router.
     """
-    weight, bias = router.linear(_WIDE)
-    largest = weight.abs().amax(dim=(1, 2)).clamp(min=1e-12)
-    scale = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))
-    weight.mul_(scale[:, None, None])
-    bias.mul_(scale[:, None])
-    router.linear(_NEXT)[0].div_(scale[:, None, None])
+    if dtypes[_WIDE] == torch.float8_e4m3fn:
+        weight, bias = router.linear(_WIDE)
+        largest = weight.abs().amax(dim=(1, 2)).clamp(min=1e-12)
+        scale = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))
+        weight.mul_(scale[:, None, None])
+        bias.mul_(scale[:, None])
+        router.linear(_NEXT)[0].div_(scale[:, None, None])
     for name, dtype in dtypes.items():
         stored = router.linear(name)[0]
         stored.copy_(stored.to(dtype))

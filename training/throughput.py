@@ -97,8 +97,7 @@ def measure(
         system = dataclasses.replace(base.system, compile_layers=compile_layers)
         base = dataclasses.replace(base, system=system)
     world = start_world(base.system.device)
-    source = provenance(world.device, "")
-    del source["corpus_sha256"]
+    source = provenance(world.device)
     rows: list[dict[str, Any]] = []
     for checkpoint_layers in (False, True):
         system = dataclasses.replace(base.system, checkpoint_layers=checkpoint_layers)

@@ -298,7 +298,7 @@ class Trainer:
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
             sparse_pattern=router.sparse_pattern,
-            provenance=provenance(self.world.device, self.config.data.corpus)
+            provenance=provenance(self.world.device, *self.config.data.sources)
             | {
                 "config": self.config.to_dict(),
                 "steps": self.step,

@@ -57,6 +57,10 @@ class PromptStream(Dataset[Encoded]):
         self.held_out_wording = held_out_wording
         self.same_length = same_length
         self.max_model_tokens = max_model_tokens or settings.max_tokens
+        if not settings.tasks:
+            raise ValueError(
+                "expected task families to make prompts of, found none; name them with --data.tasks"
+            )
         self.tasks: list[TaskFamily] = [*get_families(settings.tasks)]
         self.text = _load_text(settings, tokenizer, split)
         self.weights = list(settings.weights) + [1.0] * (len(self.tasks) - len(settings.weights))

@@ -292,7 +292,7 @@ class Evaluation:
         return {"prompts": count} | report
 
     def _provenance(self) -> dict[str, Any]:
-        return provenance(self.world.device, self.config.data.corpus) | {
+        return provenance(self.world.device, *self.config.data.sources) | {
             "prompts_per_cell": self.config.prompts,
             "lengths": list(self.config.lengths),
             "seed": self.config.seed,
