@@ -30,14 +30,14 @@ def measure(out: Path, *flags: str) -> int:
 def test_every_length_is_measured_with_each_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[tuple[int, float, float, bool]] = []
+    steps: list[tuple[int, str, bool]] = []
     original = Trainer.train_step
 
     def watch(trainer: Trainer, prompts: Any) -> Any:
         row = original(trainer, prompts)
-        loss = trainer.config.loss
+        objective = trainer.config.loss.objective
         recomputes = trainer.routed.model.is_gradient_checkpointing
-        steps.append((len(prompts), loss.lm_weight, loss.distillation_weight, recomputes))
+        steps.append((len(prompts), objective, recomputes))
         assert row["tokens"] == 512
         return row
 
@@ -61,9 +61,9 @@ def test_every_length_is_measured_with_each_loss(
         assert row["tokens_per_second"] == pytest.approx(512 / row["seconds"], rel=0.02)
         assert row["peak_gib"] == 0.0
     expected = [
-        (prompts, float(loss == "lm"), float(loss == "kl"), checkpoint)
+        (prompts, objective, checkpoint)
         for checkpoint in (False, True)
-        for loss in ("lm", "kl")
+        for objective in ("paper", "budget")
         for prompts in (4, 2, 1)
         for _ in range(2 + 2)
     ]
