@@ -81,7 +81,7 @@ class DataSettings:
     corpus: str = ""
     """Text to build prompts from (`python -m training corpus`); empty: found on this machine."""
     min_tokens: int = 1024
-    """Shortest prompt, tokens."""
+    """Shortest prompt of a family, tokens."""
     max_tokens: int = 4096
     """Longest prompt, tokens; families draw lengths log-uniformly, longer prompts of files are cut
     in their middle."""
@@ -108,7 +108,7 @@ class DataSettings:
             self.weights,
         )
         _check(
-            256 <= self.min_tokens <= self.max_tokens,
+            not self.tasks or 256 <= self.min_tokens <= self.max_tokens,
             "data.min_tokens",
             f"between 256 and max_tokens ({self.max_tokens})",
             self.min_tokens,
