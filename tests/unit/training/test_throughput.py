@@ -83,8 +83,9 @@ def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(
         return original(trainer, prompts)
 
     monkeypatch.setattr(Trainer, "train_step", refuse)
+    monkeypatch.setattr(throughput, "_WARM_UP_STEPS", 0)
     out = tmp_path / "throughput.json"
-    assert measure(out, "--lengths", "256", "128") == 0
+    assert measure(out, "--lengths", "256", "128", "--steps", "1") == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row.get("error") for row in rows] == ["out of memory", None] * 4
 
@@ -120,6 +121,7 @@ def test_compilation_can_be_chosen(
     monkeypatch.setattr(throughput, "load_routed", load)
     out = tmp_path / "throughput.json"
     flags = [] if wanted is None else ["--compile_layers", wanted]
-    assert measure(out, "--lengths", "128", *flags) == 0
+    monkeypatch.setattr(throughput, "_WARM_UP_STEPS", 0)
+    assert measure(out, "--lengths", "128", "--steps", "1", *flags) == 0
     assert compiled == [wanted == "true"] * 2
     assert json.loads(out.read_text())["config"]["system"]["compile_layers"] == (wanted == "true")
