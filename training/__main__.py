@@ -1,14 +1,14 @@
 """`python -m training`: train and evaluate routers, build corpora, show prompts."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
-from training.ablations import AblationConfig
-from training.config import EvalConfig, TrainConfig
+from training.config import DivergenceConfig, EvalConfig, TrainConfig
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -18,12 +18,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--recipe",
         choices=sorted(recipes.RECIPES),
-        default="smollm2",
-        help="settings to begin from; flags below change them (defaults shown: smollm2)",
+        default="budget",
+        help="settings to begin from; flags below change them (defaults shown: budget)",
     )
-    cli.add_flags(train, TrainConfig, recipes.smollm2())
+    cli.add_flags(train, TrainConfig, recipes.budget())
     evaluate = commands.add_parser("eval", help="measure a router on held-out tasks")
     cli.add_flags(evaluate, EvalConfig, recipes.evaluation())
+    divergence = commands.add_parser(
+        "divergence",
+        help="compare a router and static patterns with full attention on prompts from files",
+    )
+    cli.add_flags(divergence, DivergenceConfig, DivergenceConfig())
     corpus = commands.add_parser("corpus", help="collect text to build prompts from")
     corpus.add_argument("--out", type=Path, required=True, help=".jsonl, .jsonl.xz or .jsonl.gz")
     corpus.add_argument("--limit_mib", type=float, default=8.0, help="text from each folder, MiB")
@@ -33,10 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     prompts = commands.add_parser("prompts", help="write held-out prompts as JSON lines")
     cli.add_flags(prompts, EvalConfig, recipes.evaluation())
     _add_join(commands)
-    ablations = commands.add_parser(
-        "ablations", help="train a recipe and one change each, and evaluate them into one table"
-    )
-    cli.add_flags(ablations, AblationConfig, AblationConfig())
     _add_throughput(commands)
     return parser
 
@@ -67,8 +68,8 @@ def _add_throughput(commands: Any) -> None:
     throughput.add_argument(
         "--recipe",
         choices=sorted(recipes.RECIPES),
-        default="smollm2",
-        help="whose router sizes, dtype and kernels are measured (default: smollm2)",
+        default="budget",
+        help="whose router sizes, dtype and kernels are measured (default: budget)",
     )
     throughput.add_argument(
         "--lengths",
@@ -123,6 +124,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
         settings = cli.apply_flags(recipes.evaluation(), arguments)
         evaluate(_require(settings, "model", "router", "out"))
+    elif arguments.command == "divergence":
+        from training.evaluation.divergence import compare
+
+        compared = cli.apply_flags(DivergenceConfig(), arguments)
+        report = compare(_require(compared, "model", "router", "out"))
+        print(json.dumps(report["rows"], indent=1))
     elif arguments.command == "prompts":
         from training.evaluation.prompts import write_prompts
 
@@ -134,11 +141,6 @@ def _run(arguments: argparse.Namespace) -> None:
         documents = collect(arguments.folders or default_sources(), arguments.limit_mib)
         write_corpus(arguments.out, documents)
         print(f"{len(documents)} documents in {arguments.out}")
-    elif arguments.command == "ablations":
-        from training.ablations import run_ablations
-
-        ablations = cli.apply_flags(AblationConfig(), arguments)
-        run_ablations(_require(ablations, "model", "out"))
     elif arguments.command == "throughput":
         from training.throughput import measure
 

@@ -4,8 +4,8 @@ Two seams carry everything: transformers' attention interface, through which eac
 `_routed_attention` instead of its own, and a forward hook on the module that gives the query
 before RoPE (`q_proj`, or `q_norm` where the model normalises queries).
 
-Dimension legend: B prompts, C chunks, L layers, N query heads, T padded tokens, H head dim,
-D hidden size.
+Dimension legend: B prompts, L layers, P pools, F features of a layer's router, N query heads,
+T padded tokens, H head dim, D hidden size.
 """
 
 from dataclasses import dataclass, field
@@ -16,9 +16,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.router.route import Route
-from training.policies import Policy
-from training.pooling import ChunkPlan, pool
+from flux_vllm.router.inputs import RouterInputs
+from training.probe import ProbeBatch
 from training.soft_attention import Attention, full_attention, make_sparse_attention, mix
 
 if TYPE_CHECKING:
@@ -39,23 +38,15 @@ QUERY_MODULES = {
 class _Step:
     """What the layers of one forward pass share."""
 
-    plan: ChunkPlan
-    policy: Policy
-    sparse: "PromptAttention | None"
-    features: list[torch.Tensor] = field(default_factory=list)
-    routes: list[torch.Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """What one forward pass gives."""
-
-    hidden: torch.Tensor
-    """[B, T, D] last hidden states."""
-    features: torch.Tensor
-    """[L, B, C, H] float32 pooled queries, detached."""
-    routes: torch.Tensor
-    """[L, B, C] float32, 1 for FULL, detached."""
+    routes: torch.Tensor | None
+    """[L, B]; None in a probe, which attends to everything."""
+    is_tail: torch.Tensor | None = None
+    """[B, T] bool: queries that attend to everything under both routes."""
+    sparse: "PromptAttention | None" = None
+    weights: torch.Tensor | None = None
+    """[B, P, T] of a probe."""
+    pooled: list[torch.Tensor] = field(default_factory=list)
+    """[B, P, H] a layer, of a probe."""
 
 
 @dataclass(slots=True)
@@ -63,11 +54,10 @@ class _Layer:
     """One layer's part; hangs on its attention module."""
 
     owner: "RoutedModel"
-    mean_query: torch.Tensor | None = None
 
 
 class RoutedModel:
-    """A frozen language model whose layers ask a policy for their routes.
+    """A frozen language model whose layers attend as they are told, prompt by prompt.
 
     Args:
         model: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM; its
@@ -118,28 +108,48 @@ class RoutedModel:
         """Where the model lies."""
         return self.model.device  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def probe(self, batch: ProbeBatch, inputs: RouterInputs) -> torch.Tensor:
+        """Run the model over the prompts' ends alone.
+
+        Args:
+            batch: of the prompts, on the model's device.
+            inputs: of the routers, which `batch` was cut for.
+
+        Returns: features [L, B, F] float32.
+        """
+        self.step = step = _Step(None, weights=batch.weights)
+        self.model.model(input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False)
+        return inputs.assemble(torch.stack(step.pooled))
+
     def forward(
         self,
         token_ids: torch.Tensor,
-        plan: ChunkPlan,
-        policy: Policy,
+        routes: torch.Tensor,
+        is_tail: torch.Tensor | None = None,
         sparse: "PromptAttention | None" = None,
-    ) -> Routed:
+    ) -> torch.Tensor:
         """Run the model once.
 
         Args:
             token_ids: [B, T] int64, padded at the end, on the model's device.
-            plan: of this batch, on the model's device.
-            policy: chooses the routes.
+            routes: [L, B] float32, 1 for FULL and 0 for SPARSE; may pass gradients.
+            is_tail: [B, T] bool: queries that attend to everything under both routes; None: none.
             sparse: of this batch, what SPARSE means; None: sinks and window everywhere.
 
-        Returns: Routed.
+        Returns: [B, T, D] last hidden states.
         Raises: UnsupportedConfigurationError: `sparse` given, and routes that pass gradients.
         """
+        if sparse is not None and routes.requires_grad:
+            raise UnsupportedConfigurationError(
+                "expected routers to be trained under 'streaming' or 'triangle', which is_tail "
+                "tells, found another attention for SPARSE layers in training; train without "
+                "`sparse` and evaluate the router under other patterns (--patterns)"
+            )
         # Kept until the next call: recomputing activations in the backward pass reads it again.
-        self.step = step = _Step(plan, policy, sparse)
-        hidden = self.model.model(input_ids=token_ids, use_cache=False).last_hidden_state
-        return Routed(hidden, torch.stack(step.features), torch.stack(step.routes))
+        self.step = _Step(routes, is_tail, sparse)
+        hidden: torch.Tensor = self.model.model(input_ids=token_ids, use_cache=False)[0]
+        return hidden
 
     def recompute_activations(self) -> None:
         """Trade time for memory: keep one layer's activations at a time."""
@@ -174,16 +184,18 @@ def check_supported(model: Any) -> str:
 
 
 class _QueryHook:
-    """Keeps the query of the running forward pass, averaged over heads."""
+    """Pools the query of a running probe, averaged over heads."""
 
     def __init__(self, layer: _Layer) -> None:
         self.layer = layer
 
     def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
         owner = self.layer.owner
+        if owner.step is None or owner.step.weights is None:
+            return
         shape = (*output.shape[:2], owner.num_heads, owner.head_dim)
-        query = output.detach().reshape(shape)
-        self.layer.mean_query = query.mean(dim=2, dtype=torch.float32)
+        mean_query = output.reshape(shape).mean(dim=2, dtype=torch.float32)
+        owner.step.pooled.append(torch.bmm(owner.step.weights, mean_query))
 
 
 def _routed_attention(
@@ -209,37 +221,27 @@ def _routed_attention(
     Returns: [B, T, N, H], and no weights.
     """
     layer: _Layer = module.flux_layer  # type: ignore[assignment]
-    step = layer.owner.step
-    if step is None or layer.mean_query is None:
+    owner = layer.owner
+    step = owner.step
+    if step is None:
         raise RuntimeError("expected RoutedModel.forward to call the model; do not call it itself")
-    index: int = module.layer_idx  # type: ignore[assignment]
-    features = pool(layer.mean_query, step.plan)
-    layer.mean_query = None
-    decided = step.policy.decide(index, features)
-    if len(step.features) == index:  # not so when activations are recomputed
-        step.features.append(features)
-        if isinstance(decided, Route):
-            step.routes.append(features.new_full(features.shape[:2], float(decided)))
-        else:
-            step.routes.append(decided.detach())
-    if isinstance(decided, Route):
-        sparse = step.sparse or layer.owner.sparse_attention
-        attend = full_attention if decided == Route.FULL else sparse
-        return attend(query, key, value, scaling).transpose(1, 2), None
-    z_BT = decided.gather(1, step.plan.chunk_of_token)
-    if torch.is_grad_enabled() and decided.requires_grad:
-        if step.sparse is not None:
-            raise UnsupportedConfigurationError(
-                "expected routers to be trained under 'streaming' or 'triangle', which the plan "
-                "tells, found another attention for SPARSE layers in training; train without "
-                "`sparse` and evaluate the router under other patterns (--patterns)"
-            )
-        full = full_attention(query, key, value, scaling)
-        sparse_out = layer.owner.sparse_attention(query, key, value, scaling)
-        out = mix(full, sparse_out, z_BT.masked_fill(step.plan.is_tail, Route.FULL))
+    states = (query, key, value)
+    if step.routes is None:
+        return full_attention(*states, scaling).transpose(1, 2), None
+    routes = step.routes[module.layer_idx]  # type: ignore[index]
+    if torch.is_grad_enabled() and routes.requires_grad:
+        full = full_attention(*states, scaling)
+        sparse = owner.sparse_attention(*states, scaling)
+        out = mix(full, sparse, _by_token(routes, step, query.shape[2]))
     else:
-        out = _attend_as_needed(layer.owner, step, (query, key, value), scaling, z_BT)
+        out = _attend_as_needed(owner, step, states, scaling, routes > 0.5)
     return out.transpose(1, 2), None
+
+
+def _by_token(routes: torch.Tensor, step: _Step, tokens: int) -> torch.Tensor:
+    """Spread [B] routes over tokens: [B, T], 1 where both routes see everything."""
+    z_BT = routes[:, None].expand(-1, tokens)
+    return z_BT if step.is_tail is None else z_BT.masked_fill(step.is_tail, 1.0)
 
 
 def _attend_as_needed(
@@ -247,28 +249,41 @@ def _attend_as_needed(
     step: _Step,
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scaling: float,
-    z_BT: torch.Tensor,
+    is_full: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute for each prompt only the kinds of attention its chunks chose: [B, N, T, H]."""
-    is_full = z_BT > 0.5
-    some = torch.stack([is_full.any(dim=1), (~is_full).any(dim=1)]).tolist()
+    """Compute for each prompt only the kind of attention that it chose: [B, N, T, H]."""
     out = torch.empty_like(states[0])
-    sparse = step.sparse or owner.sparse_attention
-    for chosen, attend, wanted in (
-        (is_full, full_attention, some[0]),
-        (~is_full, sparse, some[1]),
-    ):
-        if all(wanted):
-            out = torch.where(chosen[:, None, :, None], attend(*states, scaling), out)
+    full_rows = is_full.nonzero()[:, 0]
+    sparse_rows = (~is_full).nonzero()[:, 0]
+    for rows, is_sparse in ((full_rows, False), (sparse_rows, True)):
+        if not len(rows):
             continue
-        rows = [row for row, want in enumerate(wanted) if want]
-        if not rows:
-            continue
-        if attend is step.sparse:
-            attend = step.sparse.select(rows)
-        index = torch.tensor(rows, device=out.device)
-        query, key, value = (state[index] for state in states)
-        result = attend(query, key, value, scaling)
-        kept = torch.where(chosen[index][:, None, :, None], result, out[index])
-        out = out.index_copy(0, index, kept)
+        chosen = states
+        if len(rows) < len(is_full):
+            query, key, value = (state[rows] for state in states)
+            chosen = (query, key, value)
+        if is_sparse:
+            found = _sparse(owner, step, chosen, scaling, rows)
+        else:
+            found = full_attention(*chosen, scaling)
+        if len(rows) == len(is_full):
+            return found
+        out = out.index_copy(0, rows, found)
     return out
+
+
+def _sparse(
+    owner: RoutedModel,
+    step: _Step,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scaling: float,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Attend some rows as SPARSE says: [rows, N, T, H]."""
+    if step.sparse is not None:
+        return step.sparse.select(rows.tolist())(*states, scaling)
+    found = owner.sparse_attention(*states, scaling)
+    if step.is_tail is None:
+        return found
+    tail = step.is_tail[rows][:, None, :, None]
+    return torch.where(tail, full_attention(*states, scaling), found)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from flux_vllm.patterns import triangle
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
+from flux_vllm.router.inputs import RouterInputs, parse_inputs
 from training.data.encoding import WRAPPERS
 from training.data.families import FAMILIES
 
@@ -16,24 +17,30 @@ def _check(good: bool, name: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
-    """What the router looks at, and what SPARSE means."""
+    """What the router looks at, its size, and what SPARSE means."""
 
-    pool_tokens: int = 96
-    """Prompt tokens pooled at an end; a multiple of 16 pools exactly on the server."""
-    pool_prefix: bool = True
-    """Pool the prompt's first tokens too, not its latest alone."""
-    sink_tokens: int = 64
+    probe: tuple[int, ...] = (128, 128)
+    """First and latest prompt tokens that a probe runs over, alone, to decide all layers."""
+    pools: tuple[str, ...] = ("tail:1", "tail:16", "tail:128", "head:128")
+    """Tokens whose queries are averaged, each to one input of a layer's router: head:N, tail:N, or
+    ends:N (first and latest together, the paper's)."""
+    context_depths: tuple[float, ...] = (0.5, 0.75, 1.0)
+    """Layers whose pooled queries every router sees beside its own layer's, by depth: 0 is the
+    first layer, 1 the last."""
+    widths: tuple[int, ...] = (64, 64, 64, 32)
+    """Outputs of a router's first four linear layers; empty: the paper's, 8H 2H 4H H for head_dim
+    H."""
+    sink_tokens: int = 128
     """First tokens a SPARSE layer always attends to."""
-    window_tokens: int = 512
+    window_tokens: int = 2048
     """Latest tokens a SPARSE layer attends to, the query's own included."""
-    sparse_pattern: Literal["streaming", "triangle"] = "streaming"
+    sparse_pattern: Literal["streaming", "triangle"] = "triangle"
     """What SPARSE means in a prompt: sinks and window, or these and everything for the prompt's
     last 128 queries."""
-    full_bias: float = 4.5
+    full_bias: float = 2.0
     """Lead of the FULL logit at the start; the run begins with full attention."""
 
     def __post_init__(self) -> None:
-        _check(self.pool_tokens >= 1, "router.pool_tokens", "at least 1", self.pool_tokens)
         _check(
             0 <= self.sink_tokens <= self.window_tokens,
             "router.sink_tokens",
@@ -47,6 +54,18 @@ class RouterSettings:
             f"among {patterns}, which routers can be trained under",
             self.sparse_pattern,
         )
+        _check(len(self.widths) in (0, 4), "router.widths", "empty or four numbers", self.widths)
+        outside = [depth for depth in self.context_depths if not 0 <= depth <= 1]
+        _check(not outside, "router.context_depths", "numbers from 0 to 1", outside)
+        try:
+            parse_inputs(self.pools, self.probe, ())
+        except ValueError as error:
+            raise ValueError(f"--router.pools and --router.probe: {error}") from error
+
+    def inputs(self, num_layers: int) -> RouterInputs:
+        """Return what the routers of a model of so many layers look at."""
+        layers = [round(depth * (num_layers - 1)) for depth in self.context_depths]
+        return parse_inputs(self.pools, self.probe, layers)
 
     @property
     def tail_tokens(self) -> int:
@@ -59,18 +78,20 @@ class RouterSettings:
 class DataSettings:
     """Which prompts, how long, in which mix."""
 
-    tasks: tuple[str, ...] = tuple(FAMILIES)
-    """Built-in task families; empty where all data comes from files."""
+    files: tuple[str, ...] = ()
+    """JSONL files of prompts, `messages` or `prompt` a line. An `answer` is the model's own, as
+    `python -m training answers` writes it; where any lacks, training asks for it first."""
+    tasks: tuple[str, ...] = ()
+    """Built-in task families, made from text instead of read from files."""
     weights: tuple[float, ...] = ()
     """How often each family is drawn; empty means equally often (a balanced mix)."""
-    files: tuple[str, ...] = ()
-    """JSONL or Parquet files with `messages` or `prompt`/`answer`, and `task`."""
     corpus: str = ""
     """Text to build prompts from (`python -m training corpus`); empty: found on this machine."""
     min_tokens: int = 1024
-    """Shortest prompt, tokens."""
+    """Shortest prompt of a family, tokens."""
     max_tokens: int = 4096
-    """Longest prompt, tokens; lengths are drawn log-uniformly."""
+    """Longest prompt, tokens; families draw lengths log-uniformly, longer prompts of files are cut
+    in their middle."""
     max_answer_tokens: int = 64
     """Answers are cut to this many tokens."""
     wrappers: tuple[str, ...] = ("chat",)
@@ -79,10 +100,6 @@ class DataSettings:
     open_fraction: float = 0.0
     """Share of training prompts whose answer is not begun for the model: the first words of the
     answer, which prompts end with, become part of the answer. Evaluation asks all open."""
-    chunked_fraction: float = 0.5
-    """Share of prompts trained as if prefilled in chunks."""
-    max_chunks: int = 3
-    """Most chunks of such a prompt."""
     workers: int = 4
     """Processes that make prompts; 0: in the main process."""
 
@@ -98,12 +115,16 @@ class DataSettings:
             self.weights,
         )
         _check(
-            256 <= self.min_tokens <= self.max_tokens,
+            not self.tasks or 256 <= self.min_tokens <= self.max_tokens,
             "data.min_tokens",
             f"between 256 and max_tokens ({self.max_tokens})",
             self.min_tokens,
         )
-        _check(bool(self.tasks or self.files), "data.tasks", "given where data.files is not", ())
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Files that prompts are read or made from."""
+        return (*self.files, *([self.corpus] if self.corpus else []))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,44 +143,27 @@ class RelaxationSettings:
 class LossSettings:
     """What is minimised."""
 
-    distillation_weight: float = 0.0
-    """Weight of KL(full attention || routed) on answer tokens, nats a token."""
-    lm_weight: float = 1.0
-    """Weight of the cross-entropy on answer tokens, nats a token."""
+    objective: Literal["budget", "paper"] = "budget"
+    """`budget`: the fewest FULL layers whose divergence from full attention stays within
+    budget_nats; `paper`: cross-entropy on the answers, and a share of SPARSE layers for each task
+    (`targets`)."""
+    budget_nats: float = 0.05
+    """Mean KL(full attention || routed) on answers that routes may cost, nats a token."""
     answer_tokens: int = 128
     """Most answer tokens of a prompt that the loss looks at, evenly spaced."""
-    constraint: Literal["lagrangian", "absolute"] = "lagrangian"
-    """Form of the share constraint: `lagrangian` l*(target - s) + c/2*(target - s)^2 with l of
-    either sign; `absolute` the paper's l1*|s - target| + l2*(s - target)^2."""
-    multiplier_rate: float = 0.05
+    multiplier_rate: float = 0.02
     """Step of the multipliers' gradient ascent, per training step."""
-    penalty: float = 2.0
-    """The constant c of the lagrangian form."""
-    spread_penalty: float = 0.0
-    """Weight of the variance of shares among prompts of one task: with it each prompt reaches the
-    target, and not the average of some that stay FULL and some that go SPARSE."""
-    recent_steps: int = 0
-    """Earlier steps whose prompts the share constraint sees beside the running one's, by their
-    pooled queries."""
-    target_ramp: float = 0.5
-    """Share of the run over which targets rise from 0, so that layers go SPARSE one after
-    another, those first that cost least."""
     logit_bound: float = 4.0
     """Lead of one logit over the other beyond which `logit_penalty` applies: a surer router
     explores nothing and gets no gradient."""
     logit_penalty: float = 0.01
     """Weight of the squared excess over `logit_bound`, summed over layers."""
     targets: tuple[str, ...] = ()
-    """Share of SPARSE layers to reach, as task=share or group=share; others keep their family's
-    own. `early_chunks` names all chunks before a prompt's last."""
+    """Of the objective `paper`: share of SPARSE layers to reach, as task=share or group=share;
+    others keep their family's own."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.distillation_weight > 0 or self.lm_weight > 0,
-            "loss.distillation_weight",
-            "positive where loss.lm_weight is not",
-            self.distillation_weight,
-        )
+        _check(self.budget_nats > 0, "loss.budget_nats", "above 0", self.budget_nats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +180,7 @@ class OptimizerSettings:
     """Share of the steps with a rising rate."""
     final_rate: float = 0.1
     """Rate at the end, as a share of the peak; a cosine leads there."""
-    weight_decay: float = 0.0
+    weight_decay: float = 0.01
     """AdamW's."""
     gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -249,7 +253,7 @@ class EvalConfig:
     share it share the static baselines; empty: `stored_scores` in --out."""
     seed: int = 1
     """Of the prompts."""
-    data: DataSettings = field(default_factory=DataSettings)
+    data: DataSettings = field(default_factory=lambda: DataSettings(tasks=tuple(FAMILIES)))
     """Task families, text and wrappers."""
     lengths: tuple[int, ...] = (1536, 3072, 5120, 8000)
     """Length buckets, tokens."""
@@ -275,9 +279,8 @@ class EvalConfig:
     """Layers of a static pattern of your own, SPARSE for every prompt, which is scored too."""
     variants: tuple[str, ...] = ()
     """Extra conditions at threshold 0.5: plain, begun (prompts end with the answer's first
-    words), wording (paraphrased instructions), wrapper:NAME, chunks:TOKENS, cached (after a local
-    question on the same context; tasks without a context are left out). The last two are also
-    compared with the same prompts in one chunk, or alone."""
+    words), wording (paraphrased instructions), wrapper:NAME. `prompts` also knows cached: questions
+    with a local one on the same context before each."""
     variant_prompts: int = 100
     """Prompts a task and length for each of these."""
     patterns: tuple[str, ...] = ()
@@ -296,3 +299,34 @@ class EvalConfig:
         _check(count >= 0, "validation_prompts", "no less than 0", count)
         wanted = "at least 1 where --shares has thresholds chosen (leave its values out)"
         _check(count > 0 or not self.shares, "validation_prompts", wanted, count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceConfig:
+    """One comparison of routers and static patterns with full attention, on prompts from files."""
+
+    model: str = ""
+    """Folder or name of the language model."""
+    router: str = ""
+    """Router file or folder; it also says what SPARSE means."""
+    out: str = ""
+    """Folder for `divergence.json` and, by prompt, `divergence.npz`."""
+    seed: int = 0
+    """Of random patterns."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Files of prompts."""
+    prompts: int = 400
+    """Prompts of the test split to measure on."""
+    search_prompts: int = 48
+    """Prompts of the training split on which static patterns are searched; 0: none is."""
+    thresholds: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    """Thresholds of the router."""
+    shares: tuple[float, ...] = (0.5, 0.6, 0.75)
+    """Shares of SPARSE layers to search static patterns for."""
+    random_patterns: int = 12
+    """Variations of the best pattern found that are tried for each share."""
+    answer_tokens: int = 128
+    """Most answer tokens of a prompt to look at, evenly spaced."""
+    system: SystemSettings = field(default_factory=SystemSettings)
+    micro_batch_tokens: int = 65536
+    """Tokens computed at once, padding included."""

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 
@@ -85,15 +84,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")
-
-
-def named(names: list[str], values: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
-    """Round values by name for a row; leave out those that nothing counts for.
-
-    Args:
-        names: of the constraints.
-        values: [K] float32.
-        counts: [K] float32.
-    """
-    rows = zip(names, values.tolist(), counts.tolist(), strict=True)
-    return {name: round(value, 4) for name, value, count in rows if count}

@@ -1,8 +1,9 @@
-"""How a layer decides, in training and evaluation; 1 is FULL and 0 is SPARSE.
+"""How the layers of a batch's prompts are decided, in training and evaluation; 1 is FULL, 0 SPARSE.
 
-Dimension legend: L layers, B prompts, C chunks, H head dim.
+Dimension legend: L layers, B prompts, F features of a layer's router.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -14,16 +15,15 @@ from training.standardize import StandardizedRouter
 
 
 class Policy(Protocol):
-    """Decides layer by layer while the model runs."""
+    """Decides all layers before the prompts run."""
 
-    def decide(self, layer: int, features: torch.Tensor) -> torch.Tensor | Route:
-        """Choose for one layer.
+    def decide(self, features: torch.Tensor) -> torch.Tensor:
+        """Choose the routes.
 
         Args:
-            layer: index.
-            features: [B, C, H] float32 pooled queries.
+            features: [L, B, F] float32, what each layer's router sees of each prompt.
 
-        Returns: [B, C] float, 1 or 0; or one Route for all prompts.
+        Returns: [L, B] float32, 1 or 0.
         """
         ...
 
@@ -43,9 +43,16 @@ class StaticPolicy:
         """Make the reference: every layer FULL."""
         return cls([Route.FULL] * num_layers)
 
-    def decide(self, layer: int, features: torch.Tensor) -> Route:
-        """Return the layer's route."""
-        return self.routes[layer]
+    @classmethod
+    def with_sparse(cls, num_layers: int, sparse_layers: Iterable[int]) -> "StaticPolicy":
+        """Make a pattern: these layers SPARSE, the others FULL."""
+        sparse = set(sparse_layers)
+        return cls([Route.SPARSE if at in sparse else Route.FULL for at in range(num_layers)])
+
+    def decide(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the layers' routes for every prompt."""
+        routes = features.new_tensor([float(route) for route in self.routes])
+        return routes[:, None].expand(-1, features.shape[1])
 
 
 class ThresholdPolicy:
@@ -60,11 +67,10 @@ class ThresholdPolicy:
         self.router = router
         self.threshold = threshold
 
-    def decide(self, layer: int, features: torch.Tensor) -> torch.Tensor:
+    def decide(self, features: torch.Tensor) -> torch.Tensor:
         """Score and compare."""
-        logits = self.router(layer, features.flatten(0, 1))
-        routes = choose_route(full_probability(logits), self.threshold)
-        return routes.view(features.shape[:2]).float()
+        probability = full_probability(self.router.forward_all(features))
+        return choose_route(probability, self.threshold).float()
 
 
 class RelaxedPolicy:
@@ -72,7 +78,8 @@ class RelaxedPolicy:
 
     Args:
         router: in training.
-        noise: [L, B, C] of `logistic_noise`, drawn beforehand so that recomputation repeats it.
+        noise: [L, B] of `logistic_noise`, drawn beforehand so that whoever computes a prompt draws
+            the same.
         temperature: of the Gumbel-softmax.
     """
 
@@ -81,28 +88,6 @@ class RelaxedPolicy:
         self.noise = noise
         self.temperature = temperature
 
-    def decide(self, layer: int, features: torch.Tensor) -> torch.Tensor:
+    def decide(self, features: torch.Tensor) -> torch.Tensor:
         """Score and sample."""
-        logits = self.router(layer, features.detach())
-        return straight_through(logits, self.noise[layer], self.temperature)
-
-
-class CachedContextPolicy:
-    """Another policy, with the first chunk's routes given: a context cached by other requests.
-
-    Args:
-        policy: decides for the chunks that follow.
-        cached: [L, B] float routes the first chunk was computed under.
-    """
-
-    def __init__(self, policy: Policy, cached: torch.Tensor) -> None:
-        self.policy = policy
-        self.cached = cached
-
-    def decide(self, layer: int, features: torch.Tensor) -> torch.Tensor:
-        """Decide, then put the given routes in the first chunk's place."""
-        decided = self.policy.decide(layer, features)
-        if isinstance(decided, Route):
-            decided = features.new_full(features.shape[:2], float(decided))
-        # A prompt of one chunk shares nothing; the plan pads C, so column 0 is then its only one.
-        return torch.cat([self.cached[layer][:, None], decided[:, 1:]], dim=1)
+        return straight_through(self.router(features), self.noise, self.temperature)

@@ -14,12 +14,12 @@ import torch
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def provenance(device: torch.device, corpus: str) -> dict[str, object]:
+def provenance(device: torch.device, *data: str) -> dict[str, object]:
     """Gather what is needed to repeat a run, beside its settings.
 
     Args:
         device: the run's.
-        corpus: path of the text file, or empty.
+        data: paths of the files of prompts or text; none where text was collected on the machine.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -28,7 +28,7 @@ def provenance(device: torch.device, corpus: str) -> dict[str, object]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": _device_name(device),
-        "corpus_sha256": _digest(Path(corpus)) if corpus else "collected on the machine",
+        "data_sha256": {Path(file).name: _digest(Path(file)) for file in data},
     }
 
 

@@ -1,6 +1,6 @@
 """The differentiable stand-in for a hard choice between FULL and SPARSE.
 
-Dimension legend: L layers, B prompts, C chunks.
+Dimension legend: L layers, B prompts.
 """
 
 import math

@@ -4,7 +4,7 @@ Pooled queries of different prompts differ by little against their mean. Trainin
 inputs learns many times faster, and the standardisation is linear, so that `fold` hides it in
 the first Linear: the file that is written is a plain router.
 
-Dimension legend: L layers, R rows (prompts, or their chunks), H head dim.
+Dimension legend: L layers, R prompts, F features of a layer's router.
 """
 
 import copy
@@ -33,7 +33,7 @@ class StandardizedRouter(nn.Module):
     def __init__(self, router: LayerRouter) -> None:
         super().__init__()
         self.router = router
-        shape = (router.num_layers, router.head_dim)
+        shape = (router.num_layers, router.num_inputs)
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("inverse_deviation", torch.ones(shape))
 
@@ -49,22 +49,16 @@ class StandardizedRouter(nn.Module):
         """Take mean and deviation from examples.
 
         Args:
-            features: [L, R, H] float32 pooled queries, at least two rows.
+            features: [L, R, F] float32, at least two prompts.
         """
         deviation = features.std(dim=1)
         least = _LEAST_DEVIATION * deviation.median(dim=1, keepdim=True).values
         self.mean.copy_(features.mean(dim=1))
         self.inverse_deviation.copy_(1 / deviation.clamp(min=1e-6).maximum(least))
 
-    def forward(self, layer: int, pooled_query_features: torch.Tensor) -> torch.Tensor:
-        """Score one layer: [..., H] to router_logits [..., 2]."""
-        flat = pooled_query_features.flatten(0, -2)
-        flat = (flat - self.mean[layer]) * self.inverse_deviation[layer]
-        return self.router(layer, flat).view(*pooled_query_features.shape[:-1], 2)
-
-    def forward_all(self, pooled_query_features: torch.Tensor) -> torch.Tensor:
-        """Score all layers: [L, R, H] to router_logits [L, R, 2]."""
-        centred = pooled_query_features - self.mean[:, None]
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Score all layers: [L, R, F] to router_logits [L, R, 2]."""
+        centred = features - self.mean[:, None]
         return self.router.forward_all(centred * self.inverse_deviation[:, None])
 
     def fold(self, dtype: torch.dtype = torch.float32) -> LayerRouter:

@@ -30,10 +30,7 @@ from training.trainer import Trainer
 _WARM_UP_STEPS = 2
 _TASK = "needle"
 _ANSWER_TOKENS = 64
-_WEIGHTS = {
-    "lm": {"lm_weight": 1.0, "distillation_weight": 0.0},
-    "kl": {"lm_weight": 0.0, "distillation_weight": 1.0},
-}
+_OBJECTIVES = {"lm": "paper", "kl": "budget"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +97,13 @@ def measure(
         system = dataclasses.replace(base.system, compile_layers=compile_layers)
         base = dataclasses.replace(base, system=system)
     world = start_world(base.system.device)
-    source = provenance(world.device, "")
-    del source["corpus_sha256"]
+    source = provenance(world.device)
     rows: list[dict[str, Any]] = []
     for checkpoint_layers in (False, True):
         system = dataclasses.replace(base.system, checkpoint_layers=checkpoint_layers)
         router = base.router
         routed = load_routed(model, router.sink_tokens, router.window_tokens, system, world)
-        for loss, length in product(_WEIGHTS, lengths):
+        for loss, length in product(_OBJECTIVES, lengths):
             case = Case(checkpoint_layers, loss, length)
             rows.append(_measure_case(base, case, routed, world, tokens, steps))
             write_json(out, {"rows": rows, "config": base.to_dict(), "provenance": source})
@@ -146,7 +142,7 @@ def _trainer(
 ) -> Trainer:
     config = dataclasses.replace(
         base,
-        loss=dataclasses.replace(base.loss, targets=(), **_WEIGHTS[case.loss]),  # type: ignore[arg-type]
+        loss=dataclasses.replace(base.loss, targets=(), objective=_OBJECTIVES[case.loss]),  # type: ignore[arg-type]
         optimizer=dataclasses.replace(
             base.optimizer,
             batch_size=count,

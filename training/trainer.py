@@ -1,9 +1,9 @@
-"""The training loop: sample routes, compare with full attention, hold each task to its share.
+"""The training loop: probe prompts, sample routes, compare the answers with full attention's.
 
-Dimension legend: L layers, B prompts, C chunks, R prompts or chunks under a constraint, H head
-dim, K constraints.
+Dimension legend: L layers, B prompts, F features of a layer's router.
 """
 
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -15,36 +15,28 @@ from torch.utils.data import DataLoader
 
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.router.route import Route
 from training.attach import RoutedModel
 from training.checkpoint import load_state, save_state
 from training.config import TrainConfig
-from training.data.batching import MicroBatch, collate, group_by_length, random_chunk_ends
+from training.data.batching import MicroBatch, collate, group_by_length
 from training.data.encoding import Encoded
+from training.data.prompt_files import FilePrompts
 from training.data.stream import PromptStream
 from training.distributed import World, start_world
-from training.logs import RunLog, named
-from training.losses import (
-    EARLY_CHUNKS,
-    ShareConstraints,
-    Shares,
-    cross_entropy,
-    distillation,
-    excess_confidence,
-    mean_by_prompt,
-    share_spread,
-    targets_by_task,
-)
+from training.logs import RunLog
+from training.losses import excess_confidence, mean_by_prompt
 from training.model_loading import load_routed, load_tokenizer
-from training.policies import RelaxedPolicy, StaticPolicy
+from training.objectives import make_objective
+from training.policies import RelaxedPolicy
+from training.probe import collate_probes
 from training.provenance import model_name, provenance
-from training.recent_prompts import RecentPrompts
 from training.relaxation import logistic_noise, temperature
 from training.schedule import rate_scale
 from training.standardize import StandardizedRouter
-from training.storage import STORED_DTYPES, round_for_storage
+from training.storage import round_for_storage, stored_dtypes
 
-_CALIBRATION_PROMPTS = 64
+_CALIBRATION_PROMPTS = 256
+_PROBES_AT_ONCE = 64
 
 
 class NonFiniteLossError(RuntimeError):
@@ -62,14 +54,21 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, routed: RoutedModel, stream: PromptStream, world: World
+        self,
+        config: TrainConfig,
+        routed: RoutedModel,
+        stream: PromptStream | FilePrompts,
+        world: World,
     ) -> None:
         self.config = config
         self.routed = routed
         self.stream = stream
         self.world = world
         torch.manual_seed(config.seed)
-        router = LayerRouter(routed.num_layers, routed.head_dim)
+        self.inputs = config.router.inputs(routed.num_layers)
+        router = LayerRouter(
+            routed.num_layers, routed.head_dim, self.inputs.vectors, config.router.widths
+        )
         self.router = StandardizedRouter(router).to(world.device)
         self.router.begin_with_full(config.router.full_bias)
         self.optimizer = torch.optim.AdamW(
@@ -77,10 +76,7 @@ class Trainer:
             lr=config.optimizer.learning_rate,
             weight_decay=config.optimizer.weight_decay,
         )
-        targets = targets_by_task(stream.task_names, config.loss)
-        self.constraints = ShareConstraints(targets, config.loss, world.device)
-        self.recent = RecentPrompts(config.loss.recent_steps, world)
-        self.teacher = StaticPolicy.all_full(routed.num_layers)
+        self.objective = make_objective(config.loss, stream.task_names, world.device)
         self.step = 0
         self.elapsed = 0.0
 
@@ -128,164 +124,106 @@ class Trainer:
         progress = self._progress()
         rate = self._set_rate(progress)
         heat = temperature(round(progress * 10000), 10000, self.config.relaxation)
-        self.constraints.advance(progress)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum, shares, tokens = self._accumulate(prompts, heat)
-        constraint_losses = self.constraints.loss(shares)
-        total = loss_sum + constraint_losses.detach().sum()
+        answers, routes, tokens = self._accumulate(prompts, heat)
+        total = self.objective.weight * answers + routes
         self.world.sum_gradients(self.router)
         norm = torch.nn.utils.clip_grad_norm_(
             self.router.parameters(), self.config.optimizer.gradient_norm
         )
-        if not (torch.isfinite(total) and torch.isfinite(norm)):
+        if not (math.isfinite(total) and torch.isfinite(norm)):
             raise NonFiniteLossError(
-                f"expected a finite loss at step {self.step + 1}, found loss {float(total)} and "
+                f"expected a finite loss at step {self.step + 1}, found loss {total} and "
                 f"gradient norm {float(norm)}; the last good checkpoint is in "
                 f"{self.folder / 'checkpoints'}, resume from it with a lower "
                 "--optimizer.learning_rate"
             )
         self.optimizer.step()
-        self.constraints.ascend(shares)
+        self.objective.ascend(answers)
         self.step += 1
-        names = self.constraints.names
         return {
             "step": self.step,
-            "loss": float(total),
-            "task_loss": float(loss_sum),
+            "loss": total,
+            "answers_loss": answers,
             "temperature": heat,
             "learning_rate": rate,
             "gradient_norm": float(norm),
             "tokens": tokens,
-            "shares": named(names, shares.mean, shares.count),
-            "multipliers": named(names, self.constraints.multipliers[0], shares.count),
-        }
+        } | self.objective.describe()
 
-    def _accumulate(self, prompts: list[Encoded], heat: float) -> tuple[torch.Tensor, Shares, int]:
-        """Run and differentiate all micro-batches, then the share constraint."""
-        data, settings = self.config.data, self.config.optimizer
-        chances = [self._chances(row) for row in range(len(prompts))]
-        ends = [
-            random_chunk_ends(prompt.prompt_len, rng, data.chunked_fraction, data.max_chunks)
-            for prompt, (rng, _) in zip(prompts, chances, strict=True)
-        ]
-        noise = torch.stack([drawn for _, drawn in chances], dim=1)
-        features, groups = [], []
-        loss_sum = torch.zeros((), device=self.world.device)
+    def _accumulate(self, prompts: list[Encoded], heat: float) -> tuple[float, float, int]:
+        """Run and differentiate all micro-batches, then what routes cost by themselves.
+
+        Returns: over all processes, the answers' mean loss, nats a token; the loss on routes; and
+            tokens computed.
+        """
+        settings = self.config.optimizer
+        noise = torch.stack([self._noise(row) for row in range(len(prompts))], dim=1)
+        features: list[torch.Tensor] = []
+        tasks: list[str] = []
+        answers = torch.zeros((), device=self.world.device)
         tokens = 0
         for rows in group_by_length([len(p) for p in prompts], settings.micro_batch_tokens):
-            micro = self._collate(prompts, rows, ends)
-            columns = micro.plan.is_last.shape[1]
-            policy = RelaxedPolicy(
-                self.router, noise[:, rows, :columns].to(self.world.device), heat
-            )
-            loss, seen, group = self._micro_step(micro, policy)
-            loss_sum += loss
+            micro = self._collate(prompts, rows)
+            seen = self.routed.probe(micro.probe, self.inputs)
+            answers += self._answer(micro, seen, noise[:, rows].to(self.world.device), heat)
             features.append(seen)
-            groups.append(group)
+            tasks += micro.tasks
             tokens += micro.token_ids.numel()
-        shares = self._constrain(torch.cat(features, dim=1), torch.cat(groups))
-        return self.world.sum(loss_sum), shares, tokens * self.world.size
+        logits = self.router(torch.cat(features, dim=1))
+        loss = self.config.loss
+        routes = self.objective.of_routes(logits, tasks, settings.batch_size, self.world)
+        excess = excess_confidence(logits, loss.logit_bound) * len(tasks) / settings.batch_size
+        routes = routes + loss.logit_penalty * excess
+        routes.backward()
+        sums = self.world.sum(torch.stack([answers, routes.detach()])).tolist()
+        return sums[0], sums[1], tokens * self.world.size
 
-    def _chances(self, row: int) -> tuple[random.Random, torch.Tensor]:
-        """Give a prompt's own randomness, whoever computes it: for its chunks, and noise [L, C]."""
+    def _noise(self, row: int) -> torch.Tensor:
+        """Give a prompt's own noise [L], whoever computes it."""
         place = self.world.rank + row * self.world.size
         rng = random.Random(f"{self.config.seed}/chances/{self.step}/{place}")
         generator = torch.Generator().manual_seed(rng.randrange(2**62))
-        shape = (self.routed.num_layers, self.config.data.max_chunks)
-        return rng, logistic_noise(shape, generator)
+        return logistic_noise((self.routed.num_layers,), generator)
 
-    def _micro_step(
-        self, micro: MicroBatch, policy: RelaxedPolicy
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Differentiate one micro-batch.
-
-        Returns: its part of the step's loss; features [L, R, H]; constraint of each [R] int64.
-        """
-        loss_settings = self.config.loss
+    def _answer(
+        self, micro: MicroBatch, features: torch.Tensor, noise: torch.Tensor, heat: float
+    ) -> torch.Tensor:
+        """Differentiate one micro-batch's answers; returns its part of the step's mean loss."""
         at = (micro.answer_rows, micro.answer_positions)
         teacher = None
-        if loss_settings.distillation_weight:
+        if self.objective.compares:
             with torch.no_grad():
-                full = self.routed.forward(micro.token_ids, micro.plan, self.teacher)
-                teacher = self.routed.logits(full.hidden[at])
-        routed = self.routed.forward(micro.token_ids, micro.plan, policy)
-        logits = self.routed.logits(routed.hidden[at])
-        by_token = torch.zeros_like(logits[:, 0])
-        if teacher is not None:
-            by_token = loss_settings.distillation_weight * distillation(logits, teacher)
-        if loss_settings.lm_weight:
-            by_token = by_token + loss_settings.lm_weight * cross_entropy(
-                logits, micro.answer_tokens
-            )
+                full = torch.ones(features.shape[:2], device=features.device)
+                teacher = self.routed.logits(self.routed.forward(micro.token_ids, full)[at])
+        routes = RelaxedPolicy(self.router, noise, heat).decide(features)
+        hidden = self.routed.forward(micro.token_ids, routes, micro.is_tail)
+        by_token = self.objective.by_token(
+            self.routed.logits(hidden[at]), teacher, micro.answer_tokens
+        )
         loss = mean_by_prompt(by_token, micro.answer_rows, len(micro.tasks)).sum()
         loss = loss / self.config.optimizer.batch_size
-        loss.backward()
-        features, groups = self._constrained(micro, routed.features)
-        return loss.detach(), features, groups
+        (self.objective.weight * loss).backward()
+        return loss.detach()
 
-    def _constrained(
-        self, micro: MicroBatch, features: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pick the chunks under a constraint: [L, B, C, H] to [L, R, H] and [R] indices."""
-        names = self.constraints.names
-        task = torch.tensor([names.index(name) for name in micro.tasks], device=features.device)
-        early = torch.full_like(task, names.index(EARLY_CHUNKS))
-        plan = micro.plan
-        group = torch.where(plan.is_last, task[:, None], early[:, None])
-        kept = plan.is_last | plan.is_early
-        return features[:, kept], group[kept]
-
-    def _constrain(self, features: torch.Tensor, groups: torch.Tensor) -> Shares:
-        """Differentiate the share constraint.
-
-        Args:
-            features: [L, R, H] of this process's prompts.
-            groups: [R] int64, the constraint each counts for.
-
-        Returns: Shares over all processes and the steps kept.
-        """
-        features, groups = self.recent.extend(features, groups)
-        logits = self.router.forward_all(features)
-        sparse = logits.softmax(dim=-1)[..., Route.SPARSE].mean(dim=0)
-        size = len(self.constraints.names)
-        sums = sparse.new_zeros(size).index_add(0, groups, sparse)
-        count = torch.bincount(groups, minlength=size).to(sparse.dtype)
-        shares = Shares(sums / count.clamp(min=1), count)
-        settings = self.config.loss
-        excess = settings.logit_penalty * excess_confidence(logits, settings.logit_bound)
-        spread = settings.spread_penalty * share_spread(sparse, groups, shares)
-        # Every process computes all of it, and their gradients are summed.
-        loss = self.constraints.loss(shares).sum() + spread + excess
-        (loss / self.world.size).backward()
-        return Shares(shares.mean.detach(), count)
-
-    def _collate(
-        self, prompts: list[Encoded], rows: list[int], ends: list[list[int]]
-    ) -> MicroBatch:
-        router = self.config.router
+    def _collate(self, prompts: list[Encoded], rows: list[int]) -> MicroBatch:
         return collate(
             [prompts[row] for row in rows],
             rows,
-            [ends[row] for row in rows],
-            router.pool_tokens,
-            router.pool_prefix,
+            self.inputs,
             self.config.loss.answer_tokens,
-            tail_tokens=router.tail_tokens,
+            tail_tokens=self.config.router.tail_tokens,
         ).to(self.world.device)
 
     def _calibrate(self) -> None:
-        """Standardise the routers' inputs on a few prompts under full attention."""
-        rng = random.Random(f"{self.config.seed}/calibration")
+        """Standardise the routers' inputs on a few prompts."""
         prompts = [self.stream[index] for index in range(_CALIBRATION_PROMPTS)]
-        ends = [random_chunk_ends(prompt.prompt_len, rng, 0.5, 2) for prompt in prompts]
-        budget = self.config.optimizer.micro_batch_tokens
-        features = []
-        for rows in group_by_length([len(prompt) for prompt in prompts], budget):
-            micro = self._collate(prompts, rows, ends)
-            with torch.no_grad():
-                routed = self.routed.forward(micro.token_ids, micro.plan, self.teacher)
-            features.append(self._constrained(micro, routed.features)[0])
-        self.router.fit(torch.cat(features, dim=1))
+        cut = collate_probes([p.token_ids[: p.prompt_len] for p in prompts], self.inputs)
+        parts = [
+            self.routed.probe(part.to(self.world.device), self.inputs)
+            for part in cut.split(_PROBES_AT_ONCE)
+        ]
+        self.router.fit(torch.cat(parts, dim=1))
 
     def _batches(self) -> Iterator[list[Encoded]]:
         """Yield this process's prompts of each step, from the current step on."""
@@ -332,8 +270,7 @@ class Trainer:
             state = {
                 "router": self.router.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "constraints": self.constraints.state_dict(),
-                "recent": self.recent.state_dict(),
+                "objective": self.objective.state_dict(),
                 "elapsed": self.elapsed,
             }
             save_state(self.folder / "checkpoints", self.step, state)
@@ -341,8 +278,7 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.constraints.load_state_dict(state["constraints"])
-        self.recent.load_state_dict(state["recent"])
+        self.objective.load_state_dict(state["objective"])
         self.step = state["step"]
         self.elapsed = state["elapsed"]
 
@@ -353,12 +289,15 @@ class Trainer:
             base_model=model_name(self.config.model),
             num_layers=self.routed.num_layers,
             head_dim=self.routed.head_dim,
-            pool_tokens=router.pool_tokens,
-            pool_prefix=router.pool_prefix,
+            pool_tokens=max(pool.tokens for pool in self.inputs.pools),
+            probe=router.probe,
+            pools=router.pools,
+            context_layers=self.inputs.context_layers,
+            widths=router.widths,
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
             sparse_pattern=router.sparse_pattern,
-            provenance=provenance(self.world.device, self.config.data.corpus)
+            provenance=provenance(self.world.device, *self.config.data.sources)
             | {
                 "config": self.config.to_dict(),
                 "steps": self.step,
@@ -367,8 +306,9 @@ class Trainer:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.world.is_main:
-            folded = round_for_storage(self.router.fold(STORED_DTYPES["features.0"]))
-            write_router(self.folder, folded, info, STORED_DTYPES)
+            dtypes = stored_dtypes(self.router.router)
+            folded = round_for_storage(self.router.fold(dtypes["features.0"]), dtypes)
+            write_router(self.folder, folded, info, dtypes)
         self.world.wait()
         return self.folder / "flux_router.safetensors"
 
@@ -387,8 +327,22 @@ def train(config: TrainConfig) -> Path:
         config.system,
         world,
     )
+    return Trainer(config, routed, _open_stream(config, tokenizer, routed), world).run()
+
+
+def _open_stream(
+    config: TrainConfig, tokenizer: Any, routed: RoutedModel
+) -> PromptStream | FilePrompts:
+    """Open the training prompts: files, or task families."""
     limit = routed.model.config.max_position_embeddings
-    stream = PromptStream(
+    if bool(config.data.files) == bool(config.data.tasks):
+        raise ValueError(
+            f"expected prompts from --data.files or made by --data.tasks, found "
+            f"{'both' if config.data.files else 'neither'}; give one of them"
+        )
+    if config.data.files:
+        return FilePrompts(config.data, tokenizer, "train", config.seed, limit)
+    return PromptStream(
         config.data,
         tokenizer,
         "train",
@@ -396,4 +350,3 @@ def train(config: TrainConfig) -> Path:
         max_model_tokens=limit,
         same_length=config.optimizer.batch_size,
     )
-    return Trainer(config, routed, stream, world).run()

@@ -1,16 +1,16 @@
-"""From single prompts to padded micro-batches: sorted by length, cut into chunks.
+"""From single prompts to padded micro-batches, sorted by length.
 
-Dimension legend: B prompts, C chunks, T padded tokens, A answer tokens of all prompts.
+Dimension legend: B prompts, T padded tokens, A answer tokens of all prompts.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from flux_vllm.router.inputs import RouterInputs
 from training.data.encoding import Encoded
-from training.pooling import ChunkPlan, plan_chunks
+from training.probe import ProbeBatch, collate_probes
 
 _PAD_TO = 128
 """Lengths are padded to a multiple of this: few distinct shapes, aligned masks."""
@@ -25,7 +25,10 @@ class MicroBatch:
     tasks: list[str]
     token_ids: torch.Tensor
     """[B, T] int64, padded at the end with 0."""
-    plan: ChunkPlan
+    is_tail: torch.Tensor
+    """[B, T] bool: the prompt's last queries, which attend to everything under both routes."""
+    probe: ProbeBatch
+    """What the routers look at."""
     answer_rows: torch.Tensor
     """[A] int64: prompt of each answer token."""
     answer_positions: torch.Tensor
@@ -39,7 +42,8 @@ class MicroBatch:
             self.indices,
             self.tasks,
             self.token_ids.to(device),
-            self.plan.to(device),
+            self.is_tail.to(device),
+            self.probe.to(device),
             self.answer_rows.to(device),
             self.answer_positions.to(device),
             self.answer_tokens.to(device),
@@ -66,29 +70,10 @@ def _padded(length: int) -> int:
     return -(-length // _PAD_TO) * _PAD_TO
 
 
-def random_chunk_ends(
-    prompt_len: int, rng: random.Random, chunked_fraction: float, max_chunks: int
-) -> list[int]:
-    """Cut a prompt at random places, or (mostly) not at all."""
-    if rng.random() >= chunked_fraction or max_chunks < 2 or prompt_len < 64:
-        return [prompt_len]
-    cuts = {rng.randrange(32, prompt_len) for _ in range(rng.randint(1, max_chunks - 1))}
-    return [*sorted(cuts), prompt_len]
-
-
-def fixed_chunk_ends(prompt_len: int, chunk_tokens: int | None) -> list[int]:
-    """Cut a prompt every `chunk_tokens`; None leaves it whole."""
-    if chunk_tokens is None:
-        return [prompt_len]
-    return [*range(chunk_tokens, prompt_len, chunk_tokens), prompt_len]
-
-
 def collate(
     prompts: Sequence[Encoded],
     indices: list[int],
-    chunk_ends: Sequence[Sequence[int]],
-    pool_tokens: int,
-    pool_prefix: bool = True,
+    inputs: RouterInputs,
     answer_tokens: int | None = None,
     skip_prefix: bool = False,
     tail_tokens: int = 0,
@@ -98,9 +83,7 @@ def collate(
     Args:
         prompts: B of them.
         indices: their places in the step's batch.
-        chunk_ends: where each one's chunks end.
-        pool_tokens: prompt tokens pooled at an end.
-        pool_prefix: whether the first tokens are pooled too.
+        inputs: of the routers.
         answer_tokens: most answer tokens of a prompt to look at, evenly spaced; None: all.
         skip_prefix: look at an open answer only after its prefix, as if that had been forced.
         tail_tokens: queries at a prompt's end that SPARSE shows everything.
@@ -109,10 +92,12 @@ def collate(
     """
     width = _padded(max(map(len, prompts)))
     token_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    is_tail = torch.zeros(len(prompts), width, dtype=torch.bool)
     rows, positions, tokens = [], [], []
     for row, prompt in enumerate(prompts):
         ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64)
         token_ids[row, : len(ids)] = ids
+        is_tail[row, max(0, prompt.prompt_len - tail_tokens) : prompt.prompt_len] = True
         skipped = prompt.prefix_len if skip_prefix else 0
         looked_at = torch.arange(prompt.prompt_len + skipped - 1, len(ids) - 1)
         if answer_tokens is not None and len(looked_at) > answer_tokens:
@@ -124,7 +109,8 @@ def collate(
         indices=indices,
         tasks=[prompt.task for prompt in prompts],
         token_ids=token_ids,
-        plan=plan_chunks(chunk_ends, width, pool_tokens, pool_prefix, tail_tokens),
+        is_tail=is_tail,
+        probe=collate_probes([p.token_ids[: p.prompt_len] for p in prompts], inputs),
         answer_rows=torch.cat(rows),
         answer_positions=torch.cat(positions),
         answer_tokens=torch.cat(tokens),

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from training.config import DataSettings
 from training.data.encoding import Encoded, Wrapper, encode, token_counter
 from training.data.families import get_families
-from training.data.files import FileTask, read_files
 from training.data.sample import Request, Sample, TaskFamily
 from training.data.text import (
     Split,
@@ -58,11 +57,12 @@ class PromptStream(Dataset[Encoded]):
         self.held_out_wording = held_out_wording
         self.same_length = same_length
         self.max_model_tokens = max_model_tokens or settings.max_tokens
-        self.tasks: list[TaskFamily | FileTask] = [*get_families(settings.tasks)]
-        self.text = _load_text(settings, tokenizer, split) if settings.tasks else None
-        if settings.files:
-            files = read_files([Path(file) for file in settings.files], split)
-            self.tasks += files
+        if not settings.tasks:
+            raise ValueError(
+                "expected task families to make prompts of, found none; name them with --data.tasks"
+            )
+        self.tasks: list[TaskFamily] = [*get_families(settings.tasks)]
+        self.text = _load_text(settings, tokenizer, split)
         self.weights = list(settings.weights) + [1.0] * (len(self.tasks) - len(settings.weights))
         warn_if_unbalanced(dict(zip(self.task_names, self.weights, strict=True)))
 
@@ -81,20 +81,18 @@ class PromptStream(Dataset[Encoded]):
         wrapper: Wrapper = rng.choice(self.settings.wrappers)  # type: ignore[arg-type]
         return self.make(task, tokens, wrapper, rng)
 
-    def make(
-        self, task: TaskFamily | FileTask, tokens: int, wrapper: Wrapper, rng: random.Random
-    ) -> Encoded:
+    def make(self, task: TaskFamily, tokens: int, wrapper: Wrapper, rng: random.Random) -> Encoded:
         """Make one prompt of a task and length."""
         return self.make_both(task, tokens, wrapper, rng)[1]
 
     def make_both(
-        self, task: TaskFamily | FileTask, tokens: int, wrapper: Wrapper, rng: random.Random
+        self, task: TaskFamily, tokens: int, wrapper: Wrapper, rng: random.Random
     ) -> tuple[Sample, Encoded]:
         """Make one prompt of a task and length, as text and as tokens.
 
         Raises: ValueError: the task makes none that fits the model.
         """
-        most = max(self.settings.max_answer_tokens, tokens if _is_short(task) else 0)
+        most = max(self.settings.max_answer_tokens, tokens if task.short_prompt else 0)
         is_open = rng.random() < self.settings.open_fraction
         for _ in range(8):
             sample = self.sample(task, tokens, rng)
@@ -105,30 +103,23 @@ class PromptStream(Dataset[Encoded]):
             tokens = int(tokens * 0.95 * self.max_model_tokens / len(encoded))
         raise ValueError(
             f"expected a prompt of {task.name} within {self.max_model_tokens} tokens, found "
-            f"{len(encoded)}; lower --data.max_tokens or shorten the file's rows"
+            f"{len(encoded)}; lower --data.max_tokens"
         )
 
-    def sample(self, task: TaskFamily | FileTask, tokens: int, rng: random.Random) -> Sample:
+    def sample(self, task: TaskFamily, tokens: int, rng: random.Random) -> Sample:
         """Make one prompt as text."""
-        if isinstance(task, FileTask):
-            return task.draw(rng)
-        assert self.text is not None  # there are built-in tasks
         return task.make(Request(rng, self.text, tokens, self.held_out_wording))
 
     def _rng(self, index: int) -> random.Random:
         return random.Random(f"{self.seed}/{self.split}/{index}")
 
-    def _task_at(self, index: int) -> TaskFamily | FileTask:
+    def _task_at(self, index: int) -> TaskFamily:
         if len(set(self.weights)) == 1:
             turn, place = divmod(index, len(self.tasks))
             order = random.Random(f"{self.seed}/{self.split}/turn/{turn}")
             return order.sample(self.tasks, len(self.tasks))[place]
         rng = random.Random(f"{self.seed}/{self.split}/task/{index}")
         return rng.choices(self.tasks, weights=self.weights)[0]
-
-
-def _is_short(task: TaskFamily | FileTask) -> bool:
-    return isinstance(task, TaskFamily) and task.short_prompt
 
 
 def _load_text(settings: DataSettings, tokenizer: Any, split: Split) -> TextSource:

@@ -78,10 +78,9 @@ class Evaluation:
             Scorer(
                 self.routed,
                 sparse,
-                info.pool_tokens,
+                info.inputs,
                 config.micro_batch_tokens,
                 self.world,
-                info.pool_prefix,
             ),
             Path(config.scores or f"{config.out}/stored_scores"),
             {"model": config.model, "dtype": config.system.dtype},
@@ -293,14 +292,13 @@ class Evaluation:
         return {"prompts": count} | report
 
     def _provenance(self) -> dict[str, Any]:
-        return provenance(self.world.device, self.config.data.corpus) | {
+        return provenance(self.world.device, *self.config.data.sources) | {
             "prompts_per_cell": self.config.prompts,
             "lengths": list(self.config.lengths),
             "seed": self.config.seed,
             "seconds": round(time.monotonic() - self.started, 1),
             "router": {
-                "pool_tokens": self.info.pool_tokens,
-                "pool_prefix": self.info.pool_prefix,
+                "inputs": repr(self.info.inputs),
                 "sink_tokens": self.info.sink_tokens,
                 "window_tokens": self.info.window_tokens,
                 "sparse_pattern": self.info.sparse_pattern,

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from flux_vllm.patterns.base import SparsePattern
+from flux_vllm.router.inputs import RouterInputs
 from training.attach import RoutedModel
-from training.data.batching import MicroBatch, collate, fixed_chunk_ends, group_by_length
+from training.data.batching import MicroBatch, collate, group_by_length
 from training.data.encoding import Encoded
 from training.data.families import FAMILIES
 from training.distributed import World
 from training.losses import cross_entropy, mean_by_prompt
 from training.pattern_attention import PromptAttention, make_pattern_attention
-from training.policies import CachedContextPolicy, Policy
+from training.policies import Policy
 
 _LOGITS_AT_ONCE = 16384
 
@@ -43,27 +44,15 @@ class Scores:
     SPARSE layer; NaN for a prompt without one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """How prompts reach the model."""
-
-    chunk_tokens: int | None = None
-    """Prefill chunk; None: the prompt in one."""
-    cached: "Scores | None" = None
-    """Routes under which another request computed the shared context beforehand. Where its prompt
-    ended, and with it triangle's tail, is not looked at: the prompts differ by a question."""
-
-
 class Scorer:
     """Scores policies on one device, or on all processes' devices together.
 
     Args:
         routed: the model.
         pattern: what SPARSE means in a prompt, of the model's sinks and window.
-        pool_tokens: of the router.
+        inputs: of the router.
         token_budget: tokens computed at once.
         world: this process among the others.
-        pool_prefix: whether the router pools a prompt's first tokens too.
 
     Raises: ValueError: a pattern of other sizes than the model's.
     """
@@ -72,10 +61,9 @@ class Scorer:
         self,
         routed: RoutedModel,
         pattern: SparsePattern,
-        pool_tokens: int,
+        inputs: RouterInputs,
         token_budget: int,
         world: World,
-        pool_prefix: bool = True,
     ) -> None:
         sizes = (routed.sink_tokens, routed.window_tokens)
         if (pattern.sink_tokens, pattern.window_tokens) != sizes:
@@ -85,57 +73,42 @@ class Scorer:
             )
         self.routed = routed
         self.pattern = pattern
-        self.pool_tokens = pool_tokens
+        self.inputs = inputs
         self.token_budget = token_budget
         self.world = world
-        self.pool_prefix = pool_prefix
         self.tokens = 0
         self._attend = make_pattern_attention(
             pattern, routed.sparse_attention, routed.sparse_kernel
         )
 
-    def score(
-        self, prompts: Sequence[Encoded], policy: Policy, condition: Condition | None = None
-    ) -> Scores:
+    def score(self, prompts: Sequence[Encoded], policy: Policy) -> Scores:
         """Score a policy.
 
         Args:
             prompts: P of them, the same in every process.
             policy: chooses the routes.
-            condition: chunks and cached context; None: whole prompts.
 
         Returns: Scores of all prompts, in every process.
         """
-        condition = condition or Condition()
         groups = list(group_by_length([len(prompt) for prompt in prompts], self.token_budget))
         layers = self.routed.num_layers
         result = torch.zeros(len(prompts), 3 + layers, device=self.world.device)
         for rows in groups[self.world.rank :: self.world.size]:
-            micro, used, sparse = self._prepare(prompts, rows, policy, condition)
-            result[rows] = self._run(micro, used, sparse)
+            chosen = [prompts[row] for row in rows]
+            micro = collate(chosen, rows, self.inputs, skip_prefix=True).to(self.world.device)
+            ends = [[prompt.prompt_len] for prompt in chosen]
+            attention = PromptAttention(self._attend, ends, self.world.device)
+            result[rows] = self._run(micro, policy, attention)
             self.tokens += micro.token_ids.numel()
         table = self.world.sum(result).cpu().numpy()
         return Scores(table[:, 0], table[:, 1], table[:, 3:], table[:, 2])
 
-    def _prepare(
-        self, prompts: Sequence[Encoded], rows: list[int], policy: Policy, condition: Condition
-    ) -> tuple[MicroBatch, Policy, PromptAttention]:
-        chosen = [prompts[row] for row in rows]
-        if condition.cached is None:
-            ends = [fixed_chunk_ends(p.prompt_len, condition.chunk_tokens) for p in chosen]
-        else:
-            ends = [[_cached_tokens(p), p.prompt_len] for p in chosen]
-            full = 1 - torch.tensor(condition.cached.sparse[rows].T)
-            policy = CachedContextPolicy(policy, full.to(self.world.device))
-        micro = collate(chosen, rows, ends, self.pool_tokens, self.pool_prefix, skip_prefix=True)
-        sparse = PromptAttention(self._attend, ends, self.world.device)
-        return micro.to(self.world.device), policy, sparse
-
     @torch.inference_mode()
     def _run(self, micro: MicroBatch, policy: Policy, attention: PromptAttention) -> torch.Tensor:
         """Score one micro-batch: [B, 3 + L] of score, surprise, density, SPARSE by layer."""
-        routed = self.routed.forward(micro.token_ids, micro.plan, policy, attention)
-        hidden = routed.hidden[micro.answer_rows, micro.answer_positions]
+        routes = policy.decide(self.routed.probe(micro.probe, self.inputs))
+        states = self.routed.forward(micro.token_ids, routes, sparse=attention)
+        hidden = states[micro.answer_rows, micro.answer_positions]
         count = len(micro.tasks)
         right, surprise = [], []
         parts = (hidden.split(_LOGITS_AT_ONCE), micro.answer_tokens.split(_LOGITS_AT_ONCE))
@@ -147,10 +120,8 @@ class Scorer:
         exact = torch.tensor([metric_of(task) == "exact" for task in micro.tasks])
         score = torch.where(exact.to(share.device), (share > 1 - 1e-6).float(), share)
         by_prompt = mean_by_prompt(torch.cat(surprise), micro.answer_rows, count)
-        final = micro.plan.is_last.float()
-        sparse = ((1 - routed.routes) * final).sum(dim=-1).T
         columns = torch.stack([score, by_prompt, attention.density()], dim=1)
-        return torch.cat([columns, sparse], dim=1)
+        return torch.cat([columns, 1 - routes.T], dim=1)
 
 
 def metric_of(task: str) -> str:
@@ -161,8 +132,3 @@ def metric_of(task: str) -> str:
 def group_of(task: str) -> str:
     """Return a task's group; tasks from files form their own."""
     return FAMILIES[task].group if task in FAMILIES else "file"
-
-
-def _cached_tokens(prompt: Encoded) -> int:
-    """Whole blocks of 16 tokens that another question about the same context shares."""
-    return max(16, prompt.shared_len // 16 * 16)

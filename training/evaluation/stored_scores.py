@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from training.data.encoding import Encoded
-from training.evaluation.scoring import Condition, Scorer, Scores
+from training.evaluation.scoring import Scorer, Scores
 from training.policies import Policy, StaticPolicy, ThresholdPolicy
 
 _PIECE = 100
@@ -46,27 +46,23 @@ class StoredScorer:
         self._longest_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
-    def score(
-        self, prompts: Sequence[Encoded], policy: Policy, condition: Condition | None = None
-    ) -> Scores:
+    def score(self, prompts: Sequence[Encoded], policy: Policy) -> Scores:
         """Score a policy as `Scorer.score` does, piece by piece.
 
         Raises: TypeError: a policy that has no known identity.
         """
-        condition = condition or Condition()
         pieces = []
         for piece in _pieces(len(prompts)):
-            cut = Condition(condition.chunk_tokens, _cut(condition.cached, piece))
-            key = self._key(prompts[piece], policy, cut)
-            pieces.append((self.folder / f"{key}.npz", prompts[piece], cut))
+            key = self._key(prompts[piece], policy)
+            pieces.append((self.folder / f"{key}.npz", prompts[piece]))
         if self.scorer.world.size == 1:
             # Evaluations side by side take different pieces first.
-            for path, chosen, cut in pieces:
+            for path, chosen in pieces:
                 if not path.exists() and _claim(path):
-                    self._compute(path, chosen, policy, cut)
+                    self._compute(path, chosen, policy)
         parts = [
-            _read(path) if self._is_there(path) else self._compute(path, chosen, policy, cut)
-            for path, chosen, cut in pieces
+            _read(path) if self._is_there(path) else self._compute(path, chosen, policy)
+            for path, chosen in pieces
         ]
         return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in _NAMES))
 
@@ -78,13 +74,11 @@ class StoredScorer:
             time.sleep(0.05)
         return path.exists()
 
-    def _compute(
-        self, path: Path, prompts: Sequence[Encoded], policy: Policy, condition: Condition
-    ) -> Scores:
+    def _compute(self, path: Path, prompts: Sequence[Encoded], policy: Policy) -> Scores:
         if self.scorer.world.size == 1:
             path.with_suffix(_MARK).touch()  # whoever waits for another's waits for this one
         began = time.monotonic()
-        scores = self.scorer.score(prompts, policy, condition)
+        scores = self.scorer.score(prompts, policy)
         self._longest_s = max(self._longest_s, time.monotonic() - began)
         self.patience_s = 2 * self._longest_s
         if self.scorer.world.is_main:
@@ -93,19 +87,16 @@ class StoredScorer:
         self.scorer.world.wait()
         return scores
 
-    def _key(self, prompts: Sequence[Encoded], policy: Policy, condition: Condition) -> str:
+    def _key(self, prompts: Sequence[Encoded], policy: Policy) -> str:
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode())
         for prompt in prompts:
             lengths = (len(prompt), prompt.prompt_len, prompt.prefix_len, prompt.shared_len)
             digest.update(f"{prompt.task} {lengths}".encode())
             digest.update(prompt.token_ids.tobytes())
         digest.update(_identity(policy))
-        # Routes given beforehand do not depend on it: routers that pool otherwise share them.
+        # Routes given beforehand do not depend on it: routers that look elsewhere share them.
         if not isinstance(policy, StaticPolicy):
-            digest.update(f"{self.scorer.pool_tokens} {self.scorer.pool_prefix}".encode())
-        digest.update(str(condition.chunk_tokens).encode())
-        if condition.cached is not None:
-            digest.update(condition.cached.sparse.tobytes())
+            digest.update(repr(self.scorer.inputs).encode())
         return digest.hexdigest()[:32]
 
 
@@ -126,12 +117,6 @@ def _identity(policy: Policy) -> bytes:
 def _pieces(count: int) -> Iterator[slice]:
     for start in range(0, count, _PIECE):
         yield slice(start, start + _PIECE)
-
-
-def _cut(cached: Scores | None, piece: slice) -> Scores | None:
-    if cached is None:
-        return None
-    return Scores(*(getattr(cached, name)[piece] for name in _NAMES))
 
 
 def _claim(path: Path) -> bool:

@@ -31,18 +31,21 @@ VOCABULARY = 256
 
 
 class WordTokenizer:
-    """One token a word, by a checksum; a chat template of two lines."""
+    """One token a word, by a checksum; a chat template of two lines a turn."""
 
     chat_template = "two lines"
 
-    def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: str | list[str], **options: object) -> dict[str, list[Any]]:
         def number(word: str) -> int:
             return 1 + zlib.crc32(word.encode()) % (VOCABULARY - 1)
 
+        if isinstance(texts, str):
+            return {"input_ids": [number(word) for word in texts.split()]}
         return {"input_ids": [[number(word) for word in text.split()] for text in texts]}
 
     def apply_chat_template(self, turns: list[dict[str, str]], **options: object) -> str:
-        return f"[user]\n{turns[0]['content']}\n[assistant]\n"
+        said = "".join(f"[{turn['role']}]\n{turn['content']}\n" for turn in turns)
+        return said + "[assistant]\n"
 
 
 def make_model(family: str = "llama", layers: int = 4, **config: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from training import cli, recipes
 from training.__main__ import _parser, main
-from training.config import EvalConfig, TrainConfig
+from training.config import EvalConfig, RouterSettings, TrainConfig
 
 
 def flags(command: str) -> set[str]:
@@ -18,7 +18,7 @@ def flags(command: str) -> set[str]:
 
 def test_every_field_has_a_flag_and_a_docstring() -> None:
     for command, config_type, default in (
-        ("train", TrainConfig, recipes.smollm2()),
+        ("train", TrainConfig, recipes.budget()),
         ("eval", EvalConfig, recipes.evaluation()),
     ):
         expected = set()
@@ -34,32 +34,39 @@ def test_every_field_has_a_flag_and_a_docstring() -> None:
         assert flags(command) - {"-h", "--help", "--recipe"} == expected
 
 
+def test_context_layers_lie_at_their_depths() -> None:
+    config = RouterSettings(context_depths=(0.0, 0.5, 0.75, 1.0))
+    assert config.inputs(33).context_layers == (0, 16, 24, 32)
+    assert config.inputs(1).context_layers == (0, 0, 0, 0)
+
+
 def test_train_flags_are_frozen() -> None:
     groups = {flag.split(".")[0] for flag in flags("train")}
     assert groups == {
         "-h", "--help", "--recipe", "--model", "--out", "--seed",
         "--router", "--data", "--relaxation", "--loss", "--optimizer", "--system",
     }  # fmt: skip
-    assert len(flags("train")) == 57
+    assert len(flags("train")) == 52
 
 
 def test_apply_flags_changes_only_what_was_given() -> None:
     arguments = _parser().parse_args(
         ["train", "--model", "m", "--data.tasks", "needle", "--system.resume", "false"]
     )
-    config = cli.apply_flags(recipes.smollm2(), arguments)
+    config = cli.apply_flags(recipes.budget(), arguments)
     assert config.model == "m"
     assert config.data.tasks == ("needle",)
     assert config.system.resume is False
-    assert config.router == recipes.smollm2().router
-    assert config.data.max_tokens == recipes.smollm2().data.max_tokens
+    assert config.router == recipes.budget().router
+    assert config.data.max_tokens == recipes.budget().data.max_tokens
 
 
 @pytest.mark.parametrize("name", sorted(recipes.RECIPES))
 def test_recipes_are_valid(name: str) -> None:
     config = recipes.RECIPES[name](model="m", out="o")
     assert (config.model, config.out) == ("m", "o")
-    assert config.router.pool_tokens % 16 == 0
+    inputs = config.router.inputs(32)
+    assert inputs.vectors == len(config.router.pools) * (1 + len(config.router.context_depths))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,18 @@ def test_recipes_are_valid(name: str) -> None:
     [
         (["train"], "--model and --out"),
         (["train", "--model", "m", "--out", "o", "--data.tasks", "juggling"], "--data.tasks"),
-        (["train", "--model", "m", "--out", "o", "--router.pool_tokens", "0"], "pool_tokens"),
+        (["train", "--model", "m", "--out", "o", "--router.pools", "tail:0"], "--router.pools"),
+        (["train", "--model", "m", "--out", "o", "--router.probe", "9"], "--router.probe"),
+        (
+            ["train", "--model", "m", "--out", "o", "--router.pools", "tail:200"],
+            "enlarge the probe",
+        ),
+        (["train", "--model", "m", "--out", "o", "--router.widths", "8", "8"], "--router.widths"),
+        (
+            ["train", "--model", "m", "--out", "o", "--router.context_depths", "0.5", "2"],
+            "context_depths to be numbers from 0 to 1, found [2.0]",
+        ),
+        (["train", "--model", "m", "--out", "o", "--loss.budget_nats", "0"], "--loss.budget_nats"),
         (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
         (["eval", "--score_thresholds", "0.2", "50"], "score_thresholds to be numbers from 0 to 1"),
         (

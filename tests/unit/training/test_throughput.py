@@ -30,14 +30,14 @@ def measure(out: Path, *flags: str) -> int:
 def test_every_length_is_measured_with_each_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[tuple[int, float, float, bool]] = []
+    steps: list[tuple[int, str, bool]] = []
     original = Trainer.train_step
 
     def watch(trainer: Trainer, prompts: Any) -> Any:
         row = original(trainer, prompts)
-        loss = trainer.config.loss
+        objective = trainer.config.loss.objective
         recomputes = trainer.routed.model.is_gradient_checkpointing
-        steps.append((len(prompts), loss.lm_weight, loss.distillation_weight, recomputes))
+        steps.append((len(prompts), objective, recomputes))
         assert row["tokens"] == 512
         return row
 
@@ -61,9 +61,9 @@ def test_every_length_is_measured_with_each_loss(
         assert row["tokens_per_second"] == pytest.approx(512 / row["seconds"], rel=0.02)
         assert row["peak_gib"] == 0.0
     expected = [
-        (prompts, float(loss == "lm"), float(loss == "kl"), checkpoint)
+        (prompts, objective, checkpoint)
         for checkpoint in (False, True)
-        for loss in ("lm", "kl")
+        for objective in ("paper", "budget")
         for prompts in (4, 2, 1)
         for _ in range(2 + 2)
     ]
@@ -83,8 +83,9 @@ def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(
         return original(trainer, prompts)
 
     monkeypatch.setattr(Trainer, "train_step", refuse)
+    monkeypatch.setattr(throughput, "_WARM_UP_STEPS", 0)
     out = tmp_path / "throughput.json"
-    assert measure(out, "--lengths", "256", "128") == 0
+    assert measure(out, "--lengths", "256", "128", "--steps", "1") == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row.get("error") for row in rows] == ["out of memory", None] * 4
 
@@ -120,6 +121,7 @@ def test_compilation_can_be_chosen(
     monkeypatch.setattr(throughput, "load_routed", load)
     out = tmp_path / "throughput.json"
     flags = [] if wanted is None else ["--compile_layers", wanted]
-    assert measure(out, "--lengths", "128", *flags) == 0
+    monkeypatch.setattr(throughput, "_WARM_UP_STEPS", 0)
+    assert measure(out, "--lengths", "128", "--steps", "1", *flags) == 0
     assert compiled == [wanted == "true"] * 2
     assert json.loads(out.read_text())["config"]["system"]["compile_layers"] == (wanted == "true")

@@ -1,17 +1,19 @@
 """Pins: prompts that change with the order of asking, and seeds that leak between splits."""
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+import torch
 
+from flux_vllm.router.inputs import parse_inputs
 from training.config import DataSettings
-from training.data.batching import collate, fixed_chunk_ends, group_by_length, random_chunk_ends
+from training.data.batching import collate, group_by_length
 from training.data.encoding import Encoded
 from training.data.stream import PromptStream
+from training.probe import collate_probes
+
+INPUTS = parse_inputs(["tail:16", "head:8"], [16, 32], [])
 
 
 def settings(corpus: Path, **more: Any) -> DataSettings:
@@ -66,45 +68,6 @@ def test_prompts_stay_below_the_models_limit(corpus: Path, tokenizer: Any) -> No
     assert max(len(stream[index]) for index in range(10)) <= 300
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_files_of_both_kinds_are_read(suffix: str, tmp_path: Path, tokenizer: Any) -> None:
-    rows = [
-        {"task": "mine", "prompt": f"q {at} {at * 7} {at * at}", "answer": f"answer {at}"}
-        for at in range(40)
-    ]
-    path = tmp_path / f"data.{suffix}"
-    if suffix == "jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        Dataset.from_list(rows).to_parquet(str(path))
-    own = DataSettings(tasks=(), files=(str(path),), workers=0)
-    streams = {s: PromptStream(own, tokenizer, s, 0) for s in ("train", "validation")}  # type: ignore[arg-type]
-    seen = {s: {key(stream[at]) for at in range(60)} for s, stream in streams.items()}
-    assert not seen["train"] & seen["validation"]
-    assert streams["train"][0].task == "mine"
-
-
-def test_rows_of_messages_are_read(tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "data.jsonl"
-    with path.open("w") as file:
-        for at in range(20):
-            turns = [
-                {"role": "user", "content": f"q {at}"},
-                {"role": "assistant", "content": "a b"},
-            ]
-            file.write(json.dumps({"task": "t", "messages": turns}) + "\n")
-    own = DataSettings(tasks=(), files=(str(path),), workers=0)
-    prompt = PromptStream(own, tokenizer, "train", 0)[0]
-    assert len(prompt) - prompt.prompt_len == 2
-
-
-def test_incomplete_rows_are_named(tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"task": "t", "prompt": "p"}')
-    with pytest.raises(ValueError, match=r"data\.jsonl, row 1"):
-        PromptStream(DataSettings(tasks=(), files=(str(path),)), tokenizer, "train", 0)
-
-
 def test_group_by_length_keeps_to_the_budget() -> None:
     lengths = [100, 900, 300, 120, 5000, 80]
     groups = list(group_by_length(lengths, 2048))
@@ -117,33 +80,52 @@ def test_group_by_length_keeps_to_the_budget() -> None:
 def test_collate_points_at_the_answers(corpus: Path, tokenizer: Any) -> None:
     stream = PromptStream(settings(corpus), tokenizer, "train", 0)
     prompts = [stream[0], stream[1]]
-    micro = collate(prompts, [0, 1], [[p.prompt_len] for p in prompts], 16)
+    micro = collate(prompts, [5, 3], INPUTS)
     for row, prompt in enumerate(prompts):
         mine = micro.answer_rows == row
         expected = prompt.token_ids[prompt.prompt_len :].tolist()
         assert micro.answer_tokens[mine].tolist() == expected
         following = micro.token_ids[row, micro.answer_positions[mine] + 1]
         assert following.tolist() == expected
+        whole = micro.token_ids[row].tolist()
+        assert whole == prompt.token_ids.tolist() + [0] * (len(whole) - len(prompt))
+    assert micro.token_ids.shape[1] % 128 == 0
+    assert (micro.indices, micro.tasks) == ([5, 3], [prompt.task for prompt in prompts])
+
+
+def test_collate_shows_routers_the_prompt_without_its_answer(corpus: Path, tokenizer: Any) -> None:
+    stream = PromptStream(settings(corpus), tokenizer, "train", 0)
+    prompts = [stream[0], stream[1]]
+    found = collate(prompts, [0, 1], INPUTS).probe
+    expected = collate_probes([p.token_ids[: p.prompt_len] for p in prompts], INPUTS)
+    for name in ("token_ids", "positions", "weights"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_collate_marks_the_prompts_last_queries(corpus: Path, tokenizer: Any) -> None:
+    stream = PromptStream(settings(corpus), tokenizer, "train", 0)
+    prompts = [stream[0], stream[1]]
+    for tail in (0, 3, 100_000):
+        micro = collate(prompts, [0, 1], INPUTS, tail_tokens=tail)
+        for row, prompt in zip(micro.is_tail, prompts, strict=True):
+            first = max(0, prompt.prompt_len - tail)
+            assert row.nonzero()[:, 0].tolist() == list(range(first, prompt.prompt_len))
+
+
+def test_collate_can_skip_an_open_answers_prefix(corpus: Path, tokenizer: Any) -> None:
+    stream = PromptStream(settings(corpus, open_fraction=1.0), tokenizer, "train", 0)
+    prompt = stream[0]
+    assert prompt.prefix_len > 0
+    answer = prompt.token_ids[prompt.prompt_len :].tolist()
+    for skip, expected in ((False, answer), (True, answer[prompt.prefix_len :])):
+        micro = collate([prompt], [0], INPUTS, skip_prefix=skip)
+        assert micro.answer_tokens.tolist() == expected
 
 
 def test_collate_looks_at_some_answer_tokens(corpus: Path, tokenizer: Any) -> None:
     stream = PromptStream(settings(corpus, tasks=("repeat_end",)), tokenizer, "train", 0)
     prompt = stream[0]
-    few = collate([prompt], [0], [[prompt.prompt_len]], 16, answer_tokens=2)
+    few = collate([prompt], [0], INPUTS, answer_tokens=2)
     assert len(few.answer_tokens) == 2
     following = few.token_ids[0, few.answer_positions + 1]
     assert following.tolist() == few.answer_tokens.tolist()
-
-
-def test_chunk_ends_end_with_the_prompt() -> None:
-    assert fixed_chunk_ends(1000, 512) == [512, 1000]
-    assert fixed_chunk_ends(1024, 512) == [512, 1024]
-    assert fixed_chunk_ends(1000, None) == [1000]
-    rng = random.Random(0)
-    counts = set()
-    for _ in range(200):
-        ends = random_chunk_ends(700, rng, 0.5, 3)
-        assert ends[-1] == 700
-        assert sorted(set(ends)) == ends
-        counts.add(len(ends))
-    assert counts == {1, 2, 3}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from flux_vllm.router.checkpoint import RouterInfo, write_router
-from flux_vllm.router.model import LayerRouter
 from training.attach import RoutedModel
 from training.config import DataSettings, EvalConfig, SystemSettings
 from training.evaluation import evaluate as module
@@ -27,11 +26,15 @@ def config(
         num_layers=4,
         head_dim=8,
         pool_tokens=16,
+        probe=(16, 32),
+        pools=("tail:16", "head:8"),
+        context_layers=(3,),
+        widths=(8, 8, 8, 8),
         sink_tokens=8,
         window_tokens=32,
         provenance={"config": {"seed": 7}},
     )
-    write_router(tmp_path, LayerRouter(4, 8), info)
+    write_router(tmp_path, info.make_router(), info)
     routed = RoutedModel(tiny_model(), 8, 32)
     monkeypatch.setattr(module, "load_routed", lambda *arguments: routed)
     monkeypatch.setattr(module, "load_tokenizer", lambda model: tokenizer)
@@ -50,7 +53,7 @@ def config(
         validation_lengths=(256,),
         thresholds=(0.3, 0.5, 0.7),
         random_patterns=2,
-        variants=("plain", "begun", "wording", "wrapper:plain", "chunks:64", "cached"),
+        variants=("plain", "begun", "wording", "wrapper:plain"),
         variant_prompts=2,
         system=SystemSettings(device="cpu", dtype="float32"),
     )

@@ -11,9 +11,11 @@ import torch
 
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router, write_router
-from flux_vllm.router.route import Route
+from flux_vllm.router.inputs import parse_inputs
+from tests.unit.training.own_model import own_features
 from training import recipes
 from training.config import EvalConfig
+from training.data.batching import collate
 from training.data.encoding import Encoded
 from training.distributed import World
 from training.evaluation import evaluate as module
@@ -21,7 +23,7 @@ from training.evaluation.compare_patterns import mean_density
 from training.evaluation.evaluate import choose_thresholds, evaluate
 from training.evaluation.prompts import write_prompts
 from training.evaluation.report import join_runs, plot_seeds
-from training.evaluation.scoring import Condition, Scorer, Scores
+from training.evaluation.scoring import Scorer, Scores
 from training.evaluation.static_patterns import pattern
 from training.evaluation.statistics import Cells, interval
 from training.policies import StaticPolicy, ThresholdPolicy
@@ -78,8 +80,9 @@ def test_a_router_is_evaluated_under_its_own_pattern(name: str, config: EvalConf
     found = evaluation.scorer.score(prompts, policy)
     routed = evaluation.routed
     chosen = make_pattern(name, 8, 32)
-    expected = Scorer(routed, chosen, 16, 1024, evaluation.world).score(prompts, policy)
-    streaming = Scorer(routed, make_pattern("streaming", 8, 32), 16, 1024, evaluation.world)
+    inputs = info.inputs
+    expected = Scorer(routed, chosen, inputs, 1024, evaluation.world).score(prompts, policy)
+    streaming = Scorer(routed, make_pattern("streaming", 8, 32), inputs, 1024, evaluation.world)
     np.testing.assert_allclose(found.surprise, expected.surprise, rtol=1e-3)
     assert not np.allclose(found.surprise, streaming.score(prompts, policy).surprise, rtol=1e-3)
 
@@ -97,25 +100,38 @@ def test_density_is_that_of_the_sparse_layers(config: EvalConfig) -> None:
 def test_a_pattern_of_other_sizes_is_refused(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     with pytest.raises(ValueError, match=r"\(8, 32\), found .*window_tokens=64"):
-        Scorer(evaluation.routed, make_pattern("triangle", 8, 64), 16, 1, evaluation.world)
+        Scorer(
+            evaluation.routed,
+            make_pattern("triangle", 8, 64),
+            evaluation.info.inputs,
+            1,
+            evaluation.world,
+        )
 
 
-def test_a_router_trained_on_latest_tokens_alone_is_evaluated_so(config: EvalConfig) -> None:
-    router, info = read_router(Path(config.router))
-    world = World(0, 1, torch.device("cpu"))
-    write_router(Path(config.router), router, dataclasses.replace(info, pool_prefix=False))
-    evaluation = module.Evaluation(config, world)
-    micro, *_ = evaluation.scorer.scorer._prepare(
-        evaluation.test.prompts[:1], [0], StaticPolicy.all_full(4), Condition()
-    )
-    end = evaluation.test.prompts[0].prompt_len
-    assert micro.plan.pool_weights[0, 0].nonzero().flatten().tolist() == [*range(end - 16, end)]
-    write_router(Path(config.router), router, info)
-    before = module.Evaluation(config, world).scorer.scorer
-    micro, *_ = before._prepare(
-        evaluation.test.prompts[:1], [0], StaticPolicy.all_full(4), Condition()
-    )
-    assert len(micro.plan.pool_weights[0, 0].nonzero()) == 32
+@pytest.mark.parametrize("kind", ["own", "old"])
+def test_a_router_sees_what_its_file_says(kind: str, config: EvalConfig) -> None:
+    """Against transformers' own code over the prompts' ends; an old file names one pool."""
+    _, info = read_router(Path(config.router))
+    if kind == "old":
+        more = {"pools": (), "context_layers": (), "widths": (), "pool_prefix": False}
+        info = dataclasses.replace(info, **more)
+        write_router(Path(config.router), info.make_router(), info)
+    evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
+    prompts = evaluation.test.prompts[::5]
+    seen = features_seen(evaluation.scorer.scorer, prompts)
+    evaluation.routed.detach()
+    pool = {"own": ("tail:16", "head:8"), "old": ("tail:16",)}[kind]
+    inputs = parse_inputs(pool, (16, 32), (3,) if kind == "own" else ())
+    expected = [
+        own_features(
+            evaluation.routed.model,
+            torch.tensor(prompt.token_ids[: prompt.prompt_len]).long(),
+            inputs,
+        )
+        for prompt in prompts
+    ]
+    torch.testing.assert_close(seen, torch.stack(expected, dim=1), rtol=1e-3, atol=1e-3)
 
 
 def test_scores_by_prompt_are_written_for_every_point(config: EvalConfig) -> None:
@@ -250,7 +266,9 @@ def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
     policy = ThresholdPolicy(evaluation.router, 0.5)
     together = evaluation.scorer.score(prompts, policy)
     streaming = make_pattern("streaming", 8, 32)
-    alone = Scorer(evaluation.routed, streaming, 16, 1, evaluation.world).score(prompts, policy)
+    alone = Scorer(evaluation.routed, streaming, evaluation.info.inputs, 1, evaluation.world).score(
+        prompts, policy
+    )
     np.testing.assert_allclose(together.score, alone.score)
     np.testing.assert_allclose(together.surprise, alone.surprise, rtol=1e-3)
     np.testing.assert_array_equal(together.sparse, alone.sparse)
@@ -259,7 +277,7 @@ def test_scores_do_not_depend_on_batching(config: EvalConfig) -> None:
 def test_static_patterns_report_their_layers(config: EvalConfig) -> None:
     evaluation = module.Evaluation(config, World(0, 1, torch.device("cpu")))
     prompts = evaluation.test.prompts
-    scores = evaluation.scorer.score(prompts, pattern(4, [1, 3]), Condition(chunk_tokens=50))
+    scores = evaluation.scorer.score(prompts, pattern(4, [1, 3]))
     assert (scores.sparse == np.array([0, 1, 0, 1])).all()
     full = evaluation.scorer.score(prompts, StaticPolicy.all_full(4))
     assert (full.sparse == 0).all()
@@ -278,16 +296,17 @@ def test_write_prompts_gives_the_evaluated_prompts(config: EvalConfig, tokenizer
 
 
 def features_seen(scorer: Scorer, prompts: list[Encoded]) -> torch.Tensor:
-    """Return the routers' inputs in the order of computation."""
+    """Return the routers' inputs [L, P, F], each prompt scored by itself."""
     seen = []
 
     class Recorder:
-        def decide(self, layer: int, features: torch.Tensor) -> Route:
+        def decide(self, features: torch.Tensor) -> torch.Tensor:
             seen.append(features)
-            return Route.FULL
+            return torch.ones(features.shape[:2])
 
-    scorer.score(prompts, Recorder())
-    return torch.cat([features.flatten() for features in seen])
+    for prompt in prompts:
+        scorer.score([prompt], Recorder())
+    return torch.cat(seen, dim=1)
 
 
 def test_open_prompts_are_routed_without_the_prefix_and_scored_after_it(
@@ -305,7 +324,7 @@ def test_open_prompts_are_routed_without_the_prefix_and_scored_after_it(
             other.token_ids[: other.prompt_len].tolist()
         )
     full = StaticPolicy.all_full(4)
-    micro, *_ = evaluation.scorer.scorer._prepare(opened, list(range(12)), full, Condition())
+    micro = collate(opened, list(range(12)), evaluation.info.inputs, skip_prefix=True)
     for at, prompt in enumerate(opened):
         own = prompt.token_ids[prompt.prompt_len + prompt.prefix_len :].tolist()
         assert micro.answer_tokens[micro.answer_rows == at].tolist() == own

@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from flux_vllm.patterns import make_pattern, triangle
+from flux_vllm.router.inputs import RouterInputs, parse_inputs
 from flux_vllm.router.model import LayerRouter
 from training.attach import RoutedModel
 from training.data.encoding import Encoded
 from training.distributed import World
 from training.evaluation import stored_scores
-from training.evaluation.scoring import Condition, Scorer
+from training.evaluation.scoring import Scorer
 from training.evaluation.static_patterns import pattern
 from training.evaluation.stored_scores import StoredScorer
 from training.policies import StaticPolicy, ThresholdPolicy
+
+INPUTS = parse_inputs(["ends:16"], [16, 32], [])
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def scorer(tiny_model: Callable[..., Any]) -> Scorer:
 
 def make_scorer(model: Any, name: str) -> Scorer:
     world = World(0, 1, torch.device("cpu"))
-    return Scorer(RoutedModel(model, 8, 32), make_pattern(name, 8, 32), 16, 1024, world)
+    return Scorer(RoutedModel(model, 8, 32), make_pattern(name, 8, 32), INPUTS, 1024, world)
 
 
 def test_stored_scores_equal_computed_ones_and_are_not_computed_again(
@@ -48,15 +51,13 @@ def test_stored_scores_equal_computed_ones_and_are_not_computed_again(
 ) -> None:
     monkeypatch.setattr(stored_scores, "_PIECE", 3)
     policy = ThresholdPolicy(LayerRouter(4, 8), 0.5)
-    twins = scorer.score(prompts, pattern(4, [0, 2]))
-    condition = Condition(cached=twins)
-    expected = scorer.score(prompts, policy, condition)
+    expected = scorer.score(prompts, policy)
     stored = StoredScorer(scorer, tmp_path, {"model": "tiny"})
-    first = stored.score(prompts, policy, condition)
+    first = stored.score(prompts, policy)
     assert len(list(tmp_path.glob("*.npz"))) == 3
     next(tmp_path.glob("*.npz")).unlink()
     before = scorer.tokens
-    second = StoredScorer(scorer, tmp_path, {"model": "tiny"}).score(prompts, policy, condition)
+    second = StoredScorer(scorer, tmp_path, {"model": "tiny"}).score(prompts, policy)
     assert 0 < scorer.tokens - before <= 3 * 128
     for found in (first, second):
         np.testing.assert_allclose(found.score, expected.score)
@@ -70,18 +71,16 @@ def test_everything_that_changes_scores_changes_the_place(
 ) -> None:
     router = LayerRouter(4, 8)
     policy = ThresholdPolicy(router, 0.5)
-    cached = Condition(cached=scorer.score(prompts, pattern(4, [1])))
     calls: list[Any] = [
         (prompts, policy),
         (prompts, ThresholdPolicy(router, 0.6)),
         (prompts, ThresholdPolicy(LayerRouter(4, 8), 0.5)),
         (prompts, pattern(4, [0])),
         (prompts, pattern(4, [1])),
-        (prompts, policy, Condition(chunk_tokens=32)),
-        (prompts, policy, cached),
         (prompts[:-1], policy),
         ([replace(prompts[0], prompt_len=91), *prompts[1:]], policy),
         ([replace(prompts[0], prefix_len=3), *prompts[1:]], policy),
+        ([replace(prompts[0], task="multi_key"), *prompts[1:]], policy),
     ]
     for setting in ({"dtype": "float32"}, {"dtype": "bfloat16"}):
         stored = StoredScorer(scorer, tmp_path, setting)
@@ -90,16 +89,34 @@ def test_everything_that_changes_scores_changes_the_place(
     assert len(list(tmp_path.glob("*.npz"))) == 2 * len(calls)
 
 
-def test_routers_that_pool_otherwise_share_static_scores_alone(
+def test_routers_that_look_elsewhere_share_static_scores_alone(
     scorer: Scorer, prompts: list[Encoded], tmp_path: Path
 ) -> None:
-    policy = ThresholdPolicy(LayerRouter(4, 8), 0.5)
-    for pool_tokens, pool_prefix in ((16, True), (32, True), (16, False)):
-        chosen = Scorer(scorer.routed, scorer.pattern, pool_tokens, 1024, scorer.world, pool_prefix)
+    looks: list[RouterInputs] = [
+        INPUTS,
+        parse_inputs(["tail:16"], [16, 32], []),
+        parse_inputs(["ends:16"], [16, 16], []),
+        parse_inputs(["ends:8"], [16, 32], []),
+        parse_inputs(["ends:16"], [16, 32], [3]),
+    ]
+    for inputs in looks:
+        policy = ThresholdPolicy(LayerRouter(4, 8, inputs.vectors), 0.5)
+        chosen = Scorer(scorer.routed, scorer.pattern, inputs, 1024, scorer.world)
         stored = StoredScorer(chosen, tmp_path, {})
         stored.score(prompts, pattern(4, [0, 2]))
         stored.score(prompts, policy)
-    assert len(list(tmp_path.iterdir())) == 1 + 3
+    assert len(list(tmp_path.iterdir())) == 1 + len(looks)
+
+
+def test_the_same_routers_that_look_elsewhere_do_not_share(
+    scorer: Scorer, prompts: list[Encoded], tmp_path: Path
+) -> None:
+    policy = ThresholdPolicy(LayerRouter(4, 8), 0.5)
+    for pool in ("ends:16", "tail:16", "ends:8"):
+        inputs = parse_inputs([pool], [16, 32], [])
+        chosen = Scorer(scorer.routed, scorer.pattern, inputs, 1024, scorer.world)
+        StoredScorer(chosen, tmp_path, {}).score(prompts, policy)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_each_pattern_and_size_has_a_place_of_its_own(
@@ -115,7 +132,7 @@ def test_each_pattern_and_size_has_a_place_of_its_own(
     ):
         scorer.routed.detach()
         routed = RoutedModel(scorer.routed.model, chosen.sink_tokens, chosen.window_tokens)
-        scorer = Scorer(routed, chosen, 16, 1024, scorer.world)
+        scorer = Scorer(routed, chosen, INPUTS, 1024, scorer.world)
         found.append(StoredScorer(scorer, tmp_path, {}).score(prompts, policy).surprise)
     assert len(list(tmp_path.glob("*.npz"))) == len(found) == 4
     assert all(not np.allclose(one, other) for one, other in itertools.combinations(found, 2))
@@ -125,7 +142,7 @@ def test_a_policy_without_identity_is_refused(
     scorer: Scorer, prompts: list[Encoded], tmp_path: Path
 ) -> None:
     class Unknown:
-        def decide(self, layer: int, features: torch.Tensor) -> torch.Tensor:
+        def decide(self, features: torch.Tensor) -> torch.Tensor:
             return features
 
     with pytest.raises(TypeError, match="found Unknown"):
@@ -134,7 +151,7 @@ def test_a_policy_without_identity_is_refused(
 
 def pieces(stored: StoredScorer, prompts: list[Encoded], policy: StaticPolicy) -> list[Path]:
     """Return where the scores of three prompts at a time lie."""
-    keys = [stored._key(prompts[at : at + 3], policy, Condition()) for at in (0, 3, 6)]
+    keys = [stored._key(prompts[at : at + 3], policy) for at in (0, 3, 6)]
     return [stored.folder / f"{key}.npz" for key in keys]
 
 
