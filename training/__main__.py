@@ -9,6 +9,7 @@ from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationErro
 from training import cli, recipes
 from training.ablations import AblationConfig
 from training.config import EvalConfig, TrainConfig
+from training.prompts import commands as prompt_commands
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli.add_flags(ablations, AblationConfig, AblationConfig())
     _add_throughput(commands)
+    prompt_commands.add(commands)
     return parser
 
 
@@ -113,7 +115,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.command == "train":
+    if arguments.command in prompt_commands.NAMES:
+        prompt_commands.run(arguments)
+    elif arguments.command == "train":
         from training.trainer import train
 
         config = cli.apply_flags(recipes.RECIPES[arguments.recipe](), arguments)
