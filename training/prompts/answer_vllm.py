@@ -31,18 +31,17 @@ class VllmAnswerer:
         self.tokenizer: Any = self._llm.get_tokenizer()
         self.max_model_len: int = self._llm.llm_engine.model_config.max_model_len
         self._temperature = settings.temperature
-        self._seed = settings.seed
 
     def answer(self, asked: list[Asked]) -> list[Answer]:
         """Answer prompts, as many at a time as fit."""
+        # Seeds of single requests would make vLLM sample row by row; the engine's own is enough.
         sampling = [
             self._vllm.SamplingParams(
                 temperature=self._temperature,
                 top_p=0.95 if self._temperature else 1.0,
                 max_tokens=one.max_new_tokens,
-                seed=self._seed + number if self._temperature else None,
             )
-            for number, one in enumerate(asked)
+            for one in asked
         ]
         prompts = [{"prompt_token_ids": one.token_ids} for one in asked]
         outputs = self._llm.generate(prompts, sampling)

@@ -199,4 +199,4 @@ def _open(path: Path, mode: str) -> TextIO:
         preset = 3 if "w" in mode else None
         return lzma.open(path, mode, preset=preset, encoding="utf-8")  # type: ignore[return-value]
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode, encoding="utf-8")  # type: ignore[no-any-return, operator]
+    return opener(path, mode, encoding="utf-8")  # type: ignore[operator, return-value, no-any-return]

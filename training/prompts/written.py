@@ -15,8 +15,9 @@ _PAIR = re.compile(
     re.S | re.I,
 )
 _REFUSALS = re.compile(
-    r"\b(?:I'm sorry|I am sorry|as an AI|I cannot|I can't|not (?:provided|mentioned|specified|given)"
-    r"|no information|does not (?:mention|provide|specify))|抱歉|无法|没有提到|未提及|未提供",
+    r"\b(?:I'm sorry|I am sorry|as an AI|I cannot|I can't|no information"
+    r"|not (?:provided|mentioned|specified|given)|does not (?:mention|provide|specify))"
+    r"|抱歉|无法|没有提到|未提及|未提供",
     re.I,
 )
 _POINTING = re.compile(
@@ -167,7 +168,7 @@ def _add_question(
 
 
 def _is_supported(answer: str, passage: str, chinese: bool) -> bool:
-    """Tell whether half of the answer's words, or of its pairs of characters, stand in the passage."""
+    """Tell whether half of the answer's words (or pairs of characters) stand in the passage."""
     if re.match(r"(?:yes|no|是|否)\b", answer, re.I):
         return True
     if chinese:
