@@ -20,6 +20,11 @@ _SMALLEST_CHARS = {"en": 600, "zh": 250}
 _LARGEST_CHARS = 200_000
 _SHORT_REGISTERS = {"mail": 200, "dialogue": 300}
 """Registers whose texts are short by nature, and their smallest size in characters."""
+_UNUSUAL = re.compile(
+    r"[^\n -~\u00a0-\u024f\u0370-\u04ff\u2010-\u2044\u2100-\u22ff\u3000-\u30ff\u4e00-\u9fff"
+    r"\uff00-\uffee]"
+)
+"""What is neither Latin, Greek, Cyrillic, Chinese, kana nor common punctuation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +173,7 @@ def _is_readable(text: str, package: Package) -> bool:
 def clean_text(text: str, code: bool = False) -> str:
     """Drop control characters, trailing space, long rules; keep words and line breaks."""
     text = text.replace("\t", "    ") if not code else text.expandtabs(4)
-    text = re.sub(
-        r"[^\n -~\u00a0-\u024f\u0370-\u04ff\u2010-\u2044\u2100-\u22ff\u3000-\u30ff\u4e00-\u9fff\uff00-\uffee]",
-        "",
-        text,
-    )
+    text = _UNUSUAL.sub("", text)
     text = re.sub(r"[ \u00a0]+\n", "\n", text.replace("\u00a0", " "))
     if not code:
         text = re.sub(r"([-=*_#.~^+])\1{5,}", r"\1\1\1", text)
