@@ -9,6 +9,7 @@ from typing import Any
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
 from training.config import DivergenceConfig, EvalConfig, TrainConfig
+from training.prompts import commands as prompt_commands
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_flags(prompts, EvalConfig, recipes.evaluation())
     _add_join(commands)
     _add_throughput(commands)
+    prompt_commands.add(commands)
     return parser
 
 
@@ -114,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.command == "train":
+    if arguments.command in prompt_commands.NAMES:
+        prompt_commands.run(arguments)
+    elif arguments.command == "train":
         from training.trainer import train
 
         config = cli.apply_flags(recipes.RECIPES[arguments.recipe](), arguments)

@@ -1,0 +1,1 @@
+"""Prompts like those that people send, made offline from real text and code."""
