@@ -69,8 +69,16 @@ def _first(top: TopLogprobs) -> set[int]:
 
 
 def divergence(teacher: TopLogprobs, other: TopLogprobs) -> float:
-    """Return KL(teacher || other) of one position in nats, coarsened as above."""
+    """Return KL(teacher || other) of one position in nats, coarsened as above.
+
+    Raises: ValueError: both name no token in common, not even the one that was decoded.
+    """
     shared = sorted(teacher.keys() & other.keys())
+    if not shared:
+        raise ValueError(
+            f"expected candidates that hold the decoded token, found {sorted(teacher)} and "
+            f"{sorted(other)} without one in common"
+        )
     ours = np.exp([teacher[token] for token in shared])
     theirs = np.exp([other[token] for token in shared])
     ours, theirs = _with_rest(ours), _with_rest(theirs)

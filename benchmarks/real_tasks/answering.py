@@ -9,12 +9,15 @@ from typing import Any, Final
 
 from benchmarks.real_tasks.agreement import Teacher, compare
 from benchmarks.real_tasks.engine import Answer, Request, RequestRoutes, ServedEngine
-from benchmarks.real_tasks.samples import Asked, digest
+from benchmarks.real_tasks.samples import Asked, Encoder, digest
+from benchmarks.real_tasks.speed import SpeedCases, time_engine
 from benchmarks.real_tasks.store import ResultFolder, Row
 from benchmarks.real_tasks.tasks import COMPARED
 from benchmarks.real_tasks.variants import BASELINES, EngineOptions, Variant, flux_config
 from benchmarks.row_file import say
 
+SPEED: Final = "speed"
+"""The measure beside the families."""
 _ROUNDED: Final = 0.0011
 """P(FULL) comes with three digits: so near the threshold it does not say what was decided."""
 
@@ -55,10 +58,9 @@ def settings_of(options: EngineOptions, variant: Variant, prompts: str) -> Row:
 
 
 class Answering:
-    """Asks one engine, variant by variant.
+    """Asks one engine, variant by variant, what has no result yet.
 
     Args:
-        engine: started.
         options: of the engine.
         variants: that share it.
         num_layers: of the model.
@@ -68,21 +70,34 @@ class Answering:
 
     def __init__(
         self,
-        engine: ServedEngine,
         options: EngineOptions,
         variants: Sequence[Variant],
         num_layers: int,
         results: ResultFolder,
         in_time: Callable[[], bool],
     ) -> None:
-        self._engine = engine
         self._options = options
         self._variants = variants
         self._num_layers = num_layers
         self._results = results
         self._in_time = in_time
 
-    def answer(self, families: Sequence[Family]) -> None:
+    def is_anything_missing(
+        self, families: Sequence[Family], compared: Sequence[Family], speeds: SpeedCases | None
+    ) -> bool:
+        """Say whether there is a need for the engine at all."""
+        wanted = [(family.name, family.digest) for family in families]
+        wanted += [(_agreement_with(family), family.digest) for family in compared]
+        wanted += [] if speeds is None else [(SPEED, str(speeds))]
+        return any(
+            not self._results.has(
+                variant.label, measure, settings_of(self._options, variant, prompts)
+            )
+            for variant in self._variants
+            for measure, prompts in wanted
+        )
+
+    def answer(self, engine: ServedEngine, families: Sequence[Family]) -> None:
         """Let every variant answer every family freely, greedily."""
         for variant in self._variants:
             for family in families:
@@ -91,6 +106,7 @@ class Answering:
                     continue
                 is_teacher = variant.policy in BASELINES and family.is_compared
                 answers = self._ask(
+                    engine,
                     variant,
                     [
                         Request(
@@ -103,7 +119,7 @@ class Answering:
                     ],
                     family.name,
                 )
-                routes = self._routes(variant, answers)
+                routes = self._routes(engine, variant, answers)
                 if is_teacher:
                     teacher = Teacher.of(family.digest, answers)
                     teacher.write(teacher_file(self._results.path / variant.label, family.name))
@@ -112,7 +128,13 @@ class Answering:
                 ]
                 self._keep(variant, family.name, settings, rows)
 
-    def agree(self, families: Sequence[Family], teacher_folder: Path, wait_seconds: float) -> None:
+    def agree(
+        self,
+        engine: ServedEngine,
+        families: Sequence[Family],
+        teacher_folder: Path,
+        wait_seconds: float,
+    ) -> None:
         """Force full attention's answers on every variant, and compare what each would say.
 
         vLLM's own backend is compared with its own answers too: what rounding alone changes, when
@@ -121,20 +143,18 @@ class Answering:
         Raises: RuntimeError: the teacher's answers do not come in time.
         """
         for family in families:
-            if not family.is_compared:
-                continue
-            measure = f"{family.name}-agreement"
+            measure = _agreement_with(family)
             for variant in self._variants:
                 settings = settings_of(self._options, variant, family.digest)
                 if not self._is_wanted(variant, measure, settings):
                     continue
                 teacher = _wait_for(teacher_file(teacher_folder, family.name), family.digest,
                                     wait_seconds)  # fmt: skip
-                rows = self._compare(variant, family, teacher, measure)
+                rows = self._compare(engine, variant, family, teacher)
                 self._keep(variant, measure, settings, rows)
 
     def _compare(
-        self, variant: Variant, family: Family, teacher: Teacher, measure: str
+        self, engine: ServedEngine, variant: Variant, family: Family, teacher: Teacher
     ) -> list[Row]:
         requests = [
             Request(
@@ -145,8 +165,8 @@ class Answering:
             )
             for one, forced in zip(family.asked, teacher.answers, strict=True)
         ]
-        answers = self._ask(variant, requests, measure)
-        routes = self._routes(variant, answers)
+        answers = self._ask(engine, variant, requests, _agreement_with(family))
+        routes = self._routes(engine, variant, answers)
         rows = []
         for one, full, answer, decided in zip(
             family.asked, teacher.top_logprobs, answers, routes, strict=True
@@ -155,13 +175,14 @@ class Answering:
             rows.append(row | dataclasses.asdict(compare(full, answer.top_logprobs)))
         return rows
 
-    def measure_speed(self, time_all: Callable[[str], list[Row]], prompts: str) -> None:
-        """Time every variant; `time_all` gives rows under a title, `prompts` says of what."""
+    def measure_speed(self, engine: ServedEngine, cases: SpeedCases, encoder: Encoder) -> None:
+        """Time every variant."""
         for variant in self._variants:
-            settings = settings_of(self._options, variant, prompts)
-            if self._is_wanted(variant, "speed", settings):
-                self._switch_to(variant)
-                self._keep(variant, "speed", settings, time_all(variant.label))
+            settings = settings_of(self._options, variant, str(cases))
+            if self._is_wanted(variant, SPEED, settings):
+                self._switch_to(engine, variant)
+                rows = time_engine(engine, encoder, cases, variant.label)
+                self._keep(variant, SPEED, settings, rows)
 
     def _is_wanted(self, variant: Variant, measure: str, settings: Row) -> bool:
         if self._results.has(variant.label, measure, settings):
@@ -176,20 +197,24 @@ class Answering:
         self._results.write(variant.label, measure, settings, about, rows)
         say(f"{variant.label}, {measure}: {_summary(rows)}")
 
-    def _ask(self, variant: Variant, requests: list[Request], title: str) -> list[Answer]:
-        self._switch_to(variant)
-        return self._engine.ask(requests, f"{variant.label}, {title}")
+    def _ask(
+        self, engine: ServedEngine, variant: Variant, requests: list[Request], title: str
+    ) -> list[Answer]:
+        self._switch_to(engine, variant)
+        return engine.ask(requests, f"{variant.label}, {title}")
 
-    def _switch_to(self, variant: Variant) -> None:
+    def _switch_to(self, engine: ServedEngine, variant: Variant) -> None:
         if variant.policy == "router":
-            self._engine.call_worker("set_flux_threshold", variant.threshold)
+            engine.call_worker("set_flux_threshold", variant.threshold)
         elif variant.policy not in BASELINES:
-            self._engine.call_worker("flux_fix_routes", variant.sparse_layers(self._num_layers))
+            engine.call_worker("flux_fix_routes", variant.sparse_layers(self._num_layers))
 
-    def _routes(self, variant: Variant, answers: Sequence[Answer]) -> list[RequestRoutes | None]:
+    def _routes(
+        self, engine: ServedEngine, variant: Variant, answers: Sequence[Answer]
+    ) -> list[RequestRoutes | None]:
         if variant.policy in BASELINES:
             return [None] * len(answers)
-        found = self._engine.routes([answer.id for answer in answers], f"{variant.label}, routes")
+        found = engine.routes([answer.id for answer in answers], f"{variant.label}, routes")
         for routes in found:
             if routes is not None:
                 check_routes(variant, routes, self._num_layers)
@@ -222,6 +247,10 @@ def check_routes(variant: Variant, routes: RequestRoutes, num_layers: int) -> No
             f"{variant.label}: expected the routes {''.join(expected)}, found {routes.letters} "
             f"(layers {wrong} differ); the engine did not switch to this variant"
         )
+
+
+def _agreement_with(family: Family) -> str:
+    return f"{family.name}-agreement"
 
 
 def teacher_file(folder: Path, family: str) -> Path:

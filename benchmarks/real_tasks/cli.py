@@ -2,22 +2,21 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from benchmarks.real_tasks import joining
-from benchmarks.real_tasks.answering import Answering, Family
+from benchmarks.real_tasks.answering import SPEED, Answering, Family
 from benchmarks.real_tasks.engine import ServedEngine
 from benchmarks.real_tasks.needles import make_needles
 from benchmarks.real_tasks.samples import Encoder
-from benchmarks.real_tasks.speed import time_engine
+from benchmarks.real_tasks.speed import SpeedCases
 from benchmarks.real_tasks.store import ResultFolder
 from benchmarks.real_tasks.tasks import FAMILIES, TaskOptions, load
 from benchmarks.real_tasks.variants import (
@@ -28,8 +27,6 @@ from benchmarks.real_tasks.variants import (
 )
 from benchmarks.row_file import say, time_limit
 from demo.server import leave_on_signals
-
-SPEED = "speed"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,31 +53,52 @@ def _run(args: argparse.Namespace) -> int:
         engines.setdefault(engine, []).append(text)
     # The teacher first: the others wait for its answers.
     order = sorted(engines, key=lambda engine: engine not in BASELINES)
-    devices = _devices()
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    failed = []
-    for number, engine in enumerate(order):
-        if len(running) == args.side_by_side:
-            failed += _wait(running.pop(0))
-        environment = dict(os.environ)
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    commands = []
+    for engine in order:
         command = [sys.executable, "-m", "benchmarks.real_tasks", "answer", *_shared_flags(args)]
         command += [part for text in engines[engine] for part in ("--variant", text)]
-        command += ["--server-arguments", *args.server_arguments]
-        running.append((engine, subprocess.Popen(command, env=environment)))
-    for each in running:
-        failed += _wait(each)
+        commands.append([*command, "--server-arguments", *args.server_arguments])
+    statuses = run_side_by_side(commands, args.side_by_side, _devices())
+    failed = [engine for engine, status in zip(order, statuses, strict=True) if status]
     joining.write(joining.join([args.out]), args.out / "real_tasks.json")
     if failed:
         say(f"these engines failed, their logs lie in {args.out}: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def _wait(engine: tuple[str, "subprocess.Popen[bytes]"]) -> list[str]:
-    """Wait for an engine's process; return its name if it failed."""
-    name, process = engine
-    return [name] if process.wait() else []
+def run_side_by_side(
+    commands: Sequence[Sequence[str]], at_once: int, devices: Sequence[str]
+) -> list[int]:
+    """Run commands, so many at a time; those that still run end with this process.
+
+    Args:
+        commands: in the order in which they begin.
+        at_once: processes.
+        devices: GPUs, each of which its share of the commands sees alone; none: a CPU.
+
+    Returns: exit status of each command.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(number: int) -> int:
+        environment = dict(os.environ)
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        process = subprocess.Popen(commands[number], env=environment)
+        processes.append(process)
+        return process.wait()
+
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        waiting = [pool.submit(run, number) for number in range(len(commands))]
+        wait(waiting, return_when=FIRST_EXCEPTION)
+        return [future.result() for future in waiting if future.done()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 def _devices() -> list[str]:
@@ -132,35 +150,30 @@ def _answer(args: argparse.Namespace) -> int:
     for family in families:
         cut = sum(one.cut_tokens > 0 for one in family.asked)
         say(f"{family.name}: {len(family.asked)} prompts, {cut} cut in the middle")
-    compares = args.agreement == "yes" and any(family.is_compared for family in families)
-    arguments = server_arguments(options, variants, forces_tokens=compares)
+    compared = [one for one in families if one.is_compared and args.agreement == "yes"]
+    speeds = _speeds(args)
+    answering = Answering(
+        options, variants, _num_layers(args.model), ResultFolder(args.out), time_limit(args.seconds)
+    )
+    if not answering.is_anything_missing(families, compared, speeds):
+        say(f"nothing is missing of {', '.join(one.label for one in variants)}")
+        return 0
+    arguments = server_arguments(options, variants, forces_tokens=bool(compared))
     log = args.out / f"{variants[0].label}.log"
     say(f"starting a server for {', '.join(one.label for one in variants)}; its log: {log}")
-    in_time = time_limit(args.seconds)
     with ServedEngine(arguments, log, options.runner, args.at_once) as engine:
-        layers = _num_layers(args.model)
-        results = ResultFolder(args.out)
-        answering = Answering(engine, options, variants, layers, results, in_time)
-        answering.answer(families)
-        if compares:
-            folder = args.teacher or args.out / args.baseline_label
-            answering.agree(families, folder, args.teacher_seconds)
-        if SPEED in args.tasks:
-            sizes = {"lengths": args.speed_tokens, "concurrency": args.speed_at_once,
-                     "prompts": args.speed_prompts}  # fmt: skip
-            timing = partial(_time, engine, encoder, sizes)
-            answering.measure_speed(timing, _digest(sizes))
+        answering.answer(engine, families)
+        folder = args.teacher or args.out / args.baseline_label
+        answering.agree(engine, compared, folder, args.teacher_seconds)
+        if speeds is not None:
+            answering.measure_speed(engine, speeds, encoder)
     return 0
 
 
-def _time(
-    engine: ServedEngine, encoder: Encoder, sizes: dict[str, Any], title: str
-) -> list[dict[str, Any]]:
-    return time_engine(engine, encoder, title=title, **sizes)
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def _speeds(args: argparse.Namespace) -> SpeedCases | None:
+    if SPEED not in args.tasks:
+        return None
+    return SpeedCases(tuple(args.speed_tokens), tuple(args.speed_at_once), args.speed_prompts)
 
 
 def _num_layers(model: Path) -> int:

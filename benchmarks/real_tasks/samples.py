@@ -52,7 +52,7 @@ def read_samples(path: Path, new_tokens: int = 0) -> list[Sample]:
     Raises: ValueError: a line has no prompt, or does not say how long the answer may be.
     """
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().strip("\n").split("\n"), 1):
         entry = json.loads(line)
         tokens = entry.get("max_new_tokens", new_tokens)
         if not (entry.get("prompt") or entry.get("messages")) or tokens < 1:

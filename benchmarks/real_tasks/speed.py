@@ -1,6 +1,7 @@
 """Time to the first token and time a token, of the server that also answers the tasks."""
 
 import itertools
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,30 +17,35 @@ ROUNDS: Final = 2
 """Of as many requests as run at once, at least."""
 
 
+@dataclass(frozen=True, slots=True)
+class SpeedCases:
+    """What is timed: every length with every number of requests."""
+
+    lengths: tuple[int, ...]
+    """Prompt tokens."""
+    concurrency: tuple[int, ...]
+    """Requests in flight."""
+    prompts: int
+    """Timed ones of each combination; `ROUNDS` times those in flight at least."""
+
+
 def time_engine(
-    engine: ServedEngine,
-    encoder: Encoder,
-    lengths: list[int],
-    concurrency: list[int],
-    prompts: int,
-    title: str,
+    engine: ServedEngine, encoder: Encoder, cases: SpeedCases, title: str
 ) -> list[dict[str, Any]]:
     """Stream answers to real text of each length, so many at once, after as many untimed ones.
 
     Args:
         engine: nothing else may ask it, nor use its GPU.
         encoder: of the model.
-        lengths: prompt tokens.
-        concurrency: requests in flight.
-        prompts: timed ones of each combination; `ROUNDS` times those in flight at least.
+        cases: what is timed.
         title: of the progress bars.
 
     Returns: a row of each combination.
     """
     text = encoder.text_tokens(hay())
     rows = []
-    for length, at_once in itertools.product(lengths, concurrency):
-        count = max(prompts, ROUNDS * at_once)
+    for length, at_once in itertools.product(cases.lengths, cases.concurrency):
+        count = max(cases.prompts, ROUNDS * at_once)
         starts = np.linspace(0, len(text) - length, at_once + count).astype(int).tolist()
         bodies = [_body(text[start : start + length]) for start in starts]
         name = f"{title}, {length} tokens, {at_once} at once"
