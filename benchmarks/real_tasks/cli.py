@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import queue
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -74,23 +75,27 @@ def run_side_by_side(
     Args:
         commands: in the order in which they begin.
         at_once: processes.
-        devices: GPUs, each of which its share of the commands sees alone; none: a CPU.
+        devices: GPUs, of which a command sees one; as many at a time on each as come to its share;
+            none: a CPU.
 
     Returns: exit status of each command.
     """
     processes: list[subprocess.Popen[bytes]] = []
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for slot in range(at_once):
+        free.put({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
 
-    def run(number: int) -> int:
-        environment = dict(os.environ)
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        process = subprocess.Popen(commands[number], env=environment)
+    def run(command: Sequence[str]) -> int:
+        device = free.get()
+        process = subprocess.Popen(command, env=os.environ | device)
         processes.append(process)
-        return process.wait()
+        status = process.wait()
+        free.put(device)
+        return status
 
     pool = ThreadPoolExecutor(at_once)
     try:
-        waiting = [pool.submit(run, number) for number in range(len(commands))]
+        waiting = [pool.submit(run, command) for command in commands]
         wait(waiting, return_when=FIRST_EXCEPTION)
         return [future.result() for future in waiting if future.done()]
     finally:
