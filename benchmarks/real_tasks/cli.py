@@ -61,9 +61,9 @@ def _run(args: argparse.Namespace) -> int:
         commands.append([*command, "--server-arguments", *args.server_arguments])
     statuses = run_side_by_side(commands, args.side_by_side, _devices())
     failed = [engine for engine, status in zip(order, statuses, strict=True) if status]
-    joining.write(joining.join([args.out]), args.out / "real_tasks.json")
     if failed:
         say(f"these engines failed, their logs lie in {args.out}: {', '.join(failed)}")
+    joining.write(joining.join([args.out]), args.out / "real_tasks.json")
     return 1 if failed else 0
 
 
