@@ -1,0 +1,1 @@
+"""Answers to real tasks through served engines, scored beside full attention's own."""
