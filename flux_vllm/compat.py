@@ -15,7 +15,7 @@ import numpy as np
 
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+from flux_vllm.router.place import ROUTER_FILE_NAME
 
 _WARMUP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
 

