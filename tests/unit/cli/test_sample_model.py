@@ -33,7 +33,13 @@ STOCK = """\
 import sys
 from vllm import LLM, SamplingParams
 
-llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=64 << 20)
+llm = LLM(
+    sys.argv[1],
+    dtype="float32",  # in bfloat16 the answer depends on the CPU
+    enforce_eager=True,
+    max_model_len=256,
+    kv_cache_memory_bytes=64 << 20,
+)
 question = [{"role": "user", "content": "What is the capital of France?"}]
 (answer,) = llm.chat(question, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
 print(repr(answer.outputs[0].text))
