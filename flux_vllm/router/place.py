@@ -29,14 +29,14 @@ def the_only(found: Iterable[Path]) -> Path | None:
 
     Raises: RouterCheckpointError: there are two.
     """
-    first, *others = [*found] or [None]
-    if others:
+    files = list(found)
+    if len(files) > 1:
         raise RouterCheckpointError(
-            f"expected one router beside the weights, found {first} and {others[0]}; remove the "
+            f"expected one router beside the weights, found {files[0]} and {files[1]}; remove the "
             "one that is not meant, or name the one that is as "
             """--additional-config '{"flux": {"router": "PATH"}}'"""
         )
-    return first
+    return files[0] if files else None
 
 
 def locate_router(path: Path) -> Path:
