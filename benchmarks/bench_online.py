@@ -219,9 +219,7 @@ def with_word_tokenizer(model: Path, folder: Path) -> Path:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    folder.mkdir(parents=True)
-    for file in model.iterdir():
-        shutil.copy(file, folder / file.name)
+    shutil.copytree(model, folder)
     vocab_size = Shape.of(json.loads((model / "config.json").read_text())).vocab_size
     # vLLM refuses a prompt of more characters than its longest word would make of all tokens; this
     # one is longer than the others with a space.

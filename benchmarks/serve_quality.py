@@ -49,6 +49,7 @@ from benchmarks.row_file import RowFile, say, time_limit
 from demo.server import Server, leave_on_signals
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import read_router
+from flux_vllm.router.place import locate_router
 from training.config import SystemSettings
 from training.data.encoding import Encoded
 from training.distributed import start_world
@@ -310,10 +311,9 @@ def _settings(args: argparse.Namespace) -> Row:
     def digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
-    router = args.router / "flux_router.safetensors" if args.router.is_dir() else args.router
     return {
         "model": args.model.name,
-        "router": digest(router),
+        "router": digest(locate_router(args.router)),
         "prompts": digest(args.prompts),
         "cached": digest(args.cached) if args.cached else None,
         "baseline": args.baseline,

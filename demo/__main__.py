@@ -9,7 +9,7 @@ from demo.conversation import Conversation
 from demo.server import DemoError, Server, leave_on_signals
 from demo.setting import serve_arguments, shell_line
 from flux_vllm.cli.console import CommandError
-from flux_vllm.cli.sample_model import MODEL_NAME, is_sample_model, make_sample_model
+from flux_vllm.cli.sample_model import SMOLLM2, is_sample_model, make_sample_model
 from flux_vllm.router.checkpoint import read_info
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ def main() -> int:
     """Run the demo and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument(
-        "--model", type=Path, default=REPOSITORY / "models" / MODEL_NAME, help="made if missing"
+        "--model", type=Path, default=REPOSITORY / "models" / SMOLLM2.name, help="made if missing"
     )
     parser.add_argument(
         "--log", type=Path, default=REPOSITORY / "runs" / "demo-server.log", help="server's log"
@@ -46,7 +46,7 @@ def _demonstrate(model: Path, log: Path) -> None:
     if is_sample_model(model):
         say(f"the sample model is in {model}")
     else:
-        say(f"making the sample model, {MODEL_NAME}, in {model}")
+        say(f"making the sample model, {SMOLLM2.name}, in {model}")
     make_sample_model(model, lambda text: say(f"  {text}"))
     router = read_info(model)
     say(

@@ -11,7 +11,7 @@ from demo.counters import PHASES, Counters
 from demo.long_text import CODE_WORD, CODE_WORD_QUESTION, text_with_code_word
 from demo.server import DemoError, Server
 from flux_vllm.cli.route_map import legend, render_strips, symbols_for
-from flux_vllm.cli.sample_model import MODEL_NAME
+from flux_vllm.cli.sample_model import SMOLLM2
 
 CHAT_QUESTION = "Why is the sky blue? Answer in three sentences."
 
@@ -91,7 +91,7 @@ class Conversation:
         usage: Any = None
         try:
             stream = self._client.chat.completions.create(
-                model=MODEL_NAME,
+                model=SMOLLM2.name,
                 messages=[{"role": "user", "content": question}],
                 max_tokens=max_tokens,
                 temperature=0,

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from flux_vllm.cli.sample_model import MODEL_NAME
+from flux_vllm.cli.sample_model import SMOLLM2
 
 
 def serve_arguments(model: Path) -> list[str]:
@@ -12,7 +12,7 @@ def serve_arguments(model: Path) -> list[str]:
     here = Path.cwd()
     return [
         str(model.relative_to(here) if model.is_relative_to(here) else model),
-        *("--served-model-name", MODEL_NAME),
+        *("--served-model-name", SMOLLM2.name),
         *("--attention-backend", "flux"),
         *("--dtype", "bfloat16"),
         *("--max-model-len", "8192"),

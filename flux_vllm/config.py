@@ -22,7 +22,7 @@ class FluxConfig:
     """
 
     router: str | None = None
-    """Router file or its folder; default: `flux_router.safetensors` beside the model's weights."""
+    """Router file, or a folder that holds one; default: the one beside the model's weights."""
     policy: str = "router"
     """`router`: each request's routes from the Layer Router; `full` and `sparse`: the same for
     all layers; `static`: SPARSE in `sparse_layers`, FULL elsewhere."""

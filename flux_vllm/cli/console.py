@@ -2,6 +2,9 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from importlib.util import find_spec
 
 from flux_vllm.errors import (
@@ -43,3 +46,20 @@ def require(module: str, remedy: str) -> None:
         raise CommandError(
             f"expected the Python module {module!r}, found none in {sys.prefix}; {remedy}"
         )
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Keep tqdm's bars, of which libraries draw some too, out of pipes and files.
+
+    tqdm reads TQDM_DISABLE when it is imported, and torch may have imported it long ago.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    original = tqdm.__init__
+    if not sys.stderr.isatty():
+        tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original

@@ -15,9 +15,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="make a served folder from a published Flux-Attention checkpoint",
         description="Reads the folder of a published checkpoint (PawLlamaForCausalLM, "
         "PawQwen3ForCausalLM) and writes a standard Llama or Qwen3 folder with the checkpoint's "
-        "own weights and its router as flux_router.safetensors. Prints what it kept, dropped and "
-        "assumed, and writes that to flux_import.json. What it does not know it refuses, and then "
-        "writes nothing.",
+        "own weights and its router as flux/flux_router.safetensors. Prints what it kept, dropped "
+        "and assumed, and writes that to flux_import.json. What it does not know it refuses, and "
+        "then writes nothing.",
     )
     parser.add_argument("checkpoint", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("out", type=Path, help="folder to make; new or empty")

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "code 1 says that the file is broken or does not fit.",
     )
     parser.add_argument(
-        "router", type=Path, help="flux_router.safetensors, or the folder that holds it"
+        "router", type=Path, help="a router file, or a folder (a model's too) that holds one"
     )
     parser.add_argument(
         "--model", help="folder (or hub name) of the model that the router should fit"
@@ -34,7 +34,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Print what the file is; check it against the model if one is given."""
     require("torch", "a router is read with it; run `make install`")
-    from flux_vllm.router.checkpoint import locate_router, read_router
+    from flux_vllm.router.checkpoint import read_router
+    from flux_vllm.router.place import locate_router
 
     path = locate_router(args.router)
     router, info = read_router(path)

@@ -38,7 +38,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--prompt-file", required=True, metavar="FILE", help="text of the prompt; - reads stdin"
     )
     parser.add_argument(
-        "--router", help="router file or folder; default: flux_router.safetensors beside the model"
+        "--router",
+        help="router file, or a folder that holds one; default: the one beside the model",
     )
     parser.add_argument(
         "--policy",

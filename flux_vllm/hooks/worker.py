@@ -14,7 +14,7 @@ from flux_vllm.hooks.rows import (
     prompt_of,
 )
 from flux_vllm.hooks.wrap import wrap, wrap_object
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+from flux_vllm.router.place import ROUTER_FILE_NAME
 from flux_vllm.selection import uses_flux
 from flux_vllm.startup.attach import attach
 from flux_vllm.startup.memory import reserve_buffers

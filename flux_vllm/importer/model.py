@@ -27,6 +27,7 @@ from flux_vllm.importer.weights import (
     write_weights,
 )
 from flux_vllm.router.checkpoint import RouterInfo, read_router
+from flux_vllm.router.place import beside_weights
 
 REPORT = "flux_import.json"
 
@@ -52,7 +53,7 @@ def import_checkpoint(
     out: Path,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ImportReport:
-    """Write a standard Llama or Qwen3 folder with its `flux_router.safetensors`.
+    """Write a standard Llama or Qwen3 folder with its router.
 
     Args:
         checkpoint: folder of a `PawLlamaForCausalLM` or `PawQwen3ForCausalLM`.
@@ -89,7 +90,8 @@ def import_checkpoint(
     def fill(folder: Path) -> None:
         write_weights(tensors.model, folder, progress)
         progress("writing the router")
-        file = write_imported_router(tensors.router, _router_info(name, shape, settings), folder)
+        info = _router_info(name, shape, settings)
+        file = write_imported_router(tensors.router, info, beside_weights(folder))
         read_router(file)  # what the server will do: values that are not finite end the import
         write_json(folder / "config.json", written_config)
         write_json(folder / REPORT, report.to_json())
@@ -177,9 +179,8 @@ def _make_folder(out: Path, fill: Callable[[Path], None]) -> None:
         try:
             fill(temporary)
             # Made private to their owner; a server may run as another user.
-            for file in temporary.iterdir():
-                file.chmod(0o644)
-            temporary.chmod(0o755)
+            for entry in (temporary, *temporary.rglob("*")):
+                entry.chmod(0o755 if entry.is_dir() else 0o644)
             temporary.replace(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

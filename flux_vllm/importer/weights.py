@@ -72,16 +72,14 @@ def write_weights(
     )
 
 
-def write_imported_router(
-    router: Mapping[str, StoredTensor], info: RouterInfo, folder: Path
-) -> Path:
-    """Write `flux_router.safetensors` from the authors' tensors, without loss.
+def write_imported_router(router: Mapping[str, StoredTensor], info: RouterInfo, path: Path) -> Path:
+    """Write a router file from the authors' tensors, without loss.
 
     Args:
         router: by the names of a router file. Where the last linear layer has one output, the
             log-odds of FULL, it becomes FULL's logit beside a SPARSE logit of 0.
         info: the file's metadata.
-        folder: to write into.
+        path: the file.
 
     Returns: the file.
     """
@@ -106,7 +104,7 @@ def write_imported_router(
         linear: found.pop() if len(found) == 1 else torch.float32
         for linear, found in dtypes.items()
     }
-    return write_router(folder, layers, info, kept)
+    return write_router(path, layers, info, kept)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

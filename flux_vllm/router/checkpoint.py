@@ -1,4 +1,4 @@
-"""Read and write `flux_router.safetensors`, the router of one model in one file."""
+"""Read and write a router file, the routers of one model's layers."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from flux_vllm.errors import RouterCheckpointError
 from flux_vllm.router.inputs import RouterInputs, parse_inputs
 from flux_vllm.router.model import LayerRouter, linear_shapes, paper_widths
+from flux_vllm.router.place import ROUTER_FILE_NAME, locate_router
 
-ROUTER_FILE_NAME = "flux_router.safetensors"
 FORMAT_VERSIONS = ("1", "2")
 """Written and read. The second names pools, context layers and widths; in the first there is one
 pool, and sizes are the paper's."""
@@ -208,22 +208,6 @@ def _list(
             f"metadata field {name!r}, found {_shortened(metadata.get(name))}; write the file again"
         )
     return tuple(found)
-
-
-def locate_router(path: Path) -> Path:
-    """Resolve a router file, or a folder that holds `flux_router.safetensors`.
-
-    Raises: RouterCheckpointError: neither exists.
-    """
-    file = path / ROUTER_FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise RouterCheckpointError(
-            f"expected a router at {file}, found nothing there; train one with "
-            "`python -m training train`, or give its place as "
-            """--additional-config '{"flux": {"router": "PATH"}}', or choose a policy that """
-            'needs none ("full", "sparse", "static")'
-        )
-    return file
 
 
 def read_info(path: Path) -> RouterInfo:

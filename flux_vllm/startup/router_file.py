@@ -5,8 +5,9 @@ from typing import Any
 
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import RouterCheckpointError
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
+from flux_vllm.router.checkpoint import RouterInfo, read_router
 from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.place import ROUTER_FILE_NAME, ROUTER_PLACES, find_router, the_only
 
 
 def read_router_for(
@@ -30,15 +31,15 @@ def read_router_for(
         if required:
             raise RouterCheckpointError(
                 f"expected a router in the cached snapshot of {name} (revision "
-                f"{vllm_config.model_config.revision or 'main'}), found no {ROUTER_FILE_NAME} "
+                f"{vllm_config.model_config.revision or 'main'}), found no {ROUTER_PLACES[0]} "
                 f"under {_hub_cache(vllm_config)}; nothing is downloaded for it: fetch the file "
-                f"with `hf download {name} {ROUTER_FILE_NAME}`, give its place as "
+                f"with `hf download {name} --include '*{ROUTER_FILE_NAME}'`, give its place as "
                 """--additional-config '{"flux": {"router": "PATH"}}', or choose a policy that """
                 'needs none ("full", "sparse", "static")'
             )
         return None, None
     path = config.router_path(name)
-    if required or (path / ROUTER_FILE_NAME).is_file():
+    if required or find_router(path):
         return read_router(path)
     return None, None
 
@@ -50,12 +51,13 @@ def _router_in_hub_cache(vllm_config: Any) -> Path | None:
 
     model = vllm_config.model_config
     try:
-        found = try_to_load_from_cache(
-            model.model, ROUTER_FILE_NAME, _hub_cache(vllm_config), model.revision
-        )
+        found = [
+            try_to_load_from_cache(model.model, place, _hub_cache(vllm_config), model.revision)
+            for place in ROUTER_PLACES
+        ]
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return the_only(Path(file) for file in found if isinstance(file, str))
 
 
 def _hub_cache(vllm_config: Any) -> str:

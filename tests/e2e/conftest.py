@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+from flux_vllm.router.place import beside_weights
 from tests.helpers.models import write_random_router, write_tiny_llama
 from tests.helpers.reference import ReferenceModel, ReferenceRouter
 
@@ -16,7 +16,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random float32 Llama of 4 layers, 8 query and 2 KV heads, with a router beside it."""
     folder = write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
     write_random_router(
-        folder,
+        beside_weights(folder).parent,
         num_layers=4,
         head_dim=32,
         pool_tokens=48,
@@ -36,17 +36,4 @@ def reference(tiny_model: Path) -> ReferenceModel:
 @pytest.fixture(scope="session")
 def reference_router(tiny_model: Path) -> ReferenceRouter:
     """The tiny model's router, implemented anew."""
-    return ReferenceRouter.load(tiny_model / ROUTER_FILE_NAME)
-
-
-@pytest.fixture(scope="session")
-def tiny_model_alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model without the router beside it.
-
-    Stock vLLM takes every safetensors file of a folder without an index for weights.
-    """
-    folder = tmp_path_factory.mktemp("tiny-llama-alone")
-    for file in tiny_model.iterdir():
-        if file.name != ROUTER_FILE_NAME:
-            (folder / file.name).symlink_to(file)
-    return folder
+    return ReferenceRouter.load(beside_weights(tiny_model))

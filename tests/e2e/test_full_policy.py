@@ -8,11 +8,11 @@ from tests.helpers.models import random_prompt
 pytestmark = pytest.mark.vllm
 
 
-def test_full_equals_cpu_attn(tiny_model_alone):
+def test_full_equals_cpu_attn(tiny_model):
     prompts = [random_prompt(n, seed=n) for n in (1, 33, 161, 500, 900, 2500)]
     answers = []
     for flux in (None, {"policy": "full"}):
-        with Engine(tiny_model_alone, flux, max_num_batched_tokens=256, dtype="bfloat16") as engine:
+        with Engine(tiny_model, flux, max_num_batched_tokens=256, dtype="bfloat16") as engine:
             if flux is None:
                 backend = engine.llm.llm_engine.vllm_config.attention_config.backend
                 assert backend is None

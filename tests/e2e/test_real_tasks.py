@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.real_tasks import cli
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+from flux_vllm.router.place import ROUTER_FILE_NAME
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

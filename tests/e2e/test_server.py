@@ -126,7 +126,7 @@ def _truncated_router(folder: Path) -> None:
     ("spoil", "flux", "message"),
     [
         (None, '{"windw_tokens": 64}', "flux config: expected keys among "),
-        (None, "{}", "expected a router at FOLDER/flux_router.safetensors, found nothing there; "),
+        (None, "{}", "expected a router at FOLDER/flux/flux_router.safetensors, found nothing "),
         (
             _truncated_router,
             "{}",

@@ -63,16 +63,6 @@ def prompts_of(sample_model):
     return cut
 
 
-@pytest.fixture(scope="session")
-def model_alone(sample_model, tmp_path_factory):
-    """The sample model without its router, which stock vLLM would take for weights."""
-    folder = tmp_path_factory.mktemp("sample-model")
-    for file in sample_model.iterdir():
-        if file.name != ROUTER_FILE:
-            (folder / file.name).symlink_to(file)
-    return folder
-
-
 def _log_spaced(low, high, count):
     return np.geomspace(low, high, count).round().astype(int).tolist()
 
@@ -120,7 +110,7 @@ def _ties(answers, others):
     return ties
 
 
-def test_full_equals_flash_attn(model_alone, prompts_of):
+def test_full_equals_flash_attn(sample_model, prompts_of):
     """Greedy tokens over 50 prompts; engine against engine, each prompt alone.
 
     Policy `full` calls vLLM's own attention; `static` without a SPARSE layer goes through flux's
@@ -130,14 +120,14 @@ def test_full_equals_flash_attn(model_alone, prompts_of):
     places whose gap is up to twice the noise.
     """
     prompts = prompts_of(_log_spaced(100, 7000, 50))
-    with Engine(model_alone, None, attention_backend="FLASH_ATTN", **DEFAULTS) as engine:
+    with Engine(sample_model, None, attention_backend="FLASH_ATTN", **DEFAULTS) as engine:
         stock = [engine.generate([prompt], 32, candidates=10)[0] for prompt in prompts]
         together = engine.generate(prompts, 32, candidates=10)
     noise = _noise(stock, together)
     found = {"flash_attn_noise": noise, "flash_attn_against_itself": _ties(stock, together)}
     no_sparse_layer = {"policy": "static", "sparse_layers": []}
     for policy in ({"policy": "full"}, no_sparse_layer | {"sink_tokens": 64, "window_tokens": 512}):
-        with Engine(model_alone, policy, **DEFAULTS) as engine:
+        with Engine(sample_model, policy, **DEFAULTS) as engine:
             ours = [engine.generate([prompt], 32, candidates=10)[0] for prompt in prompts]
         name = policy["policy"]
         found |= {f"{name}_noise": _noise(stock, ours), f"{name}_ties": _ties(stock, ours)}

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
+from flux_vllm.router.place import ROUTER_FILE_NAME
 from tests.helpers.close_choices import assert_chosen_as_exactly
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse, total

@@ -228,5 +228,6 @@ def write_random_router(
         features = torch.stack([raw.features(model, prompt) for prompt in prompts])
         tensors = _calibrate(tensors, features, gain)
     path = Path(folder) / "flux_router.safetensors"
+    path.parent.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), metadata)
     return path

@@ -12,7 +12,7 @@ import pytest
 from demo.counters import Counters
 from demo.server import DemoError, Server
 from demo.setting import serve_arguments, shell_line
-from flux_vllm.cli.sample_model import MODEL_NAME
+from flux_vllm.cli.sample_model import SMOLLM2
 
 BEFORE = """\
 # HELP flux_route_decisions_total Routes chosen.
@@ -78,7 +78,7 @@ def test_counters_of_one_request() -> None:
 def test_serve_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = serve_arguments(tmp_path / "models" / "small one")
-    assert arguments[:3] == ["models/small one", "--served-model-name", MODEL_NAME]
+    assert arguments[:3] == ["models/small one", "--served-model-name", SMOLLM2.name]
     assert serve_arguments(Path("/elsewhere"))[0] == "/elsewhere"
     line = shell_line(arguments)
     assert line.startswith("'models/small one' \\\n")

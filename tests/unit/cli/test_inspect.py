@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from flux_vllm.cli import main
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router, write_router
+from flux_vllm.router.checkpoint import RouterInfo, read_router, write_router
 from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.place import ROUTER_FILE_NAME
 
 LAYERS, HEAD_DIM = 5, 8
 

@@ -134,7 +134,7 @@ def test_import_router(dtype: torch.dtype, logits: int, shards: int, tmp_path: P
         "probe": "[128, 128]",
         "provenance": "",
     }
-    with safe_open(tmp_path / "out" / "flux_router.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out" / "flux/flux_router.safetensors", "pt") as file:
         assert file.get_tensor("layers.2.head.0.weight").dtype == dtype
 
 
@@ -212,14 +212,15 @@ def test_import_copies_no_code(tmp_path: Path) -> None:
         (paw / name).write_text(f"text of {name}")
     (paw / "LICENSES").mkdir()
     report = import_checkpoint(paw, out)
-    made = {"config.json", "flux_import.json", "flux_router.safetensors", "model.safetensors"}
+    made = {"config.json", "flux_import.json", "flux", "model.safetensors"}
     assert {file.name for file in out.iterdir()} == made | {INDEX} | set(wanted)
     assert all((out / name).read_text() == f"text of {name}" for name in wanted)
     (said,) = [line for line in report.dropped if line.startswith("files")]
     assert said == f"files: {', '.join(sorted([*left, 'LICENSES']))}"
     assert not report.warnings
-    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o644}
-    assert stat.S_IMODE(out.stat().st_mode) == 0o755
+    assert [file.name for file in (out / "flux").iterdir()] == ["flux_router.safetensors"]
+    for entry in (out, *out.rglob("*")):
+        assert stat.S_IMODE(entry.stat().st_mode) == (0o755 if entry.is_dir() else 0o644)
 
 
 IN_TOKENS = "sink and window are counted in tokens; the authors' kernel attends to whole blocks of"

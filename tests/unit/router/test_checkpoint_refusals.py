@@ -35,7 +35,7 @@ class TestNotARouterFile:
             "folder": tmp_path,
             "no-folder": tmp_path / "none" / "r.safetensors",
         }[place]
-        expected = path / "flux_router.safetensors" if place == "folder" else path
+        expected = path / "flux/flux_router.safetensors" if place == "folder" else path
         refused(
             path,
             f"expected a router at {re.escape(str(expected))}, found nothing there; train one .*"

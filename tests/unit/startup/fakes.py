@@ -76,6 +76,7 @@ def write(folder: Path, num_layers: int = L, head_dim: int = H, **info: Any) -> 
         "sink_tokens": 64,
         "window_tokens": 256,
     }
+    folder.mkdir(exist_ok=True)
     router_info = RouterInfo(**entries | info)
     return write_router(folder, router_info.make_router(), router_info)
 

@@ -139,7 +139,7 @@ class TestRouter:
         with pytest.raises(RouterCheckpointError) as error:
             check_configuration(make_config(tmp_path))
         assert str(error.value).startswith(
-            f"expected a router at {tmp_path / 'flux_router.safetensors'}, found nothing there"
+            f"expected a router at {tmp_path / 'flux/flux_router.safetensors'}, found nothing there"
         )
 
     @pytest.mark.parametrize("policy", ["router", "full", "sparse"])
@@ -148,14 +148,28 @@ class TestRouter:
         with pytest.raises(RouterCheckpointError, match=r"^expected a router at .*/r, found"):
             check_configuration(config)
 
+    def test_beside_the_weights(self, tmp_path: Path) -> None:
+        write(tmp_path / "flux", window_tokens=512)
+        _, info = startup._read_router(FluxConfig(), make_config(tmp_path))
+        assert info is not None
+        assert info.window_tokens == 512
+        write(tmp_path, window_tokens=256)
+        for flux in ({}, {"policy": "full"}):
+            with pytest.raises(RouterCheckpointError, match=r"^expected one router beside the "):
+                startup.check_front_end(make_config(tmp_path, flux))
+        startup.check_front_end(make_config(tmp_path, {"router": str(tmp_path / "flux")}))
+
+    @pytest.mark.parametrize("place", ["", "flux"])
     @pytest.mark.parametrize("revision", [None, "main", "v2"])
-    def test_in_the_snapshot_of_a_hub_id(self, tmp_path: Path, revision: str | None) -> None:
+    def test_in_the_snapshot_of_a_hub_id(
+        self, tmp_path: Path, revision: str | None, place: str
+    ) -> None:
         """The router is the one of the snapshot that the model's own files come from."""
         repository = tmp_path / "models--org--Served"
         for commit, ref, window in (("a1", "main", 256), ("b2", "v2", 512)):
             folder = repository / "snapshots" / commit
-            folder.mkdir(parents=True)
-            write(folder, window_tokens=window)
+            (folder / place).mkdir(parents=True)
+            write(folder / place, window_tokens=window)
             (repository / "refs").mkdir(exist_ok=True)
             (repository / "refs" / ref).write_text(commit)
         config = make_config(Path("org/Served"), model__revision=revision)
@@ -165,6 +179,18 @@ class TestRouter:
         assert info is not None
         assert info.window_tokens == (512 if revision == "v2" else 256)
 
+    def test_two_in_the_snapshot(self, tmp_path: Path) -> None:
+        folder = tmp_path / "models--org--Served" / "snapshots" / "a1"
+        (folder.parent.parent / "refs").mkdir(parents=True)
+        (folder.parent.parent / "refs" / "main").write_text("a1")
+        for place in (folder, folder / "flux"):
+            place.mkdir(parents=True)
+            write(place)
+        config = make_config(Path("org/Served"))
+        config.load_config.download_dir = str(tmp_path)
+        with pytest.raises(RouterCheckpointError, match=r"expected one router .*/flux/.* and .*/a"):
+            startup.check_front_end(config)
+
     @pytest.mark.parametrize("revision", [None, "v2"])
     def test_missing_in_the_snapshot(self, tmp_path: Path, revision: str | None) -> None:
         config = make_config(Path("org/Served"), model__revision=revision)
@@ -173,8 +199,9 @@ class TestRouter:
             check_configuration(config)
         assert str(error.value).startswith(
             f"expected a router in the cached snapshot of org/Served (revision "
-            f"{revision or 'main'}), found no flux_router.safetensors under {tmp_path}; nothing is "
-            "downloaded for it: fetch the file with `hf download org/Served flux_router.safet"
+            f"{revision or 'main'}), found no flux/flux_router.safetensors under {tmp_path}; "
+            "nothing is downloaded for it: fetch the file with `hf download org/Served --include "
+            "'*flux_router.safetensors'`, give its place as --additional-config"
         )
         config.additional_config = {"flux": {"policy": "full"}}
         check_configuration(config)  # which needs none

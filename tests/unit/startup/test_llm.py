@@ -49,8 +49,8 @@ def fails(model: Path, error: type[Exception], flux: dict | None, **arguments: A
 
 def test_router_missing(model: Path) -> None:
     assert fails(model, RouterCheckpointError, None) == (
-        f"expected a router at {model / 'flux_router.safetensors'}, found nothing there; train one "
-        "with `python -m training train`, or give its place as --additional-config "
+        f"expected a router at {model / 'flux/flux_router.safetensors'}, found nothing there; "
+        "train one with `python -m training train`, or give its place as --additional-config "
         """'{"flux": {"router": "PATH"}}', or choose a policy that needs none """
         '("full", "sparse", "static")'
     )
