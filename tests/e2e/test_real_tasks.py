@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.real_tasks import cli
-from flux_vllm.router.place import ROUTER_FILE_NAME
+from flux_vllm.router.place import beside_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -43,7 +43,7 @@ def _run(model: Path, folder: Path, *variants: str) -> dict[str, dict[str, Any]]
     status = cli.main(
         ["run", "--model", str(model), "--eval", str(folder), "--out", str(folder / "run"),
          "--tasks", "longbench", *flags, "--seed", "1", "--dtype", "float32",
-         "--flux", json.dumps({"router": str(model / ROUTER_FILE_NAME)}),
+         "--flux", json.dumps({"router": str(beside_weights(model))}),
          "--max-model-len", "2048", "--chunk", "256", "--max-num-seqs", "4", "--at-once", "3",
          "--runner", "v1", "--kv-gib", "0.25", "--server-arguments", "--enforce-eager"]
     )  # fmt: skip
@@ -69,7 +69,7 @@ def test_fixed_routes_beside_full_attention(sample_model: Path, folder: Path) ->
 
 
 def test_thresholds_of_one_engine(sample_model: Path, folder: Path) -> None:
-    router = f"own=router:{sample_model / ROUTER_FILE_NAME}@0.02,0.7"
+    router = f"own=router:{beside_weights(sample_model)}@0.02,0.7"
     rows = _run(sample_model, folder, router)
     assert 0 <= rows["own-t0.02"]["sparse_share"] < rows["own-t0.7"]["sparse_share"] < 1
     assert (rows["own-t0.7"]["seed"], rows["own-t0.7"]["threshold"]) == (1, 0.7)
