@@ -37,6 +37,9 @@ from training.storage import round_for_storage, stored_dtypes
 
 _CALIBRATION_PROMPTS = 256
 _PROBES_AT_ONCE = 64
+_BETAS = (0.9, 0.95)
+"""AdamW's; with a longer memory of squared gradients the budget's multiplier runs ahead of the
+shares and swings."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,6 +77,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.router.parameters(),
             lr=config.optimizer.learning_rate,
+            betas=_BETAS,
             weight_decay=config.optimizer.weight_decay,
         )
         self.objective = make_objective(config.loss, stream.task_names, world.device)

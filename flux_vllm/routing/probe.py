@@ -102,7 +102,6 @@ class PromptProbe:
     ) -> None:
         self._inputs = inputs
         self._router = router
-        self._threshold = threshold
         self._model = model
         self._reduce_mean = reduce_mean
         tokens, num_layers = inputs.probe.tokens, router.num_layers
@@ -114,6 +113,8 @@ class PromptProbe:
         self._token_ids = zeros(tokens, dtype=torch.int32)  # the dtypes of vLLM's own buffers:
         self._positions = zeros(tokens, dtype=torch.int64)  # compiled code does not check them
         self._weights = zeros(len(inputs.pools), tokens)
+        self._threshold = zeros()
+        self.set_threshold(threshold)
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
@@ -135,6 +136,10 @@ class PromptProbe:
     def pooled_queries(self) -> torch.Tensor:
         """[L, P, H] float32: what the latest probe pooled on this rank, for tests."""
         return self._weights @ self._mean_query
+
+    def set_threshold(self, threshold: float) -> None:
+        """Decide later prompts by another threshold."""
+        self._threshold.fill_(threshold)
 
     @torch.inference_mode()
     def decide(self, prompt: Prompt) -> None:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -115,6 +115,13 @@ class FluxRuntime:
         self.fixed_routes = self._routes(sparse_layers)
         self.table.fix(self.fixed_routes)
         self._known_routes[:] = self.fixed_routes
+
+    def set_threshold(self, threshold: float) -> None:
+        """Decide later requests by another threshold; benchmarks and tests share an engine so."""
+        if self.probe is None:
+            raise AssertionError("set_threshold: the policy is not `router`")
+        self.config = replace(self.config, threshold=threshold)
+        self.probe.set_threshold(threshold)
 
     # Before a batch.
 
