@@ -23,9 +23,9 @@ process of its own and by its clock: TTFT, and time between a request's tokens a
 --cached asks retrieval questions twice: alone, and after a local question on the same document,
 whose KV is then in the prefix cache. All else is kept apart by a cache salt for each request.
 
-Last, without a server, the same prompts are scored as `python -m training eval` does, in chunks of
---chunk, with the router and with full attention. Where several requests share a step, the server
-cuts its chunks elsewhere.
+Last, without a server, the same prompts are scored as `python -m training eval` does, each in one
+chunk and alone, with the router and with full attention. What becomes of a context that another
+request computed is measured on the server only.
 
 Every measure is a row in --out, kept as soon as it is there: the same command begun again measures
 what is missing. Tables go to stdout.
@@ -54,7 +54,7 @@ from training.config import SystemSettings
 from training.data.encoding import Encoded
 from training.distributed import start_world
 from training.evaluation.prompts import PromptSet, read_prompts
-from training.evaluation.scoring import Condition, Scorer, Scores
+from training.evaluation.scoring import Scorer, Scores
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import StaticPolicy, ThresholdPolicy
 
@@ -117,7 +117,7 @@ def main() -> int:
     for backend in args.backends:
         _measure_server(args, backend, made, cached, before, rows, in_time)
     if in_time():
-        _score_offline(args, made, cached, before, rows)
+        _score_offline(args, made, cached, rows)
     for table in tables(made, cached, rows):
         say(f"\n{table}")
     return 0
@@ -224,12 +224,11 @@ def _score_offline(
     args: argparse.Namespace,
     made: PromptSet,
     cached: PromptSet | None,
-    before: Sequence[Encoded],
     rows: ResumedRows,
 ) -> None:
     """Score as `python -m training eval` does, what has no row yet."""
     wanted = {
-        "flux offline": ["quality", *(["cached alone", "cached after"] if cached else [])],
+        "flux offline": ["quality", *(["cached alone"] if cached else [])],
         "baseline offline": ["quality"],
     }
     wanted = {name: rows.missing(name, measures) for name, measures in wanted.items()}
@@ -246,22 +245,16 @@ def _score_offline(
         world,
     )
     pattern = make_pattern(info.sparse_pattern, info.sink_tokens, info.window_tokens)
-    scorer = Scorer(routed, pattern, info.pool_tokens, OFFLINE_TOKENS, world, info.pool_prefix)
-    policy = ThresholdPolicy(router.to(world.device), args.threshold)
-    chunked = Condition(chunk_tokens=args.chunk)
+    scorer = Scorer(routed, pattern, info.inputs, OFFLINE_TOKENS, world)
+    policies = {
+        "flux offline": ThresholdPolicy(router.to(world.device), args.threshold),
+        "baseline offline": StaticPolicy.all_full(routed.num_layers),
+    }
     for name, measures in wanted.items():
         for measure in measures:
-            if name == "baseline offline":
-                full = StaticPolicy.all_full(routed.num_layers)
-                found = scorer.score(made.prompts, full, chunked)
-            elif measure == "quality":
-                found = scorer.score(made.prompts, policy, chunked)
-            else:
-                assert cached is not None  # the measure is then not wanted
-                condition = chunked
-                if measure == "cached after":
-                    condition = Condition(cached=scorer.score(before, policy))
-                found = scorer.score(cached.prompts, policy, condition)
+            asked = made if measure == "quality" else cached
+            assert asked is not None  # the measure is then not wanted
+            found = scorer.score(asked.prompts, policies[name])
             rows.add(name, measure, offline_row(found), f"mean score {found.score.mean():.3f}")
     del scorer, routed
     gc.collect()

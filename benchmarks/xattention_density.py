@@ -27,11 +27,8 @@ from training.pattern_attention import (
     PromptAttention,
     make_pattern_attention,
 )
-from training.policies import StaticPolicy
-from training.pooling import plan_chunks
 
 SINK_TOKENS, WINDOW_TOKENS = 64, 512  # of decode; they do not enter a prompt's attention
-POOL_TOKENS = 16
 
 
 class _ByLayer:
@@ -88,14 +85,12 @@ def measure(routed: RoutedModel, token_ids: list[int], threshold: float) -> list
     )
     attend = make_pattern_attention(pattern, routed.sparse_attention, routed.sparse_kernel)
     by_layer, ends = _ByLayer(attend), [[len(token_ids)]]
-    plan = plan_chunks(ends, len(token_ids), POOL_TOKENS)
     device = routed.device
     with torch.inference_mode():
         routed.forward(
             torch.tensor([token_ids], device=device),
-            plan.to(device),
-            StaticPolicy([Route.SPARSE] * routed.num_layers),
-            PromptAttention(by_layer, ends, device),
+            torch.full((routed.num_layers, 1), float(Route.SPARSE), device=device),
+            sparse=PromptAttention(by_layer, ends, device),
         )
     return by_layer.density
 

@@ -3,7 +3,7 @@
 import re
 
 from training.prompts.drawing import Draw, Kind, Made, fill, finish, pick, pick_question
-from training.prompts.wordings_file import choose, phrases
+from training.prompts.wordings_file import choose, labels, phrases
 
 _LINE_CHARS = (40, 420)
 
@@ -62,7 +62,7 @@ def _fill_up(draw: Draw, make_one, per_example: int = 12) -> list[tuple[str, str
 
 def _question_types(draw: Draw) -> list[tuple[str, str]]:
     """Written questions by the kind of answer they ask for."""
-    names = dict(phrases("answer_types", draw.language)[0])  # type: ignore[arg-type]
+    names = labels("answer_types", draw.language)
 
     def one() -> tuple[str, str] | None:
         question = pick_question(draw)

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _FOLDER = Path(__file__).with_name("wordings")
 _FILES = ("far.json", "shots.json", "local.json")
@@ -54,7 +55,17 @@ def wordings(kind: str, language: str) -> tuple[Wording, ...]:
 @functools.cache
 def phrases(name: str, language: str) -> tuple[str, ...]:
     """Return a list of plain phrases: heads of passages, hints on form, system messages."""
-    return tuple(json.loads((_FOLDER / "phrases.json").read_text("utf-8"))[name][language])
+    return tuple(_read_phrases()[name][language])
+
+
+def labels(name: str, language: str) -> dict[str, str]:
+    """Return how each of a list of things is called: the kinds of answers."""
+    return dict(_read_phrases()[name][language])
+
+
+@functools.cache
+def _read_phrases() -> dict[str, Any]:
+    return json.loads((_FOLDER / "phrases.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -150,14 +150,14 @@ class TestRouter:
 
     def test_beside_the_weights(self, tmp_path: Path) -> None:
         write(tmp_path / "flux", window_tokens=512)
-        _, info = startup._read_router(FluxConfig(), make_config(tmp_path))
+        _, info = read_router_for(FluxConfig(), make_config(tmp_path))
         assert info is not None
         assert info.window_tokens == 512
         write(tmp_path, window_tokens=256)
         for flux in ({}, {"policy": "full"}):
             with pytest.raises(RouterCheckpointError, match=r"^expected one router beside the "):
-                startup.check_front_end(make_config(tmp_path, flux))
-        startup.check_front_end(make_config(tmp_path, {"router": str(tmp_path / "flux")}))
+                check_configuration(make_config(tmp_path, flux))
+        check_configuration(make_config(tmp_path, {"router": str(tmp_path / "flux")}))
 
     @pytest.mark.parametrize("place", ["", "flux"])
     @pytest.mark.parametrize("revision", [None, "main", "v2"])
@@ -189,7 +189,7 @@ class TestRouter:
         config = make_config(Path("org/Served"))
         config.load_config.download_dir = str(tmp_path)
         with pytest.raises(RouterCheckpointError, match=r"expected one router .*/flux/.* and .*/a"):
-            startup.check_front_end(config)
+            check_configuration(config)
 
     @pytest.mark.parametrize("revision", [None, "v2"])
     def test_missing_in_the_snapshot(self, tmp_path: Path, revision: str | None) -> None:

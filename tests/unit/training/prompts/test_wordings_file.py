@@ -1,13 +1,17 @@
 """The wordings: how many there are, that each can be filled, and where each may stand."""
 
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
+import training.prompts
 from training.prompts.drawing import fill
-from training.prompts.wordings_file import Wording, all_wordings, choose, phrases, wordings
+from training.prompts.wordings_file import Wording, all_wordings, choose, labels, phrases, wordings
 
+WORDINGS = Path(training.prompts.__file__).with_name("wordings")
 _FIELDS = {
     *("question", "abstract", "label", "quote", "name", "request", "row", "column", "other"),
     *("labels", "language", "path", "piece", "tag", "items", "words", "n"),
@@ -58,3 +62,9 @@ def test_fill_leaves_braces_of_the_material_alone() -> None:
 def test_phrases_come_in_both_languages() -> None:
     assert phrases("heads", "en")
     assert phrases("heads", "zh")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_kind_of_answer_asked_for_has_a_label(language: str) -> None:
+    writer = json.loads((WORDINGS / "writer.json").read_text("utf-8"))
+    assert labels("answer_types", language).keys() == writer[language]["answer_types"].keys()
