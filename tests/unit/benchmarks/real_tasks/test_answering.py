@@ -80,7 +80,7 @@ def _answering(folder: Path, texts: list[str], in_time: bool = True) -> Answerin
 def test_every_threshold_is_set_before_its_answers(tmp_path: Path) -> None:
     engine = FakeEngine()
     _answering(tmp_path, ["router:a@0.3,0.7"]).answer(engine, [_family("gsm8k")])  # type: ignore[arg-type]
-    assert engine.calls == [("flux_set_threshold", 0.3), ("set_flux_threshold", 0.7)]
+    assert engine.calls == [("flux_set_threshold", 0.3), ("flux_set_threshold", 0.7)]
     results = ResultFolder(tmp_path)
     rows = results.read("a-t0.7", "gsm8k")["rows"]
     assert [row["routes"] for row in rows] == ["SSSF", "SSSF", None]
