@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from training.config import DataSettings
 from training.data.encoding import Encoded
 from training.data.text import Split
+from training.prompts.jsonl import read_numbered_lines
 
 _NO_TASK = "prompt"
 
@@ -154,15 +155,13 @@ def prompt_ids(
 def read_prompt_files(paths: Iterable[Path]) -> list[FilePrompt]:
     """Read prompts with their answers from JSONL files.
 
-    Raises: ValueError: a line without the fields.
+    Raises: ValueError: a line that is no JSON object, or without the fields.
     """
-    prompts = []
-    for path in paths:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    prompts.append(_prompt(json.loads(line), f"{path}, line {number}"))
-    return prompts
+    return [
+        _prompt(row, f"{path}, line {number}")
+        for path in paths
+        for number, row in read_numbered_lines(path)
+    ]
 
 
 def _prompt(row: dict[str, Any], where: str) -> FilePrompt:

@@ -32,18 +32,31 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read rows.
 
-    Raises: ValueError: a line is not JSON.
+    Raises: ValueError: a line is not a JSON object.
+    """
+    for _, row in read_numbered_lines(path):
+        yield row
+
+
+def read_numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read rows, each with the number of its line, from 1.
+
+    Raises: ValueError: a line is not a JSON object.
     """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: expected JSON, found {line[:60]!r}; write the "
-                        "file again"
-                    ) from error
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object, found {line[:60].rstrip()!r}; "
+                    "write the file again"
+                )
+            yield number, row
 
 
 def drop_cut_line(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Prompts from files. Oracle: the files' own words, put together and cut by hand."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,12 @@ def test_incomplete_lines_are_named(row: dict[str, Any], tmp_path: Path) -> None
         read_prompt_files([file])
 
 
-def test_lines_that_are_no_json_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
+def test_lines_that_are_no_json_object_are_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps(many(1)[0]) + "\n\n{broken\n")
-    with pytest.raises(ValueError, match=r"data\.jsonl, line 3"):
+    file.write_text(json.dumps(many(1)[0]) + f"\n\n{line}\n")
+    expected = rf"data\.jsonl, line 3: expected a JSON object, found '{re.escape(line)}'; write"
+    with pytest.raises(ValueError, match=expected):
         read_prompt_files([file])
 
 
