@@ -1,4 +1,4 @@
-"""Float32 oracle of every attention and pooling path: what is computed, with no regard to speed.
+"""Float32 oracle of every attention path: what is computed, with no regard to speed.
 
 Imports torch only, loops over requests and positions, and shares no code with the kernels.
 
