@@ -322,13 +322,16 @@ def test_memory_is_taken_before_the_cache_is_sized(
     monkeypatch.setattr(fa3, "is_available", lambda: True)
     shape = Shape(heads=6, kv_heads=2, head_dim=128)
     config = engine_config(tmp_path_factory.mktemp("model"), shape)
-    specs = [SimpleNamespace(block_size=shape.block_size, num_kv_heads=2, head_size=128)]
+    layers = [SimpleNamespace(num_kv_heads=2, head_size=128)]
+    monkeypatch.setattr(memory, "bound_layers", lambda *_: layers)
+    spec = SimpleNamespace(block_size=shape.block_size)
+    groups = [SimpleNamespace(layer_names=["layers.0"], kv_cache_spec=spec)]
     runtime = _runtime(shape, "fa3", torch.device("cpu"), **XATTENTION)
     tokens = config.scheduler_config.max_num_batched_tokens
     stated = prefill_nbytes(runtime.pattern, 6, tokens, MAX_LEN, 2 * 128)
-    total = memory.fixed_nbytes(runtime, config, specs)
+    total = memory.fixed_nbytes(runtime, config, groups)
     monkeypatch.setattr(memory, "prefill_nbytes", lambda *_: 0)
-    assert memory.fixed_nbytes(runtime, config, specs) == total - stated < total
+    assert memory.fixed_nbytes(runtime, config, groups) == total - stated < total
 
 
 @pytest.mark.parametrize("is_warmup", [True, False], ids=["warm-up", "request"])
