@@ -132,11 +132,6 @@ class PromptProbe:
         """[L] float32: P(FULL), NaN for layers that are not routed."""
         self._replay: Callable[[], None] | None = None
 
-    @property
-    def pooled_queries(self) -> torch.Tensor:
-        """[L, P, H] float32: what the latest probe pooled on this rank, for tests."""
-        return self._weights @ self._mean_query
-
     def set_threshold(self, threshold: float) -> None:
         """Decide later prompts by another threshold."""
         self._threshold.fill_(threshold)
