@@ -7,6 +7,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -81,14 +82,18 @@ def run_side_by_side(
     Returns: exit status of each command.
     """
     processes: list[subprocess.Popen[bytes]] = []
+    starting, ending = threading.Lock(), threading.Event()
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for slot in range(at_once):
         free.put({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
 
     def run(command: Sequence[str]) -> int:
         device = free.get()
-        process = subprocess.Popen(command, env=os.environ | device)
-        processes.append(process)
+        with starting:
+            if ending.is_set():
+                return 1
+            process = subprocess.Popen(command, env=os.environ | device)
+            processes.append(process)
         status = process.wait()
         free.put(device)
         return status
@@ -100,8 +105,10 @@ def run_side_by_side(
         return [future.result() for future in waiting if future.done()]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+        with starting:
+            ending.set()
+            for process in processes:
+                process.terminate()
         for process in processes:
             process.wait()
 
@@ -155,6 +162,11 @@ def _answer(args: argparse.Namespace) -> int:
     for family in families:
         cut = sum(one.cut_tokens > 0 for one in family.asked)
         say(f"{family.name}: {len(family.asked)} prompts, {cut} cut in the middle")
+        if cut and family.name == "needles":
+            raise ValueError(
+                f"expected needles that fit {options.max_model_len} tokens, found {cut} longer "
+                "ones, whose facts a cut may lose; lower --needle-tokens"
+            )
     compared = [one for one in families if one.is_compared and args.agreement == "yes"]
     speeds = _speeds(args)
     answering = Answering(

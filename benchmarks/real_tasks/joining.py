@@ -62,6 +62,7 @@ def _row(label: str, measures: dict[str, Row], full: dict[str, Row]) -> Row:
         "threshold": variant["threshold"],
         "sparse_layers": variant["layers"],
         "sparse_share": None,
+        **{name: None for family in SCORED for name in (family, f"{family}_full")},
         "intervals": {},
         "tasks": {},
         "agreement": {},

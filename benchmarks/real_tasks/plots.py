@@ -19,13 +19,13 @@ def plot_curve(path: Path, rows: Sequence[Row]) -> None:
 
     Bars are paired 95% intervals. Routers of one training are joined, and so are fixed routes.
     """
-    panels = [family for family in _PANELS if any(family in row for row in rows)]
+    panels = [family for family in _PANELS if any(row[family] is not None for row in rows)]
     agrees = any(row["agreement"] for row in rows)
     count = max(1, len(panels) + agrees)
     figure, grid = plt.subplots(1, count, figsize=(5 * count, 4), squeeze=False)
     for axes, family in zip(grid[0], panels, strict=False):
         for name, group in _lines(rows).items():
-            known = [row for row in group if family in row and row[f"{family}_full"]]
+            known = [row for row in group if row[f"{family}_full"]]
             if known:
                 _errorbar(axes, name, known, *_ratios(known, family))
         axes.axhline(100, color="black", linewidth=0.8)

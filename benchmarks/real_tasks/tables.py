@@ -22,7 +22,9 @@ def all_tables(rows: Sequence[Row]) -> list[str]:
 def score_table(rows: Sequence[Row]) -> str:
     """Write each variant's scores, and the interval of its share of full attention's."""
     families = [
-        name for name in ("longbench", "needles", "gsm8k", "chains") if any(name in r for r in rows)
+        name
+        for name in ("longbench", "needles", "gsm8k", "chains")
+        if any(row[name] is not None for row in rows)
     ]
     heads = ["variant", "SPARSE"]
     for family in families:
@@ -37,7 +39,7 @@ def score_table(rows: Sequence[Row]) -> str:
 
 
 def _score_fields(row: Row, family: str) -> list[str]:
-    if family not in row:
+    if row[family] is None:
         return ["-", "-"]
     low, high = row["intervals"][family]["ratio"]
     full = row[f"{family}_full"]
@@ -100,7 +102,7 @@ def speed_table(rows: Sequence[Row]) -> str:
         _rule(heads),
     ]
     for row in timed:
-        score = f"{row['longbench']:.3f}" if "longbench" in row else "-"
+        score = "-" if row["longbench"] is None else f"{row['longbench']:.3f}"
         fields = [row["label"], _share(row["sparse_share"]), score]
         for case in cases:
             for name in ("ttft_ms", "token_ms"):

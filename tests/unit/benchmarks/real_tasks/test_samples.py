@@ -119,8 +119,8 @@ def test_needles_hide_what_they_ask_for() -> None:
         for answer in sample.answers:
             assert sample.prompt.count(answer) == 1
     lengths = [len(sample.prompt) for sample in samples]
-    assert lengths[0] == pytest.approx(3000 * 3.6, rel=0.01)
-    assert lengths[-1] == pytest.approx(28000 * 3.6, rel=0.01)
+    assert lengths[0] == pytest.approx(3000 * 4.4, rel=0.01)
+    assert lengths[-1] == pytest.approx(28000 * 4.4, rel=0.01)
     depths = [
         sample.prompt.index(sample.answers[0]) / len(sample.prompt)
         for sample in samples
