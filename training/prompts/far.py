@@ -14,6 +14,7 @@ from training.prompts.drawing import (
 )
 from training.prompts.passages import Passage
 from training.prompts.wordings_file import phrases
+from training.prompts.written import Question
 
 
 def _hint(draw: Draw, name: str = "short_hints", share: float = 0.6) -> str:
@@ -42,7 +43,7 @@ def two_document_qa(draw: Draw) -> Made | None:
     return _among_others(draw, question, "multi_qa") if question else None
 
 
-def _among_others(draw: Draw, question, kind: str) -> Made:  # type: ignore[no-untyped-def]
+def _among_others(draw: Draw, question: Question, kind: str) -> Made:
     needles = [draw.library.words(passage) for passage in question.passages]
     pieces = needles + other_passages(draw, question.passages, sum(map(len, needles)))
     draw.rng.shuffle(pieces)
