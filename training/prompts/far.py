@@ -81,8 +81,11 @@ def other_passages(draw: Draw, around: tuple[Passage, ...], chars: int) -> list[
     return found
 
 
-_REPORTS = {"en": ("report", "essay", "rfc", "policy", "book", "story", "novel", "manual")}
-_REPORTS["zh"] = ("book", "manual", "help", "man page")
+_REPORTS: dict[str, tuple[str, ...]] = {
+    "en": ("report", "essay", "rfc", "policy", "book", "story", "novel", "manual"),
+    "zh": ("book", "manual", "help", "man page"),
+}
+_NEWS: dict[str, tuple[str, ...]] = {"en": ("news", "news", "mail", "report"), "zh": ("news",)}
 
 
 def summary_report(draw: Draw) -> Made | None:
@@ -97,9 +100,9 @@ def summary_report(draw: Draw) -> Made | None:
 
 def summary_news(draw: Draw) -> Made | None:
     """Summarise several pieces of news, mails or short reports together."""
-    registers = {"en": ("news", "news", "mail", "report"), "zh": ("news",)}[draw.language]
-    group = f"{draw.language}/{draw.rng.choice(registers)}"
-    pieces, left = [], draw.tokens
+    group = f"{draw.language}/{draw.rng.choice(_NEWS[draw.language])}"
+    pieces: list[str] = []
+    left = draw.tokens
     while left > 60 and len(pieces) < 60:
         index = draw.library.draw_index(draw.rng, group)
         size = min(left, draw.rng.randint(200, 1800))

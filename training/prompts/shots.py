@@ -62,7 +62,7 @@ def _fill_up(
 
 def _question_types(draw: Draw) -> list[tuple[str, str]]:
     """Written questions by the kind of answer they ask for."""
-    names = dict(phrases("answer_types", draw.language)[0])  # type: ignore[arg-type]
+    names: dict[str, str] = dict(phrases("answer_types", draw.language)[0])
 
     def one() -> tuple[str, str] | None:
         question = pick_question(draw)

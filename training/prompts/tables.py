@@ -15,8 +15,8 @@ def table(draw: Draw) -> Made | None:
     for _ in range(20 * wanted + 200):
         if len(rows) >= max(8, wanted):
             break
-        text = library.texts[library.draw_index(rng, draw.language)]
-        name = " ".join(text.title.replace("|", " ").split())[:28].strip(",. ")
+        title = library.texts[library.draw_index(rng, draw.language)].title
+        name = " ".join(title.replace("|", " ").split())[:28].strip(",. ")
         name = name if name not in rows else f"{name} {rng.randint(2, 99)}"
         rows.setdefault(name, [rng.randint(1, 9999) for _ in columns])
     if len(rows) < 8:

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _FOLDER = Path(__file__).with_name("wordings")
 _FILES = ("far.json", "shots.json", "local.json")
@@ -52,8 +53,8 @@ def wordings(kind: str, language: str) -> tuple[Wording, ...]:
 
 
 @functools.cache
-def phrases(name: str, language: str) -> tuple[str, ...]:
-    """Return a list of plain phrases: heads of passages, hints on form, system messages."""
+def phrases(name: str, language: str) -> tuple[Any, ...]:
+    """Return a list of phrases: heads of passages, hints on form, system messages, names."""
     return tuple(json.loads((_FOLDER / "phrases.json").read_text("utf-8"))[name][language])
 
 
