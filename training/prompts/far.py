@@ -149,7 +149,7 @@ def dialogue_qa(draw: Draw) -> Made | None:
     at = draw.rng.choice(spoken)
     name, _, words = lines[at].replace("：", ":", 1).partition(":")
     words = words.strip()
-    quote = words[: min(len(words), draw.rng.randint(30, 90))]
+    quote = words[: draw.rng.randint(30, 90)].strip()
     blocks = ["\n".join(lines[begin : begin + 12]) for begin in range(0, len(lines), 12)]
     fields = {"quote": quote, "name": name.strip()}
     text, position = lay_out(draw, "dialogue_qa", blocks, fields)
