@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.prompts import code, far, local, shots, tables
+from training.prompts import code, far, local, shots, sums, tables
 from training.prompts.answers import render
 from training.prompts.drawing import Draw, Kind, Made
 from training.prompts.passages import Library
@@ -18,7 +18,9 @@ from training.prompts.written import Written
 
 logger = logging.getLogger(__name__)
 
-KINDS: list[Kind] = [*far.KINDS, *shots.KINDS, *code.KINDS, *local.KINDS, *tables.KINDS]
+KINDS: list[Kind] = [
+    kind for module in (far, shots, sums, code, local, tables) for kind in module.KINDS
+]
 _CHINESE_SHARE = 0.16
 _MIDDLE_SHARE = 0.55
 """Share of lengths drawn from 4K to 16K tokens; the others from the whole range."""

@@ -14,6 +14,7 @@ from training.prompts.drawing import (
 )
 from training.prompts.passages import Passage
 from training.prompts.wordings_file import phrases
+from training.prompts.written import Question
 
 
 def _hint(draw: Draw, name: str = "short_hints", share: float = 0.6) -> str:
@@ -42,7 +43,7 @@ def two_document_qa(draw: Draw) -> Made | None:
     return _among_others(draw, question, "multi_qa") if question else None
 
 
-def _among_others(draw: Draw, question, kind: str) -> Made:  # type: ignore[no-untyped-def]
+def _among_others(draw: Draw, question: Question, kind: str) -> Made:
     needles = [draw.library.words(passage) for passage in question.passages]
     pieces = needles + other_passages(draw, question.passages, sum(map(len, needles)))
     draw.rng.shuffle(pieces)
@@ -80,10 +81,11 @@ def other_passages(draw: Draw, around: tuple[Passage, ...], chars: int) -> list[
     return found
 
 
-_REPORTS = {
-    "en": ["report", "essay", "rfc", "policy", "book", "story", "novel", "manual"],
-    "zh": ["book", "manual", "help", "man page"],
+_REPORTS: dict[str, tuple[str, ...]] = {
+    "en": ("report", "essay", "rfc", "policy", "book", "story", "novel", "manual"),
+    "zh": ("book", "manual", "help", "man page"),
 }
+_NEWS: dict[str, tuple[str, ...]] = {"en": ("news", "news", "mail", "report"), "zh": ("news",)}
 
 
 def summary_report(draw: Draw) -> Made | None:
@@ -98,8 +100,7 @@ def summary_report(draw: Draw) -> Made | None:
 
 def summary_news(draw: Draw) -> Made | None:
     """Summarise several pieces of news, mails or short reports together."""
-    registers = {"en": ("news", "news", "mail", "report"), "zh": ("news",)}[draw.language]
-    group = f"{draw.language}/{draw.rng.choice(registers)}"
+    group = f"{draw.language}/{draw.rng.choice(_NEWS[draw.language])}"
     pieces: list[str] = []
     left = draw.tokens
     while left > 60 and len(pieces) < 60:
@@ -148,7 +149,7 @@ def dialogue_qa(draw: Draw) -> Made | None:
     at = draw.rng.choice(spoken)
     name, _, words = lines[at].replace("：", ":", 1).partition(":")
     words = words.strip()
-    quote = words[: min(len(words), draw.rng.randint(30, 90))]
+    quote = words[: draw.rng.randint(30, 90)].strip()
     blocks = ["\n".join(lines[begin : begin + 12]) for begin in range(0, len(lines), 12)]
     fields = {"quote": quote, "name": name.strip()}
     text, position = lay_out(draw, "dialogue_qa", blocks, fields)

@@ -1,7 +1,5 @@
 """Kinds whose answer is made of what stands nearby, and those with several turns."""
 
-import random
-
 from training.prompts.drawing import (
     Draw,
     Kind,
@@ -15,6 +13,7 @@ from training.prompts.drawing import (
     pick,
     pick_question,
 )
+from training.prompts.sums import make_problem
 from training.prompts.wordings_file import choose, phrases
 
 _PROSE = {
@@ -84,16 +83,8 @@ def unrelated_question(draw: Draw) -> Made | None:
 def _everyday(draw: Draw) -> str:
     """A question or a task that stands alone."""
     if draw.rng.random() < 0.3:
-        return sum_in_words(draw.rng, draw.language)
+        return make_problem(draw.rng, draw.language).question
     return choose(draw.rng, "everyday", draw.language).ask
-
-
-def sum_in_words(rng: random.Random, language: str) -> str:
-    """Make up a word problem of two or three steps."""
-    template = rng.choice(phrases("sums", language))
-    numbers = {f"n{at}": str(rng.randint(2, 60)) for at in range(1, 5)}
-    names = rng.sample(phrases("sum_names", language), 2)
-    return fill(template, {**numbers, "a": names[0], "b": names[1]})
 
 
 def format_list(draw: Draw) -> Made | None:

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from training.prompts.texts import Text
 
 _PASSAGE_CHARS = {"en": (500, 2600), "zh": (220, 1000)}
+_REGISTER_WEIGHTS = {
+    **dict.fromkeys(("news", "essay", "report"), 1.6),
+    **dict.fromkeys(("novel", "story", "book", "dialogue"), 1.2),
+    **dict.fromkeys(("quotes", "poetry", "review", "faq"), 0.4),
+    **dict.fromkeys(("dictionary", "play", "man page"), 0.7),
+}
+"""How often registers are drawn against the others; what is asked about most, more often."""
 _CHINESE = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
 
 
@@ -119,18 +126,24 @@ def _paragraph_edge(text: str, near: int, low: int, high: int) -> int:
 
 
 def _running_weights(texts: list[Text], group: str) -> list[float]:
-    """Weigh texts: registers count alike, and within them works by the root of their size."""
+    """Weigh texts: registers by `_REGISTER_WEIGHTS`, their works by the root of their size."""
     registers: dict[str, dict[str, int]] = {}
     for text in texts:
-        works = registers.setdefault(text.register if "/" not in group else "", {})
+        works = registers.setdefault(_part(text, group), {})
         works[text.source] = works.get(text.source, 0) + len(text.text)
     running, total = [], 0.0
     for text in texts:
-        works = registers[text.register if "/" not in group else ""]
-        shares = sum(size**0.5 for size in works.values())
-        total += len(text.text) / works[text.source] * works[text.source] ** 0.5 / shares
+        works = registers[_part(text, group)]
+        share = works[text.source] ** 0.5 / sum(size**0.5 for size in works.values())
+        weight = _REGISTER_WEIGHTS.get(text.register, 1.0)
+        total += weight * share * len(text.text) / works[text.source]
         running.append(total)
     return running
+
+
+def _part(text: Text, group: str) -> str:
+    """Name the register where a group holds several."""
+    return "" if "/" in group else text.register
 
 
 def _is_worth_asking(text: Text, start: int, end: int) -> bool:

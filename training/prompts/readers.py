@@ -183,7 +183,7 @@ def _r_strings(chunk: bytes) -> Iterator[str]:
 
 
 def _code(data: bytes, path: Path) -> Titled:
-    yield "/".join(path.parts[-4:]), _text(data)
+    yield path.name, _text(data)
 
 
 def _zip_code(data: bytes, path: Path) -> Titled:

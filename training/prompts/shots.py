@@ -1,15 +1,17 @@
 """Kinds whose context is examples: classification, questions and answers, chats with summaries."""
 
 import re
+from collections.abc import Callable
 
 from training.prompts.drawing import Draw, Kind, Made, fill, finish, pick, pick_question
-from training.prompts.wordings_file import choose, labels, phrases
+from training.prompts.wordings_file import choose, phrases
 
 _LINE_CHARS = (40, 420)
+_RAW_SHARE = 0.45
 
 
 def _shots(
-    draw: Draw, kind: str, examples: list[tuple[str, str]], fields: dict[str, str], tokens: int
+    draw: Draw, kind: str, examples: list[tuple[str, str]], fields: dict[str, str]
 ) -> tuple[str, str]:
     """Lay out examples and a last one without its answer.
 
@@ -29,10 +31,6 @@ def _shots(
     return text, answer
 
 
-def _raw_share(draw: Draw) -> float:
-    return 0.45
-
-
 def classify(draw: Draw) -> Made | None:
     """Many labelled examples, and one to label."""
     make = draw.rng.choice((_question_types, _registers, _works, _sentiments, _languages))
@@ -40,11 +38,13 @@ def classify(draw: Draw) -> Made | None:
     if len(examples) < 8 or len({label for _, label in examples}) < 2:
         return None
     labels = ", ".join(sorted({label for _, label in examples}))
-    text, answer = _shots(draw, "classify", examples, {"labels": labels}, draw.tokens)
-    return finish(draw, text, reference=answer, max_new_tokens=24, raw_share=_raw_share(draw))
+    text, answer = _shots(draw, "classify", examples, {"labels": labels})
+    return finish(draw, text, reference=answer, max_new_tokens=24, raw_share=_RAW_SHARE)
 
 
-def _fill_up(draw: Draw, make_one, per_example: int = 12) -> list[tuple[str, str]]:  # type: ignore[no-untyped-def]
+def _fill_up(
+    draw: Draw, make_one: Callable[[], tuple[str, str] | None], per_example: int = 12
+) -> list[tuple[str, str]]:
     """Draw examples up to the drawn length."""
     chars = draw.tokens * (3.6 if draw.language == "en" else 1.4)
     examples: list[tuple[str, str]] = []
@@ -62,7 +62,7 @@ def _fill_up(draw: Draw, make_one, per_example: int = 12) -> list[tuple[str, str
 
 def _question_types(draw: Draw) -> list[tuple[str, str]]:
     """Written questions by the kind of answer they ask for."""
-    names = labels("answer_types", draw.language)
+    names: dict[str, str] = dict(phrases("answer_types", draw.language)[0])
 
     def one() -> tuple[str, str] | None:
         question = pick_question(draw)
@@ -167,8 +167,8 @@ def qa_shots(draw: Draw) -> Made | None:
             budget -= len(given)
     if len(examples) < 2:
         return None
-    text, answer = _shots(draw, "qa_shots", examples, {}, draw.tokens)
-    return finish(draw, text, reference=answer, max_new_tokens=40, raw_share=_raw_share(draw))
+    text, answer = _shots(draw, "qa_shots", examples, {})
+    return finish(draw, text, reference=answer, max_new_tokens=40, raw_share=_RAW_SHARE)
 
 
 def dialogue_shots(draw: Draw) -> Made | None:
@@ -187,8 +187,8 @@ def dialogue_shots(draw: Draw) -> Made | None:
             budget -= len(talk) + len(found.summary)
     if len(examples) < 2:
         return None
-    text, answer = _shots(draw, "dialogue_shots", examples, {}, draw.tokens)
-    return finish(draw, text, reference=answer, max_new_tokens=90, raw_share=_raw_share(draw))
+    text, answer = _shots(draw, "dialogue_shots", examples, {})
+    return finish(draw, text, reference=answer, max_new_tokens=90, raw_share=_RAW_SHARE)
 
 
 KINDS = [

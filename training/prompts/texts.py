@@ -125,6 +125,8 @@ def read_package(package: Package, folder: Path) -> list[Text]:
         if any(part in f"/{names[path]}" for part in package.skip) or path.is_symlink():
             continue
         for title, raw in read_file(path, package.format):
+            if package.format == "code":
+                title = "/".join(path.relative_to(folder).parts[-4:])
             for text in _make(package, title, raw, path):
                 if left > 0:
                     texts.append(text)

@@ -25,6 +25,7 @@ _POINTING = re.compile(
     r"|本文|这段|文中|上文|材料[一二]",
     re.I,
 )
+_HEADING = re.compile(r"^\**(?:Request|Message|Abstract|Summary|请求|摘要)\**\s*[:：]\**")
 _TURN = re.compile(r"^\**(?P<name>[\w .'\u4e00-\u9fff-]{1,24}?)\**\s*[:：]\**\s*(?P<words>\S.*)$")
 
 
@@ -183,12 +184,11 @@ def _is_supported(answer: str, passage: str, chinese: bool) -> bool:
 
 def _turns(answer: str) -> list[str]:
     found = [_TURN.match(line.strip()) for line in answer.split("\n")]
-    turns = [f"{turn['name'].strip()}: {turn['words'].strip()}" for turn in found if turn]
-    kept: list[str] = []
-    for turn in turns:
-        if turn not in kept[-12:]:
-            kept.append(turn)
-    return kept
+    # Small writers fall into loops: what was said before is left out.
+    turns: dict[str, str] = {}
+    for turn in filter(None, found):
+        turns.setdefault(turn["words"].strip(), turn["name"].strip())
+    return [f"{name}: {words}" for words, name in turns.items()]
 
 
 def _add_short_dialogue(written: Written, about: dict[str, Any], answer: str) -> str:
@@ -215,7 +215,8 @@ def _add_abstract(
     library: Library,
 ) -> str:
     """Keep an abstract or a request, or say why not."""
-    words = " ".join(answer.split()).strip('"“” ')
+    words = _HEADING.sub("", answer)
+    words = " ".join(words.split()).strip('"“” ')
     chinese = about["language"] == "zh"
     low, high = ((15, 400) if chinese else (60, 1200)) if kind == "abstract" else (6, 300)
     if not low <= len(words) <= high:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from training.prompts.answers import render
 from training.prompts.assemble import KINDS, PromptSettings, assemble, draw_tokens
 from training.prompts.drawing import Draw
 from training.prompts.passages import Library
+from training.prompts.sums import make_problem
 from training.prompts.written import Written
 
 SETTINGS = PromptSettings(count=400, seed=7, min_tokens=256, max_tokens=3000)
@@ -108,3 +110,21 @@ def test_draw_tokens_prefers_the_middle() -> None:
 def test_settings_refuse_a_range_without_room() -> None:
     with pytest.raises(ValueError, match="correct --max_tokens"):
         PromptSettings(min_tokens=4000, max_tokens=1000)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_word_problems_are_solved_right(language: str) -> None:
+    rng = random.Random(5)
+    for _ in range(60):
+        problem = make_problem(rng, language)
+        numbers = [int(number) for number in re.findall(r"\d+", problem.question)]
+        assert "{" not in problem.question
+        last = problem.steps.split(";")[-1]
+        left, _, right = last.partition("=")
+        terms = [int(term) for term in re.findall(r"\d+", left)]
+        signs = re.findall(r"[-+*]", left)
+        value = terms[0]
+        for sign, term in zip(signs, terms[1:], strict=True):
+            value = {"+": value + term, "-": value - term, "*": value * term}[sign]
+        assert value == int(right) == problem.result
+        assert set(numbers) <= {int(number) for number in re.findall(r"\d+", problem.steps)}

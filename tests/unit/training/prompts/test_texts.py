@@ -191,3 +191,13 @@ def test_clean_text_keeps_words_and_shortens_rules() -> None:
     assert clean_text("a\u200bb \n\n\n\nc ======== d\x07") == "ab\n\nc === d"
     assert clean_text("x = 1  # ========\n\ty", code=True) == "x = 1  # ========\n    y"
     assert clean_text("中文，ok") == "中文，ok"
+
+
+def test_titles_of_code_do_not_name_the_folder_of_packages(tmp_path: Path) -> None:
+    (tmp_path / "lib/a/b/c").mkdir(parents=True)
+    (tmp_path / "lib/a/b/c/m.py").write_text("value = other + 1  # more\n" * 40)
+    (tmp_path / "top.py").write_text("value = other - 1  # less\n" * 40)
+    package = _package(register="code", format="code", files=["**/*.py"])
+    found = read_package(package, tmp_path)
+    assert {text.title for text in found} == {"a/b/c/m.py", "top.py"}
+    assert {text.language for text in found} == {"py"}

@@ -99,6 +99,18 @@ def test_pieces_of_a_dialogue_are_joined_in_their_order(small: Library) -> None:
     assert dialogue.turns[-1] == "Ruth: piece 1 line 6"
 
 
+def test_turns_that_say_the_same_again_are_left_out(small: Library) -> None:
+    turns = "\n".join(f"Ruth: line {at}" for at in range(7))
+    looped = f"{turns}\nTom: line 3\nTom: line 5\nTom: at last"
+    [dialogue] = _read(small, _row("dialogue", looped, group="g", number=0)).dialogues
+    assert dialogue.turns == (*turns.split("\n"), "Tom: at last")
+
+
+def test_request_loses_its_heading(small: Library) -> None:
+    [request] = _read(small, _row("instruction", "**Request:** Who kept the light?")).instructions
+    assert request.words == "Who kept the light?"
+
+
 def test_short_dialogue_needs_its_summary(small: Library) -> None:
     talk = "\n".join(f"Tom: line {at}" for at in range(6))
     good = f"{talk}\n\nSummary: Tom speaks six lines to nobody."
