@@ -1,6 +1,8 @@
 """From a configuration to a running FluxRuntime: every check made before the first request."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.patterns.base import make_pattern
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
-from flux_vllm.router.features import GRANULE_TOKENS
+from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.model_call import RunnerModelCall
+from flux_vllm.routing.probe import ProbedLayer, PromptProbe
+from flux_vllm.routing.runtime import FluxRuntime
 
 logger = logging.getLogger("vllm.flux")
 
@@ -51,15 +55,17 @@ def check_front_end(vllm_config: Any) -> None:
     _, info = _read_router(config, vllm_config)
     if info is not None:
         _check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
+        if config.needs_router:
+            _check_probe(info.inputs, vllm_config)
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
     prepare_front_end()
 
 
-def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRuntime:
+def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     """Bind a runtime to the attention layers of a model that was just loaded.
 
     Args:
-        model: vLLM's model.
+        runner: vLLM's model runner, V1 or V2.
         vllm_config: the engine's configuration.
         device: of the worker.
 
@@ -71,11 +77,13 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     config.check_layers(num_layers)
     router, info = _read_router(config, vllm_config)
-    layers = _routed_layers(model)
-    for _, attention, _ in layers:
-        if info is not None:
-            _check_fit(info, num_layers, attention.head_size)
-    unrouted = set(config.sparse_layers or ()) - {index for index, _, _ in layers}
+    layers = _attention_layers(runner.get_model())
+    routed = [layer for layer in layers if layer.is_routed]
+    if info is not None:
+        for layer in layers:
+            if layer.is_routed or layer.index in info.context_layers:
+                _check_fit(info, num_layers, layer.attention.head_size)
+    unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
     if unrouted:
         raise FluxConfigError(
             "flux config: expected sparse_layers with full attention in the model, found "
@@ -83,25 +91,33 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
         )
     runtime = FluxRuntime(
         config,
-        router.to(device) if config.needs_router and router is not None else None,
         info,
         num_layers,
-        tuple(index for index, _, _ in layers),
+        tuple(layer.index for layer in routed),
         vllm_config.scheduler_config.max_num_seqs,
         device,
-        _mean_over_ranks,
     )
-    rotaries: dict[int, RotaryInverse] = {}
-    for index, attention, rotary in layers:
-        if id(rotary) not in rotaries:
-            rotaries[id(rotary)] = RotaryInverse(rotary, attention.head_size, device)
-        attention.impl.binding = LayerBinding(runtime, index, rotaries[id(rotary)])
+    for layer in routed:
+        layer.attention.impl.binding = LayerBinding(runtime, layer.index)
+    if config.needs_router:
+        assert router is not None
+        assert info is not None
+        _check_probe(info.inputs, vllm_config)
+        runtime.probe = PromptProbe(
+            info.inputs,
+            router.to(device),
+            config.threshold,
+            _probed_layers(layers, info.inputs, device),
+            RunnerModelCall(runner, vllm_config, device),
+            _mean_over_ranks,
+            device,
+        )
     _report(runtime, vllm_config)
     return runtime
 
 
-def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:
-    """Take the query sums' share out of the memory that the KV cache may use.
+def reserve_buffers(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:
+    """Take what our buffers need out of the memory that the KV cache may use.
 
     Args:
         available_bytes: what vLLM found for the KV cache.
@@ -110,24 +126,13 @@ def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime)
 
     Returns: bytes left for the KV cache.
     """
-    specs = list(worker.get_kv_cache_spec().values())
-    kv_bytes = sum(spec.page_size_bytes / spec.block_size for spec in specs)
-    side_bytes = 0.0
-    if runtime.router is not None:
-        # One bfloat16 sum and its share of the count, a granule.
-        side_bytes = len(specs) * (2 * runtime.router.head_dim + 1) / GRANULE_TOKENS
-    fixed = 0
-    if worker.device.type != "cpu":
-        from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
+    if worker.device.type == "cpu":
+        return available_bytes
+    from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
 
-        fixed = fixed_nbytes(runtime, worker.vllm_config, specs)
-    left = int((available_bytes - fixed) * kv_bytes / (kv_bytes + side_bytes))
-    logger.info(
-        "flux: %.1f MiB of the KV cache's memory (%.2f %%) hold query sums and views",
-        (available_bytes - left) / 2**20,
-        100 * (1 - left / available_bytes) if available_bytes else 0.0,
-    )
-    return left
+    nbytes = fixed_nbytes(runtime, worker.vllm_config, compat.kv_cache_groups(worker))
+    logger.info("flux: views and workspaces take %.1f MiB of the KV cache's memory", nbytes / 2**20)
+    return available_bytes - nbytes
 
 
 def _read_router(
@@ -217,6 +222,24 @@ def _check_features(vllm_config: Any) -> None:
         )
 
 
+def _check_probe(inputs: RouterInputs, vllm_config: Any) -> None:
+    """Refuse what an extra forward of one request's tokens cannot be combined with."""
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:
+        raise UnsupportedConfigurationError(
+            '--attention-backend flux with policy "router": expected data parallel replicas that '
+            "run apart, found a mixture-of-experts model whose replicas run every forward "
+            "together, so that one could not probe a prompt alone; serve replicas as servers of "
+            'their own, or choose a policy without a router ("full", "sparse", "static")'
+        )
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    if vllm_config.device_config.device_type != "cpu" and budget < inputs.probe.tokens:
+        raise UnsupportedConfigurationError(
+            '--attention-backend flux with policy "router": expected --max-num-batched-tokens of '
+            f"at least {inputs.probe.tokens}, the tokens of a probe, found {budget}; raise it"
+        )
+
+
 def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
     for what, expected, found in (
         ("layers", num_layers, info.num_layers),
@@ -230,12 +253,26 @@ def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
             )
 
 
-def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
-    """Find (layer index, attention, rotary embedding) of every layer that gets a route."""
+@dataclass(frozen=True, slots=True)
+class _AttentionLayer:
+    index: int
+    attention: Any
+    """vLLM's Attention."""
+    parent: Any
+    """The model's module that holds it, and its rotary embedding."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Layers with a sliding window of the model's own stay as they are."""
+        return self.attention.sliding_window is None
+
+
+def _attention_layers(model: nn.Module) -> list[_AttentionLayer]:
+    """Find every attention layer, in order, and refuse what routes cannot go with."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
-    layers: list[tuple[int, Any, Any]] = []
+    layers: list[_AttentionLayer] = []
     for parent in model.modules():
         for attention in parent.children():
             if not isinstance(attention, Attention):
@@ -252,21 +289,33 @@ def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
                     f"found {type(attention).__name__} in {attention.layer_name}; serve this model "
                     "without --attention-backend flux"
                 )
-            if attention.sliding_window is not None:
-                continue  # stays as the model has it
-            layers.append(
-                (
-                    extract_layer_index(attention.layer_name),
-                    attention,
-                    _rotary_of(parent, attention),
-                )
-            )
-    if not layers:
+            index = extract_layer_index(attention.layer_name)
+            layers.append(_AttentionLayer(index, attention, parent))
+    if not any(layer.is_routed for layer in layers):
         raise UnsupportedConfigurationError(
             f"--attention-backend flux: expected layers with full attention in "
             f"{type(model).__name__}, found none; serve it without --attention-backend flux"
         )
-    return sorted(layers, key=lambda entry: entry[0])
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _probed_layers(
+    layers: Sequence[_AttentionLayer], inputs: RouterInputs, device: torch.device
+) -> list[ProbedLayer]:
+    """Say what a probe needs of each layer: its rotation where a router looks at its queries."""
+    rotaries: dict[int, RotaryInverse] = {}
+    probed = []
+    for layer in layers:
+        inverse = None
+        if layer.is_routed or layer.index in inputs.context_layers:
+            rotary = _rotary_of(layer.parent, layer.attention)
+            if id(rotary) not in rotaries:
+                rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
+            inverse = rotaries[id(rotary)]
+        probed.append(
+            ProbedLayer(layer.attention.layer_name, layer.index, layer.is_routed, inverse)
+        )
+    return probed
 
 
 def _rotary_of(parent: Any, attention: Any) -> Any:
@@ -330,8 +379,8 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         "sparse_pattern": config.pattern_name(info),
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
-        "pool_tokens": str(info.pool_tokens) if info else "",
-        "pool_prefix": str(info.pool_prefix).lower() if info else "",
+        "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
+        "pools": " ".join(map(str, info.inputs.pools)) if info else "",
     }
     runtime.reporter = RouteReporter(
         MetricStore(directory, model),
