@@ -169,6 +169,7 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     # For `collective_rpc`.
     worker.flux_status = runtime.status
     worker.flux_fix_routes = runtime.fix_routes
+    worker.flux_set_threshold = runtime.set_threshold
     _hook_runner(worker.model_runner, runtime)
 
 

@@ -205,7 +205,7 @@ class Answering:
 
     def _switch_to(self, engine: ServedEngine, variant: Variant) -> None:
         if variant.policy == "router":
-            engine.call_worker("set_flux_threshold", variant.threshold)
+            engine.call_worker("flux_set_threshold", variant.threshold)
         elif variant.policy not in BASELINES:
             engine.call_worker("flux_fix_routes", variant.sparse_layers(self._num_layers))
 

@@ -28,12 +28,13 @@ def full_probability(router_logits: torch.Tensor) -> torch.Tensor:
     return router_logits.float().softmax(dim=-1)[..., Route.FULL]
 
 
-def choose_route(probability: torch.Tensor, threshold: float) -> torch.Tensor:
+def choose_route(probability: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Choose FULL wherever P(FULL) reaches the threshold, and where it is NaN.
 
     Args:
         probability: [...] float32, P(FULL); NaN where the router's logits were not finite.
-        threshold: in [0, 1]; 0.5 is the paper's argmax, lower means more FULL layers.
+        threshold: in [0, 1]; 0.5 is the paper's argmax, lower means more FULL layers. A float32
+            scalar on the same device may change after a CUDA graph was captured.
 
     Returns: [...] int8 of `Route` values.
     Host sync: none. CUDA graph: safe.

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -113,6 +113,19 @@ class FluxRuntime:
         self.fixed_routes = self._routes(sparse_layers)
         self.table.fix(self.fixed_routes)
         self._known_routes[:] = self.fixed_routes
+
+    def set_threshold(self, threshold: float) -> None:
+        """Decide later prompts by another threshold.
+
+        Benchmarks try thresholds with it on a running engine whose policy is `router`; what
+        `/metrics` says of the router stays as it started.
+
+        Raises: FluxConfigError: not a number from 0 to 1.
+        """
+        if self.probe is None:
+            raise AssertionError("set_threshold: the policy is not `router`")
+        self.config = replace(self.config, threshold=threshold)
+        self.probe.set_threshold(threshold)
 
     # Before a batch.
 

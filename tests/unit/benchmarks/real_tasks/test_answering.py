@@ -49,7 +49,7 @@ class FakeEngine:
         self.calls.append((method, *args))
         if not self.obeys:
             return
-        if method == "set_flux_threshold":
+        if method == "flux_set_threshold":
             self.letters = "".join("FS"[p < args[0]] for p in self.probabilities)
         else:
             self.letters = "".join("FS"[layer in args[0]] for layer in range(LAYERS))
@@ -80,7 +80,7 @@ def _answering(folder: Path, texts: list[str], in_time: bool = True) -> Answerin
 def test_every_threshold_is_set_before_its_answers(tmp_path: Path) -> None:
     engine = FakeEngine()
     _answering(tmp_path, ["router:a@0.3,0.7"]).answer(engine, [_family("gsm8k")])  # type: ignore[arg-type]
-    assert engine.calls == [("set_flux_threshold", 0.3), ("set_flux_threshold", 0.7)]
+    assert engine.calls == [("flux_set_threshold", 0.3), ("flux_set_threshold", 0.7)]
     results = ResultFolder(tmp_path)
     rows = results.read("a-t0.7", "gsm8k")["rows"]
     assert [row["routes"] for row in rows] == ["SSSF", "SSSF", None]
