@@ -43,6 +43,8 @@ def _join_folder(results: ResultFolder) -> list[Row]:
         )
     full = found[baselines[0]]
     rows = [_row(label, of, full) for label, of in found.items()]
+    for row in rows:
+        row["beside_static"] = beside_static(row, rows, found)
     return sorted(rows, key=lambda row: (row["sparse_share"] or 0.0, row["label"]))
 
 
@@ -122,6 +124,50 @@ def _scores(family: str, ours: list[Row], theirs: list[Row], row: Row) -> Row:
             "sparse_by_layer": _by_layer([ours[at]["routes"] for at in members]),
         }
     return {family: round(means["own"], 6), f"{family}_full": round(means["full"], 6)}
+
+
+def beside_static(row: Row, rows: list[Row], found: dict[str, dict[str, Row]]) -> Row | None:
+    """Compare a router with the static pattern whose share of SPARSE is nearest to its own.
+
+    Args:
+        row: of any variant.
+        rows: of all variants.
+        found: results by label and measure.
+
+    Returns: the pattern's `label` and `sparse_share`; for `longbench` the score, for `agreement`
+        the share of equal tokens: the router's less the pattern's, and the paired interval. None
+        where there is nothing to compare.
+    """
+    patterns = [one for one in rows if one["policy"] == "static" and one["longbench"] is not None]
+    if row["policy"] != "router" or row["longbench"] is None or not patterns:
+        return None
+    nearest = min(patterns, key=lambda one: abs(one["sparse_share"] - row["sparse_share"]))
+    ours, theirs = found[row["label"]], found[nearest["label"]]
+    compared: Row = {"label": nearest["label"], "sparse_share": nearest["sparse_share"]}
+    compared["longbench"] = _difference(
+        ours["longbench"]["rows"], theirs["longbench"]["rows"], "score"
+    )
+    measures = sorted(name for name in ours if name.endswith("-agreement") and name in theirs)
+    if measures:
+        sides = [
+            [one | {"task": "all"} for name in measures for one in side[name]["rows"]]
+            for side in (ours, theirs)
+        ]
+        compared["agreement"] = _difference(*sides, "equal_tokens")
+    return compared
+
+
+def _difference(ours: list[Row], theirs: list[Row], name: str) -> Row:
+    """Return the difference of means over tasks, ours less theirs, and its paired interval."""
+    tasks = [one["task"] for one in ours]
+    values = {
+        "theirs": np.array([one[name] for one in theirs], dtype=np.float64),
+        "ours": np.array([one[name] for one in ours], dtype=np.float64),
+    }
+    cells = Cells(tasks, [0] * len(tasks))
+    difference = cells.overall(values["ours"]) - cells.overall(values["theirs"])
+    bounds = interval(cells, values, "overall")["ours-theirs"]
+    return {"difference": round(difference, 6), "interval": bounds}
 
 
 def _by_layer(routes: list[str | None]) -> list[float] | None:

@@ -14,6 +14,8 @@ def all_tables(rows: Sequence[Row]) -> list[str]:
         found += [f"## {model}", score_table(of_model), task_table(of_model)]
         if any(row["agreement"] for row in of_model):
             found.append(agreement_table(of_model))
+        if any(row["beside_static"] for row in of_model):
+            found.append(static_table(of_model))
         if any("speed" in row for row in of_model):
             found.append(speed_table(of_model))
     return found
@@ -61,30 +63,48 @@ def task_table(rows: Sequence[Row]) -> str:
 
 
 def agreement_table(rows: Sequence[Row]) -> str:
-    """Write how far each variant's tokens are full attention's own."""
-    heads = [
-        "variant",
-        "prompts",
-        "tokens",
-        "prompts of",
-        "equal tokens [95%]",
-        "same prefix",
-        "KL",
-    ]
+    """Write how far each variant's tokens are full attention's own, by family of prompts."""
+    families = list(dict.fromkeys(name for row in rows for name in row["agreement"]))
+    heads = ["variant"]
+    for family in families:
+        count = next(r["agreement"][family]["prompts"] for r in rows if family in r["agreement"])
+        heads += [f"{family} ({count}): equal tokens [95%]", "same prefix", "KL"]
     lines = [_line(heads), _rule(heads)]
     for row in rows:
-        for family, found in row["agreement"].items():
+        fields = [row["label"]]
+        for family in families:
+            found = row["agreement"].get(family)
+            if found is None:
+                fields += ["-"] * 3
+                continue
             low, high = found["equal_tokens_interval"]
-            lines.append(
-                _line(
-                    [
-                        *(row["label"], f"{found['prompts']}", f"{found['tokens']}", family),
-                        f"{found['equal_tokens']:.2%} [{100 * low:.2f}, {100 * high:.2f}]",
-                        *(f"{found['same_prefix']:.2%}", f"{found['kl']:.4f}"),
-                    ]
-                )
-            )
+            fields.append(f"{found['equal_tokens']:.2%} [{100 * low:.2f}, {100 * high:.2f}]")
+            fields += [f"{found['same_prefix']:.1%}", f"{found['kl']:.4f}"]
+        lines.append(_line(fields))
     return "\n".join(lines)
+
+
+def static_table(rows: Sequence[Row]) -> str:
+    """Write what routers gain over the static pattern of the nearest share, in points."""
+    heads = ["variant", "SPARSE", "static pattern", "its SPARSE"]
+    heads += ["longbench, points more [95%]", "equal tokens, points more [95%]"]
+    lines = [_line(heads), _rule(heads)]
+    for row in rows:
+        beside = row["beside_static"]
+        if beside is None:
+            continue
+        fields = [row["label"], _share(row["sparse_share"]), beside["label"]]
+        fields.append(_share(beside["sparse_share"]))
+        fields += [_points(beside.get(name)) for name in ("longbench", "agreement")]
+        lines.append(_line(fields))
+    return "\n".join(lines)
+
+
+def _points(found: Row | None) -> str:
+    if found is None:
+        return "-"
+    low, high = found["interval"]
+    return f"{100 * found['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def speed_table(rows: Sequence[Row]) -> str:

@@ -157,7 +157,7 @@ def server_arguments(
     if not is_baseline:
         config = {"flux": flux_config(options, variants)}
         arguments += ["--additional-config", json.dumps(config)]
-        arguments += ["--worker-extension-cls", "benchmarks.real_tasks.worker.SwitchingWorker"]
+        arguments += ["--worker-extension-cls", "benchmarks.real_tasks.worker.SettlingWorker"]
     return [*arguments, *options.arguments]
 
 

@@ -33,8 +33,8 @@ def choose_route(probability: torch.Tensor, threshold: float | torch.Tensor) -> 
 
     Args:
         probability: [...] float32, P(FULL); NaN where the router's logits were not finite.
-        threshold: in [0, 1], a number or a float32 scalar on the device; 0.5 is the paper's argmax,
-            lower means more FULL layers.
+        threshold: in [0, 1]; 0.5 is the paper's argmax, lower means more FULL layers. A float32
+            scalar on the same device may change after a CUDA graph was captured.
 
     Returns: [...] int8 of `Route` values.
     Host sync: none. CUDA graph: safe.

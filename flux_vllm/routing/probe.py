@@ -110,6 +110,7 @@ class PromptProbe:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # A captured graph reads and writes these, so they stay where they are.
+        self._threshold = torch.full((), threshold, device=device)
         self._token_ids = zeros(tokens, dtype=torch.int32)  # the dtypes of vLLM's own buffers:
         self._positions = zeros(tokens, dtype=torch.int64)  # compiled code does not check them
         self._weights = zeros(len(inputs.pools), tokens)
@@ -148,6 +149,11 @@ class PromptProbe:
             return
         self._model.use_adapter(prompt.adapter, len(self._token_ids))
         self._run()
+
+    @torch.inference_mode()
+    def set_threshold(self, threshold: float) -> None:
+        """Decide later prompts by another threshold, also where the probe was captured."""
+        self._threshold.fill_(threshold)
 
     @torch.inference_mode()
     def capture(self) -> None:

@@ -117,7 +117,13 @@ class FluxRuntime:
         self._known_routes[:] = self.fixed_routes
 
     def set_threshold(self, threshold: float) -> None:
-        """Decide later requests by another threshold; benchmarks and tests share an engine so."""
+        """Decide later prompts by another threshold.
+
+        Benchmarks try thresholds with it on a running engine whose policy is `router`; what
+        `/metrics` says of the router stays as it started.
+
+        Raises: FluxConfigError: not a number from 0 to 1.
+        """
         if self.probe is None:
             raise AssertionError("set_threshold: the policy is not `router`")
         self.config = replace(self.config, threshold=threshold)

@@ -463,6 +463,7 @@ class TestWorkerHooks:
         worker, runtime, _ = self.make(self.runner_v1())
         assert worker.flux_status is runtime.status
         assert worker.flux_fix_routes is runtime.fix_routes
+        assert worker.flux_set_threshold is runtime.set_threshold
 
     @pytest.mark.parametrize(
         ("computed", "prompt", "forced", "uniform"),

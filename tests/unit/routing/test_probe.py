@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flux_vllm.router.inputs import Pool, Probe, RouterInputs
 from flux_vllm.router.model import LayerRouter
@@ -179,6 +180,27 @@ def test_threshold(threshold: float, route: Route) -> None:
     probe = make(Model(), threshold)
     probe.decide(prompt(20))
     assert probe.routes[list(ROUTED)].tolist() == [route] * 3
+
+
+def test_set_threshold_reaches_a_captured_probe() -> None:
+    class Traced(Model):
+        can_be_captured = True
+
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            # Like a CUDA graph: tensors stay, Python's numbers are what they were.
+            def traced(value: torch.Tensor) -> torch.Tensor:
+                work()
+                return value
+
+            graph = make_fx(traced)(torch.zeros(()))
+            return lambda: graph(torch.zeros(()))
+
+    probe = make(Traced())
+    probe.capture()
+    for threshold, route in ((0.0, Route.FULL), (1.0, Route.SPARSE), (0.0, Route.FULL)):
+        probe.set_threshold(threshold)
+        probe.decide(prompt(20))
+        assert probe.routes[list(ROUTED)].tolist() == [route] * 3
 
 
 def test_adapter_is_chosen_for_each_request() -> None:

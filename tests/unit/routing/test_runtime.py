@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flux_vllm.routing.readback import PendingReadback
+from flux_vllm.errors import FluxConfigError
 from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
     FULL,
@@ -255,6 +256,24 @@ class TestFixedRoutes:
         assert runtime.fixed_routes is None
         with pytest.raises(AssertionError):
             runtime.fix_routes((0,))
+
+
+class TestSetThreshold:
+    def test_config_and_probe_follow(self) -> None:
+        runtime = make(answers=ANSWERS)
+        runtime.set_threshold(0.8)
+        assert runtime.config.threshold == 0.8
+        assert runtime.probe.thresholds == [0.8]  # type: ignore[union-attr]
+
+    def test_value_out_of_range_changes_nothing(self) -> None:
+        runtime = make(answers=ANSWERS)
+        with pytest.raises(FluxConfigError, match="expected a number from 0 to 1"):
+            runtime.set_threshold(1.5)
+        assert runtime.probe.thresholds == []  # type: ignore[union-attr]
+
+    def test_fixed_routes_have_none(self) -> None:
+        with pytest.raises(AssertionError, match="the policy is not `router`"):
+            make("full").set_threshold(0.5)
 
 
 class TestStatus:

@@ -53,6 +53,10 @@ class WrittenProbe:
     def __init__(self, answers: dict[str, list[int]]) -> None:
         self.answers = answers
         self.asked: list[tuple[str, int]] = []
+        self.thresholds: list[float] = []
+
+    def set_threshold(self, threshold: float) -> None:
+        self.thresholds.append(threshold)
 
     def decide(self, prompt: Prompt) -> None:
         self.asked.append((prompt.request_id, prompt.length))

@@ -100,6 +100,27 @@ def test_join_refuses_other_prompts(folder: Path) -> None:
         join([folder])
 
 
+def test_router_is_held_against_the_nearest_static_pattern(folder: Path) -> None:
+    results = ResultFolder(folder)
+    for label, routes in (("near", "SFFF"), ("far", "SSSS")):
+        variant = _variant("static", layers=[0])
+        rows = _rows([0.5, 0.1, 0.4], [routes] * 3)
+        results.write(label, "longbench", SETTINGS, variant, rows)
+        results.write(label, "longbench-agreement", SETTINGS, variant, _agreement([0.7] * 3))
+    rows = {row["label"]: row for row in join([folder])}
+    found = rows["a-t0.5"]["beside_static"]
+    assert (found["label"], found["sparse_share"]) == ("near", 0.25)
+    # qasper: 0.5 against 0.3, lcc alike.
+    assert found["longbench"]["difference"] == pytest.approx(0.1)
+    low, high = found["longbench"]["interval"]
+    assert (low, high) == (0.0, pytest.approx(0.2))
+    assert found["agreement"]["difference"] == pytest.approx(0.1)
+    assert rows["near"]["beside_static"] is rows["flash_attn"]["beside_static"] is None
+    write(list(rows.values()), folder.parent / "real_tasks.json")
+    text = (folder.parent / "real_tasks.md").read_text()
+    assert "| a-t0.5 | 0.250 | near | 0.250 | +10.00 [+0.00, +20.00] | +10.00 [" in text
+
+
 def test_write_puts_tables_and_plots_beside_rows(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,5 +131,6 @@ def test_write_puts_tables_and_plots_beside_rows(
     text = (tmp_path / "real_tasks.md").read_text()
     assert text in capsys.readouterr().out + "\n"
     assert "| a-t0.5 | 0.250 | 0.450 | 69.2% [" in text
-    assert "| a-t0.5 | 3 | 30 | longbench | 80.00% [" in text
+    assert "| a-t0.5 | 80.00% [" in text
+    assert "longbench (3): equal tokens [95%]" in text
     assert "| a-t0.5 | 0.250 | 0.450 | 10.00 (0.50) | 1.00 (0.50) |" in text
