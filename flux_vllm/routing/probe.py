@@ -133,10 +133,6 @@ class PromptProbe:
         """[L] float32: P(FULL), NaN for layers that are not routed."""
         self._replay: Callable[[], None] | None = None
 
-    def set_threshold(self, threshold: float) -> None:
-        """Decide later prompts by another threshold."""
-        self._threshold.fill_(threshold)
-
     @torch.inference_mode()
     def decide(self, prompt: Prompt) -> None:
         """Probe a prompt of token ids; its routes are in `routes` and `full_probability` then.

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.routing.readback import PendingReadback
 from flux_vllm.errors import FluxConfigError
+from flux_vllm.routing.readback import PendingReadback
 from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
     FULL,
