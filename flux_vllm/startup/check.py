@@ -6,6 +6,8 @@ made without one, and its loaded model besides.
 
 from typing import Any
 
+import torch
+
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import (
     FluxConfigError,
@@ -66,6 +68,9 @@ def check_features(vllm_config: Any) -> None:
         and cache.kv_offloading_size is None,
         "KV cache offloading": cache.kv_offloading_size is not None,
         f"a KV cache of dtype {cache.cache_dtype}": cache.cache_dtype not in _KV_CACHE_DTYPES,
+        f"a KV cache of {cache.cache_dtype} for a model of {model.dtype} on the CPU": (
+            vllm_config.device_config.device_type == "cpu" and not _as_wide(cache, model)
+        ),
         "prefix_match_unit": cache.prefix_match_unit is not None,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
         "a draft model (speculative decoding other than ngram)": speculative is not None
@@ -107,6 +112,16 @@ def check_probe(inputs: RouterInputs, vllm_config: Any) -> None:
             '--attention-backend flux with policy "router": expected --max-num-batched-tokens of '
             f"at least {inputs.probe.tokens}, the tokens of a probe, found {budget}; raise it"
         )
+
+
+def _as_wide(cache: Any, model: Any) -> bool:
+    """Say whether a KV cache's elements are as wide as a model's.
+
+    vLLM's CPU kernels write the model's elements whatever the cache was made for; wider ones
+    overwrite each other there, narrower ones are read from where they are not.
+    """
+    dtype: torch.dtype = getattr(torch, cache.cache_dtype, model.dtype)
+    return dtype.itemsize == model.dtype.itemsize
 
 
 def check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:

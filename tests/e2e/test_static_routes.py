@@ -114,3 +114,33 @@ def test_wrong_routes_would_show(reference):
         wrong = reference.run(prompt, pattern=pattern, routes=wrong_routes, num_decode=4)
         difference = (right.prompt_logprobs - wrong.prompt_logprobs)[1:].abs().max()
         assert difference > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_kv_cache_of_another_dtype(tiny_model, reference, dtype, cache, record_property):
+    """vLLM's CPU kernels keep the model's dtype in it, so it is the same to the last bit.
+
+    What low precision costs is told by policy `full`, which is vLLM's own answer.
+    """
+    prompts = [random_prompt(length, seed=length) for length in (161, 500, 1100)]
+
+    def answers(flux, kv_cache_dtype):
+        arguments = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "block_size": 32}
+        with Engine(tiny_model, flux, max_num_batched_tokens=256, **arguments) as engine:
+            return engine.generate(prompts, 16, prompt_logprobs=True)
+
+    worst = {}
+    for flux, other, routes in (
+        (FLUX, (FLUX, "auto"), ROUTES),
+        ({"policy": "full"}, (None, cache), [FULL] * 4),
+    ):
+        errors = []
+        for answer, same in zip(answers(flux, cache), answers(*other), strict=True):
+            assert answer.tokens == same.tokens
+            assert answer.logprobs == same.logprobs
+            assert answer.prompt_logprobs == same.prompt_logprobs
+            request = replay(reference, answer, _pattern(32), routes, follow_tokens=True)
+            errors += logprob_errors(answer, request)
+        worst[flux["policy"]] = max(errors)
+        record_property(f"worst_logprob_error_{flux['policy']}", max(errors))
+    assert worst["static"] < 2 * worst["full"]

@@ -185,6 +185,7 @@ def clean_text(text: str, code: bool = False) -> str:
 
 def write_texts(path: Path, texts: Iterable[Text]) -> None:
     """Write texts as JSON lines; `.xz` and `.gz` compress."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _open(path, "wt") as file:
         for text in texts:
             file.write(json.dumps(dataclasses.asdict(text), ensure_ascii=False) + "\n")

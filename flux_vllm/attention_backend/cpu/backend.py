@@ -168,9 +168,11 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
                 super().forward(layer, picked, key, value, kv_cache, plan.kernel, part, *rest)
                 output[plan.tokens] = part
         shape = (-1, self.num_heads, self.head_size)
+        # vLLM's CPU kernels keep the model's dtype in a cache of any other as wide.
+        pages = kv_cache.view(query.dtype)
         for rows, prefill in plan.sparse_prefills:
             prefill.attend(
-                query[rows], kv_cache, self.page_layout, self.scale, output[rows].view(shape)
+                query[rows], pages, self.page_layout, self.scale, output[rows].view(shape)
             )
         return output
 

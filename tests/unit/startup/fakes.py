@@ -19,6 +19,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         "model": SimpleNamespace(
             model=str(folder),
             revision=None,
+            dtype=torch.float32,
             served_model_name=["served", "alias"],
             use_mla=False,
             is_encoder_decoder=False,

@@ -17,7 +17,7 @@ from flux_vllm.errors import FluxConfigError, RouterCheckpointError, Unsupported
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.startup.attach import _mean_over_ranks, attach
-from flux_vllm.startup.check import check_configuration
+from flux_vllm.startup.check import check_configuration, check_features
 from flux_vllm.startup.memory import reserve_buffers
 from flux_vllm.startup.router_file import read_router_for
 from tests.unit.startup.fakes import CPU, H, L, make_config, runner_of, write
@@ -39,6 +39,9 @@ REFUSED = {
     "a KV connector": {"root__kv_transfer_config": object()},
     "KV cache offloading": {"cache__kv_offloading_size": 4.0},
     "a KV cache of dtype fp8": {"cache__cache_dtype": "fp8"},
+    "a KV cache of bfloat16 for a model of torch.float32 on the CPU": {
+        "cache__cache_dtype": "bfloat16"
+    },
     "prefix_match_unit": {"cache__prefix_match_unit": 16},
     "kv_sharing_fast_prefill": {"cache__kv_sharing_fast_prefill": True},
     "a draft model (speculative decoding other than ngram)": {
@@ -75,6 +78,19 @@ class TestFeatures:
             "--attention-backend flux: expected none of the features that layer routes cannot be "
             f"combined with, found {what}; switch it off, or serve without --attention-backend flux"
         )
+
+    @pytest.mark.parametrize("pair", ["float16 bfloat16", "bfloat16 float16", "float32 float32"])
+    def test_kv_cache_as_wide_as_the_model(self, tmp_path: Path, pair: str) -> None:
+        write(tmp_path)
+        dtype, cache = pair.split()
+        changes = {"model__dtype": getattr(torch, dtype), "cache__cache_dtype": cache}
+        check_configuration(make_config(tmp_path, **changes))
+
+    def test_kv_cache_of_another_width_on_a_gpu(self, tmp_path: Path) -> None:
+        """Is vLLM's to judge."""
+        config = make_config(tmp_path, cache__cache_dtype="bfloat16")
+        config.device_config.device_type = "cuda"
+        check_features(config)
 
     def test_offloading_is_not_called_a_connector(self, tmp_path: Path) -> None:
         write(tmp_path)

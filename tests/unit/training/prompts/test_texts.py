@@ -86,7 +86,7 @@ def test_long_texts_are_cut_between_paragraphs(tmp_path: Path) -> None:
 
 def test_texts_are_written_and_read_back(tmp_path: Path) -> None:
     texts = [Text("book", "a", "t", "en", "words"), Text("news", "b", "题", "zh", "文字\n")]
-    for name in ("t.jsonl", "t.jsonl.gz", "t.jsonl.xz"):
+    for name in ("t.jsonl", "t.jsonl.gz", "new/t.jsonl.xz"):
         write_texts(tmp_path / name, texts)
         assert read_texts(tmp_path / name) == texts
 
