@@ -47,7 +47,7 @@ class ProbedLayer:
     """vLLM's."""
     index: int
     is_routed: bool
-    """False for a layer with a sliding window of its own."""
+    """False for a layer that attends as the model has it, whatever the routes."""
     rotary: RotaryInverse | None
     """None where no router looks at the layer's queries."""
 

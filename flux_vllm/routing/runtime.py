@@ -45,7 +45,7 @@ class FluxRuntime:
         config: the operator's.
         info: the router file's; None where there is none.
         num_layers: layers of the model.
-        routed_layers: those with a route; the others keep the model's own sliding window.
+        routed_layers: those with a route; the others attend as the model has them.
         max_requests: slots to begin with.
         device: of the model.
     """

@@ -14,7 +14,7 @@ from flux_vllm.routing.probe import ProbedLayer, PromptProbe
 from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.routing.runtime import FluxRuntime
 from flux_vllm.startup.check import check_features, check_fit, check_probe
-from flux_vllm.startup.layers import AttentionLayer, attention_layers, rotary_of
+from flux_vllm.startup.layers import AttentionLayer, attention_layers, layers_for_router, rotary_of
 from flux_vllm.startup.report import start_reporting
 from flux_vllm.startup.router_file import read_router_for
 
@@ -35,11 +35,14 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     config.check_layers(num_layers)
     router, info = read_router_for(config, vllm_config)
-    layers = attention_layers(runner.get_model())
-    routed = [layer for layer in layers if layer.is_routed]
+    model = runner.get_model()
+    layers = attention_layers(model)
+    routed = [layer for layer in layers if layer.has_full_attention]
+    if config.needs_router:
+        routed = layers_for_router(model, routed)
     if info is not None:
         for layer in layers:
-            if layer.is_routed or layer.index in info.context_layers:
+            if layer in routed or layer.index in info.context_layers:
                 check_fit(info, num_layers, layer.attention.head_size)
     unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
     if unrouted:
@@ -65,7 +68,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
             info.inputs,
             router.to(device),
             config.threshold,
-            _probed_layers(layers, info.inputs, device),
+            _probed_layers(layers, routed, info.inputs, device),
             RunnerModelCall(runner, vllm_config, device),
             _mean_over_ranks,
             device,
@@ -75,20 +78,23 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
 
 
 def _probed_layers(
-    layers: Sequence[AttentionLayer], inputs: RouterInputs, device: torch.device
+    layers: Sequence[AttentionLayer],
+    routed: Sequence[AttentionLayer],
+    inputs: RouterInputs,
+    device: torch.device,
 ) -> list[ProbedLayer]:
     """Say what a probe needs of each layer: its rotation where a router looks at its queries."""
     rotaries: dict[int, RotaryInverse] = {}
     probed = []
     for layer in layers:
         inverse = None
-        if layer.is_routed or layer.index in inputs.context_layers:
+        if layer in routed or layer.index in inputs.context_layers:
             rotary = rotary_of(layer)
             if id(rotary) not in rotaries:
                 rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
             inverse = rotaries[id(rotary)]
         probed.append(
-            ProbedLayer(layer.attention.layer_name, layer.index, layer.is_routed, inverse)
+            ProbedLayer(layer.attention.layer_name, layer.index, layer in routed, inverse)
         )
     return probed
 

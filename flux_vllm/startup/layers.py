@@ -1,5 +1,6 @@
 """The attention layers of a loaded model: which get a route, and what rotates their queries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.selection import BACKEND_NAME
-from flux_vllm.startup.rope_use import change_after_rope, rotates_always
+from flux_vllm.startup.rope_use import change_after_rope, rotates
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class AttentionLayer:
     """The model's module that holds it, and its rotary embedding."""
 
     @property
-    def is_routed(self) -> bool:
+    def has_full_attention(self) -> bool:
         """Layers with a sliding window of the model's own stay as they are."""
         return self.attention.sliding_window is None
 
@@ -53,12 +54,27 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
                 )
             index = extract_layer_index(attention.layer_name)
             layers.append(AttentionLayer(index, attention, parent))
-    if not any(layer.is_routed for layer in layers):
+    if not any(layer.has_full_attention for layer in layers):
         raise UnsupportedConfigurationError(
             f"--attention-backend flux: expected layers with full attention in "
             f"{type(model).__name__}, found none; serve it without --attention-backend flux"
         )
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """Choose, of the layers with full attention, those that a router can decide for: with RoPE.
+
+    Raises: UnsupportedConfigurationError: there are none.
+    """
+    chosen = [layer for layer in layers if rotates(layer.parent) is not False]
+    if not chosen:
+        raise UnsupportedConfigurationError(
+            '--attention-backend flux with policy "router": expected rotary position embeddings '
+            f"(RoPE) in layers with full attention, found none in {type(model).__name__}; "
+            'choose a policy without a router ("full", "sparse", "static")'
+        )
+    return chosen
 
 
 def rotary_of(layer: AttentionLayer) -> Any:
@@ -68,16 +84,16 @@ def rotary_of(layer: AttentionLayer) -> Any:
     """
     parent, attention = layer.parent, layer.attention
     rotary, kind = getattr(parent, "rotary_emb", None), type(parent).__name__
-    change = change_after_rope(parent)
+    turned, change = rotates(parent), change_after_rope(parent)
     expected, found = "", ""
     if type(parent).__module__.startswith("transformers."):
         expected = "attention layers of a model that vLLM implements itself"
         found = f"transformers' {kind}, whose queries before RoPE are out of reach"
-    elif rotary is None:
-        expected = "rotary position embeddings (RoPE) in every layer"
+    elif rotary is None or turned is False:
+        expected = "rotary position embeddings (RoPE) in every layer whose queries a router sees"
         found = f"none in {attention.layer_name} ({kind})"
-    elif not rotates_always(type(parent)):
-        expected = "rotary position embeddings (RoPE) on the queries of every routed layer"
+    elif turned is None:
+        expected = "rotary position embeddings (RoPE) in every call of a layer, or in none"
         found = f"{kind}, which applies them under a condition"
     elif change is not None:
         expected = "queries that reach attention as RoPE made them"

@@ -13,23 +13,34 @@ from typing import Any
 _RESHAPES = {"contiguous", "flatten", "reshape", "squeeze", "to", "unflatten", "unsqueeze", "view"}
 _FACTS = {"device", "dtype", "shape"}
 """Attributes of a tensor that may be read without touching its values."""
+_CONSTANT = (
+    *(ast.Attribute, ast.BoolOp, ast.Compare, ast.Constant, ast.Load, ast.Name, ast.UnaryOp),
+    *(ast.boolop, ast.cmpop, ast.unaryop),
+)
+"""What a condition may be made of that is the same whenever the module is called."""
+_BRANCHES = (ast.IfExp, ast.For, ast.Match, ast.Try, ast.While, ast.With)
+"""What may run a part of itself or not; `if` is looked into."""
 
 
-def rotates_always(attention_class: type) -> bool:
-    """Say whether an attention module rotates its queries whatever its layer.
+def rotates(attention: Any) -> bool | None:
+    """Say whether a module rotates its queries.
 
-    Some models give every layer a rotary embedding and leave it out in some of them:
-    `self.rotary_emb(...)` has to be called, and outside of any condition.
+    Some models leave RoPE out in some layers: conditions on the module's own attributes are looked
+    up, since they are the same for all its calls.
+
+    Returns: None where that depends on anything else, or there is no source to be read.
     """
-    tree = _rotating_function(attention_class)
+    kind: Any = type(attention)
+    tree = _rotating_function(kind)
     if tree is None:
-        return False
-    calls = [
-        any(isinstance(parent, ast.If | ast.IfExp) for parent in parents)
-        for node, parents in _walk(tree)
-        if _is_rotation(node)
-    ]
-    return not any(calls)
+        return None
+    found: list[bool | None] = []
+    for node, is_conditional in _statements(tree.body, attention):
+        if _rotates_within(node):
+            parts = ast.walk(node)
+            branches = is_conditional or any(isinstance(part, _BRANCHES) for part in parts)
+            found.append(None if branches else True)
+    return None if None in found else bool(found)
 
 
 def change_after_rope(attention: Any) -> str | None:
@@ -51,7 +62,7 @@ def change_after_rope(attention: Any) -> str | None:
         return None
     names: set[str] = set()
     reached = False
-    for node in _simple_statements(tree.body, attention):
+    for node, _ in _statements(tree.body, attention):
         if isinstance(node, ast.Assign) and _is_rotation(node.value):
             names.add(_first_target(node))
         elif (
@@ -62,9 +73,7 @@ def change_after_rope(attention: Any) -> str | None:
             names.add(node.targets[0].id)
         elif _hands_on(node, names):
             reached = True
-        elif not isinstance(node, ast.Delete) and (
-            _uses(node, names) or any(_is_rotation(part) for part in ast.walk(node))
-        ):
+        elif not isinstance(node, ast.Delete) and (_uses(node, names) or _rotates_within(node)):
             return ast.unparse(node)
     return None if reached else f"{tree.name}() without self.attn(q, ...)"
 
@@ -77,7 +86,7 @@ def _rotating_function(attention_class: type) -> ast.FunctionDef | None:
             if not inspect.isfunction(function) or function.__name__ == "__init__":
                 continue
             tree = _parse(function)
-            if tree is not None and any(_is_rotation(node) for node, _ in _walk(tree)):
+            if tree is not None and _rotates_within(tree):
                 return tree
     return None
 
@@ -90,30 +99,47 @@ def _parse(function: Callable) -> ast.FunctionDef | None:
     return tree if isinstance(tree, ast.FunctionDef) else None
 
 
-def _walk(node: ast.AST, parents: tuple = ()) -> Iterator[tuple[ast.AST, tuple]]:
-    """Give every node with its parents, in the order of the text."""
-    yield node, parents
-    for child in ast.iter_child_nodes(node):
-        yield from _walk(child, (*parents, node))
-
-
 def _is_rotation(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == "self.rotary_emb"
 
 
-def _simple_statements(body: list[ast.stmt], attention: Any) -> Iterator[ast.AST]:
+def _rotates_within(node: ast.AST) -> bool:
+    return any(_is_rotation(part) for part in ast.walk(node))
+
+
+def _statements(
+    body: list[ast.stmt], attention: Any, is_conditional: bool = False
+) -> Iterator[tuple[ast.AST, bool]]:
     """Give statements in the order of the text, with the conditions that they stand under.
 
     What a condition on the module's own attributes switches off is left out.
+
+    Returns: of each, whether it stands under a condition that may change from call to call.
     """
     for node in body:
         if isinstance(node, ast.If):
-            yield node.test
-            if not _is_off(node, attention):
-                yield from _simple_statements(node.body, attention)
-            yield from _simple_statements(node.orelse, attention)
+            yield node.test, is_conditional
+            holds = _truth(node.test, attention)
+            unknown = is_conditional or holds is None
+            if holds is not False:
+                yield from _statements(node.body, attention, unknown)
+            if holds is not True:
+                yield from _statements(node.orelse, attention, unknown)
         else:
-            yield node
+            yield node, is_conditional
+
+
+def _truth(test: ast.expr, attention: Any) -> bool | None:
+    """Evaluate a condition that reads nothing but the module's own attributes; None for others."""
+    parts = list(ast.walk(test))
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    if names != {"self"} or not all(isinstance(part, _CONSTANT) for part in parts):
+        return None
+    code = compile(ast.Expression(test), "<condition>", "eval")
+    try:
+        return bool(eval(code, {"__builtins__": {}}, {"self": attention}))
+    except (AttributeError, TypeError, RuntimeError):  # an attribute that is not there, or a tensor
+        return None
 
 
 def _first_target(node: ast.Assign) -> str:
@@ -146,13 +172,3 @@ def _is_reshape(value: ast.AST, names: set[str]) -> bool:
             return False
         value = value.func.value
     return ast.unparse(value) in names
-
-
-def _is_off(node: ast.If, attention: Any) -> bool:
-    """Say whether a condition is `if self.NAME` and the module's NAME is false."""
-    test = node.test
-    return (
-        isinstance(test, ast.Attribute)
-        and ast.unparse(test.value) == "self"
-        and not getattr(attention, test.attr, True)
-    )

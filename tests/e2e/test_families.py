@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from transformers import (
+    Cohere2Config,
+    CohereConfig,
     Glm4Config,
     GlmConfig,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -21,8 +24,8 @@ from flux_vllm.errors import UnsupportedConfigurationError
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.models import random_prompt, write_random_router, write_tiny_model
-from tests.helpers.reference import ReferenceModel, ReferenceRouter, SparsePattern
-from tests.helpers.replay import assert_routed
+from tests.helpers.reference import FULL, SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
+from tests.helpers.replay import assert_routed, assert_same, replay
 
 pytestmark = pytest.mark.vllm
 
@@ -34,6 +37,16 @@ YARN = {
     "original_max_position_embeddings": 1024,
 }
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# Each with the factors that its own checkpoints have, of a size for these weights.
+GRANITE = {
+    "attention_multiplier": 32**-0.5,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.8,
+    "logits_scaling": 1.5,
+}
+COHERE = {"tie_word_embeddings": True, "logit_scale": 0.1875}
+# Full attention without RoPE in every layer.
+COHERE2 = COHERE | {"layer_types": ["full_attention"] * 4}
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2-bias": (Qwen2Config, {}),
@@ -41,6 +54,15 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-yarn": (LlamaConfig, {"rope_parameters": YARN, "max_position_embeddings": 4096}),
     "stablelm-partial": (StableLmConfig, {"rope_parameters": PARTIAL, "use_qkv_bias": True}),
     "glm4-partial-interleaved": (Glm4Config, {"rope_parameters": PARTIAL}),
+    "granite": (GraniteConfig, GRANITE),
+    "cohere": (CohereConfig, COHERE),
+    "cohere-qk-norm": (CohereConfig, COHERE | {"use_qk_norm": True}),
+}
+STATIC = {
+    "policy": "static",
+    "sparse_layers": [0, 2],
+    "sink_tokens": SINK_TOKENS,
+    "window_tokens": WINDOW_TOKENS,
 }
 
 
@@ -65,6 +87,34 @@ def test_routes_and_outputs(name: str, tmp_path: Path) -> None:
     for answer in answers:
         assert_routed(answer, reference, reference_router, pattern)
     assert len({tuple(answer.routes or ()) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "cohere-qk-norm", "cohere2-without-rope"])
+def test_fixed_policies(name: str, tmp_path: Path) -> None:
+    """`full` is vLLM's own answer, `static` the reference's; neither asks for RoPE."""
+    config_class, config = (FAMILIES | {"cohere2-without-rope": (Cohere2Config, COHERE2)})[name]
+    write_tiny_model(tmp_path, config_class, **config)
+    prompts = [random_prompt(length, seed=length) for length in (17, 161, 640, 1100)]
+    answers = {}
+    for policy, flux in {"stock": None, "full": {"policy": "full"}, "static": STATIC}.items():
+        with Engine(tmp_path, flux, block_size=BLOCK_SIZE, max_num_batched_tokens=512) as engine:
+            answers[policy] = engine.generate(prompts, 16, prompt_logprobs=True)
+    for own, ours in zip(answers["stock"], answers["full"], strict=True):
+        assert own.tokens == ours.tokens
+        assert own.logprobs == ours.logprobs
+        assert own.prompt_logprobs == ours.prompt_logprobs
+    reference = ReferenceModel(tmp_path)
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
+    for answer in answers["static"]:
+        assert_same(answer, replay(reference, answer, pattern, [SPARSE, FULL] * 2))
+    assert answers["static"][-1].prompt_logprobs != answers["full"][-1].prompt_logprobs
+
+
+def test_router_without_rope_is_refused(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, Cohere2Config, **COHERE2)
+    write_random_router(tmp_path, num_layers=4, head_dim=32)
+    with pytest.raises(UnsupportedConfigurationError, match="found none in Cohere2?ForCausalLM"):
+        Engine(tmp_path, {})
 
 
 def test_transformers_own_code_is_refused(tmp_path: Path) -> None:

@@ -229,5 +229,7 @@ class StepModel:
     @torch.inference_mode()
     def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn hidden states [q, hidden] into log-probabilities of the next token [q, V]."""
-        head = self.model.get_output_embeddings()
-        return torch.log_softmax(head(hidden).float(), dim=-1)
+        head, config = self.model.get_output_embeddings(), self.model.config
+        # Cohere's factor and Granite's divisor.
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        return torch.log_softmax(head(hidden).float() * scale, dim=-1)

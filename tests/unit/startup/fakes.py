@@ -113,14 +113,26 @@ class SelfAttention(nn.Module):
         return self.attn(query, key, key)
 
 
-class SometimesRotating(nn.Module):
-    """Like Exaone4's and Cohere2's: every layer has a rotary embedding, not every one uses it."""
+class RotatingWhereTold(nn.Module):
+    """Like Granite's and Cohere's: the layer's own attribute says whether it rotates."""
+
+    use_rope = True
 
     def forward(self, positions: Any, query: Any, key: Any) -> Any:
-        """Rotate under a condition."""
-        if self.attn.sliding_window:
+        """Rotate by the attribute."""
+        if self.use_rope:
             query, key = self.rotary_emb(positions, query, key)
-        return query, key
+        return self.attn(query, key, key)
+
+
+class SometimesRotating(nn.Module):
+    """Rotates in some calls."""
+
+    def forward(self, positions: Any, query: Any, key: Any) -> Any:
+        """Rotate under a condition of the call."""
+        if positions is not None:
+            query, key = self.rotary_emb(positions, query, key)
+        return self.attn(query, key, key)
 
 
 class SometimesScaling(nn.Module):

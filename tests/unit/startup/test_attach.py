@@ -20,12 +20,13 @@ from flux_vllm.router.inputs import Pool, RouterInputs
 from flux_vllm.startup import report
 from flux_vllm.startup.attach import _probed_layers, attach
 from flux_vllm.startup.layers import attention_layers
-from flux_vllm.startup.rope_use import change_after_rope, rotates_always
+from flux_vllm.startup.rope_use import change_after_rope
 from tests.unit.startup.fakes import (
     CPU,
     H,
     L,
     Model,
+    RotatingWhereTold,
     SometimesRotating,
     SometimesScaling,
     make_attention,
@@ -101,6 +102,46 @@ class TestAttach:
         assert runtime.probe._metadata[attentions[1].layer_name].mean_query.shape == (256, H)
         assert runtime.probe._rotations[0].layers.tolist() == [0, 1, 2, 3]
 
+    def rotating(self, rope: Any, *layers: int) -> Model:
+        """Make a model in which only these layers use RoPE."""
+        model = Model(self.attentions(), rope, RotatingWhereTold)
+        for index, layer in enumerate(reversed(model.layers)):
+            layer.self_attn.use_rope = index in layers
+        return model
+
+    def test_layers_without_rope_stay_full(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        model = self.rotating(rope, 0, 2)
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (0, 2)
+        bound = [layer.self_attn.attn.impl.binding is not None for layer in reversed(model.layers)]
+        assert bound == [True, False, True, False]
+        assert runtime.probe._is_routed.tolist() == bound
+        assert runtime.probe._rotations[0].layers.tolist() == [0, 2]
+
+    def test_fixed_policies_route_layers_without_rope(self, tmp_path: Path, rope: Any) -> None:
+        flux = {"policy": "static", "sparse_layers": [1], "sink_tokens": 1, "window_tokens": 2}
+        runtime = attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path, flux), CPU)
+        assert runtime.routed_layers == (0, 1, 2, 3)
+
+    def test_no_layer_with_rope(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path)
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            attach(runner_of(self.rotating(rope)), make_config(tmp_path), CPU)
+        assert str(error.value) == (
+            '--attention-backend flux with policy "router": expected rotary position embeddings '
+            "(RoPE) in layers with full attention, found none in Model; choose a policy without a "
+            'router ("full", "sparse", "static")'
+        )
+
+    def test_context_layer_without_rope(self, tmp_path: Path, rope: Any) -> None:
+        write(tmp_path, context_layers=(1,), pools=("tail:8",))
+        with pytest.raises(
+            UnsupportedConfigurationError,
+            match=r"in every layer whose queries a router sees, found none in model\.layers\.1\.",
+        ):
+            attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path), CPU)
+
     def test_static_on_a_sliding_window_layer(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
         model = Model(self.attentions(self.WINDOWED), rope)
@@ -130,9 +171,9 @@ class TestAttach:
         with pytest.raises(UnsupportedConfigurationError) as error:
             attach(runner_of(Model(self.attentions(), None)), make_config(tmp_path), CPU)
         assert str(error.value) == (
-            "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer, "
-            "found none in model.layers.0.self_attn.attn (SelfAttention); serve this model without "
-            "--attention-backend flux"
+            "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer "
+            "whose queries a router sees, found none in model.layers.0.self_attn.attn "
+            "(SelfAttention); serve this model without --attention-backend flux"
         )
 
     def test_layer_on_another_backend(self, tmp_path: Path, rope: Any) -> None:
@@ -269,31 +310,15 @@ class TestNumbers:
 
 
 def probed(model: nn.Module) -> list[Any]:
-    return _probed_layers(attention_layers(model), INPUTS, CPU)
+    layers = attention_layers(model)
+    return _probed_layers(layers, layers, INPUTS, CPU)
 
 
 def test_conditional_rotation_is_refused(rope: Any) -> None:
-    """Queries that were never rotated would be rotated back: Exaone4, Cohere2, Llama4."""
+    """Queries that were not rotated in a call would be rotated back."""
     model = Model([make_attention(0)], rope, SometimesRotating)
     with pytest.raises(UnsupportedConfigurationError, match="SometimesRotating, which applies"):
         probed(model)
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "always"),
-    [
-        ("llama", "LlamaAttention", True),
-        ("qwen2", "Qwen2Attention", True),
-        ("qwen3", "Qwen3Attention", True),
-        ("gemma3", "Gemma3Attention", True),
-        ("mixtral", "MixtralAttention", True),
-        ("exaone4", "Exaone4Attention", False),
-        ("commandr", "CohereAttention", False),
-    ],
-)
-def test_rotates_always_on_vllms_models(module: str, name: str, always: bool) -> None:
-    models = importlib.import_module(f"vllm.model_executor.models.{module}")
-    assert rotates_always(getattr(models, name)) == always
 
 
 def test_queries_scaled_after_rope_are_refused(rope: Any, monkeypatch) -> None:

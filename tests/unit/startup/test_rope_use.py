@@ -1,0 +1,159 @@
+"""Whether a layer of a loaded model rotates its queries, as its source and its attributes say.
+
+Oracle: vLLM's models, read by a person; methods written here, each with one way to put a condition.
+"""
+
+import importlib
+from typing import Any
+
+import pytest
+from torch import nn
+
+from flux_vllm.startup.rope_use import change_after_rope, rotates
+
+pytestmark = pytest.mark.vllm
+
+FULL_NOPE = {"sliding_window": None, "apply_rope_all_layers": False}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "attributes", "expected"),
+    [
+        ("llama", "LlamaAttention", {}, True),
+        ("qwen2", "Qwen2Attention", {}, True),
+        ("qwen3", "Qwen3Attention", {}, True),
+        ("gemma3", "Gemma3Attention", {}, True),
+        ("mixtral", "MixtralAttention", {}, True),
+        ("granite", "GraniteAttention", {"use_rope": True}, True),
+        ("granite", "GraniteAttention", {"use_rope": False}, False),
+        ("granite", "GraniteAttention", {}, None),  # as if the attribute had another name
+        ("commandr", "CohereAttention", {"v1": True, "sliding_window": None}, True),
+        ("commandr", "CohereAttention", {"v1": False, "sliding_window": None}, False),
+        ("commandr", "CohereAttention", {"v1": False, "sliding_window": 4097}, True),
+        ("exaone4", "Exaone4Attention", FULL_NOPE, False),
+        ("exaone4", "Exaone4Attention", FULL_NOPE | {"apply_rope_all_layers": True}, True),
+        ("llama4", "Llama4Attention", {"rotary_emb": None}, False),
+        ("llama4", "Llama4Attention", {"rotary_emb": object()}, True),
+        ("iquest_loopcoder", "LoopCoderAttention", {}, None),  # depends on the loop
+        ("opt", "OPTAttention", {}, None),  # has no RoPE
+    ],
+)
+def test_rotates_on_vllms_models(
+    module: str, name: str, attributes: dict, expected: bool | None
+) -> None:
+    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    attention = kind.__new__(kind)
+    nn.Module.__init__(attention)
+    vars(attention).update(attributes)
+    assert rotates(attention) is expected
+
+
+class Attention(nn.Module):
+    """Each method puts the rotation under another condition; the attributes say yes."""
+
+    use_rope = True
+    layer_types = ("full", "sliding")
+    index = 1
+
+    def told(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate by an attribute."""
+        if self.use_rope and self.index != 0:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def told_not_to(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate in the other branch."""
+        if not self.use_rope:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def either_way(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate in each of two branches, of which one is taken."""
+        if self.use_rope is None:
+            q, _ = self.rotary_emb(positions, q, None)
+        elif self.use_rope:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def by_the_call(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate long inputs."""
+        if positions.shape[0] > 1:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def by_both(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate by an attribute, and by the call."""
+        if self.use_rope and positions is not None:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def within(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate under a condition of the call within one of the module."""
+        if self.use_rope:
+            k = k.contiguous()
+            if positions is not None:
+                q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def in_an_expression(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate in a conditional expression."""
+        q, k = self.rotary_emb(positions, q, k) if positions is not None else (q, k)
+        return self.attn(q, k, k)
+
+    def in_a_loop(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate as often as there are types."""
+        for _ in self.layer_types:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def by_an_index(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate by what is looked up: more than is evaluated here."""
+        if self.layer_types[self.index] == "sliding":
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def by_a_call(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate by what a method says, which may change."""
+        if self.told(positions, q, k):
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("told", True),
+        ("told_not_to", False),
+        ("either_way", True),
+        ("by_the_call", None),
+        ("by_both", None),
+        ("within", None),
+        ("in_an_expression", None),
+        ("in_a_loop", None),
+        ("by_an_index", None),
+        ("by_a_call", None),
+    ],
+)
+def test_rotates_by_conditions(method: str, expected: bool | None) -> None:
+    names = {"forward": vars(Attention)[method]} | {
+        name: value for name, value in vars(Attention).items() if not callable(value)
+    }
+    assert rotates(type(method, (nn.Module,), names)()) is expected
+
+
+def test_what_a_condition_switches_off_changes_nothing() -> None:
+    """A branch that is not taken neither scales queries nor hands them on."""
+
+    class Scaling(nn.Module):
+        scales, is_shared = False, False
+
+        def forward(self, positions: Any, q: Any, k: Any) -> Any:
+            q, k = self.rotary_emb(positions, q, k)
+            if self.scales or self.is_shared:
+                q = q * 2
+            return self.attn(q, k, k)
+
+    module = Scaling()
+    assert change_after_rope(module) is None
+    module.is_shared = True
+    assert change_after_rope(module) == "q = q * 2"
