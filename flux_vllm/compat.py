@@ -34,11 +34,11 @@ def install_front_end_hooks() -> None:
     from vllm import plugins
     from vllm.platforms.cpu import CpuPlatform
 
-    _wrap(CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, is_classmethod=True)
-    _wrap(plugins, "load_general_plugins", _hook_again)
+    wrap(CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, is_classmethod=True)
+    wrap(plugins, "load_general_plugins", _hook_again)
     arguments = sys.modules.get("vllm.engine.arg_utils")
     if arguments is not None:  # not yet, where a program loads the plugins first of all
-        _wrap(arguments.EngineArgs, "create_engine_config", _check_engine_config)
+        wrap(arguments.EngineArgs, "create_engine_config", _check_engine_config)
 
 
 def _hook_again(original: Callable) -> None:
@@ -83,7 +83,7 @@ def install_worker_hooks() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_worker import Worker
 
-    _wrap(default_loader, "filter_duplicate_safetensors_files", _leave_router_out)
+    wrap(default_loader, "filter_duplicate_safetensors_files", _leave_router_out)
 
     classes = [Worker]
     if current_platform.is_cpu():
@@ -92,7 +92,7 @@ def install_worker_hooks() -> None:
         classes.append(CPUWorker)
     for worker_class in classes:
         if "determine_available_memory" in vars(worker_class):
-            _wrap(worker_class, "determine_available_memory", _attach_then_measure)
+            wrap(worker_class, "determine_available_memory", _attach_then_measure)
 
 
 def _leave_router_out(original: Callable, files: list[str], *args: Any, **kwargs: Any) -> list[str]:
@@ -142,8 +142,8 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         runtime.end_step()
         return output
 
-    _wrap_object(worker, "execute_model", execute_model)
-    _wrap_object(worker, "sample_tokens", sample_tokens)
+    wrap_object(worker, "execute_model", execute_model)
+    wrap_object(worker, "sample_tokens", sample_tokens)
     # For `collective_rpc`.
     worker.flux_status = runtime.status
     worker.flux_fix_routes = runtime.fix_routes
@@ -164,7 +164,7 @@ def _hook_runner(runner: Any, runtime: Any) -> None:
                 return False
             return original(*args, **kwargs)
 
-        _wrap_object(runner, "_is_uniform_decode", is_uniform_decode)
+        wrap_object(runner, "_is_uniform_decode", is_uniform_decode)
 
         def build(original: Callable, *args: Any, **kwargs: Any) -> Any:
             scheduled = kwargs.get("num_scheduled_tokens")
@@ -172,7 +172,7 @@ def _hook_runner(runner: Any, runtime: Any) -> None:
                 runtime.begin_step(step_from_v1(runner.input_batch, scheduled))
             return original(*args, **kwargs)
 
-        _wrap_object(runner, "_build_attention_metadata", build)
+        wrap_object(runner, "_build_attention_metadata", build)
     else:
 
         def gather(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -181,13 +181,13 @@ def _hook_runner(runner: Any, runtime: Any) -> None:
                 return state._replace(decode_graph_eligible=False), None
             return state, uniform
 
-        _wrap_object(runner, "gather_batch_req_state", gather)
+        wrap_object(runner, "gather_batch_req_state", gather)
 
         def prepare_attn(original: Callable, input_batch: Any) -> Any:
             runtime.begin_step(step_from_v2(input_batch, runner.req_states))
             return original(input_batch)
 
-        _wrap_object(runner, "prepare_attn", prepare_attn)
+        wrap_object(runner, "prepare_attn", prepare_attn)
 
 
 def is_prefill_v1(input_batch: Any) -> np.ndarray:
@@ -247,7 +247,7 @@ def step_from_v2(input_batch: Any, request_states: Any) -> StepContext:
     )
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
+def wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
     """Replace a function of a class or module by `wrapper(original, ...)`, once."""
     found = vars(owner)[name]
     function = found.__func__ if is_classmethod else found
@@ -264,7 +264,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False
     setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
 
 
-def _wrap_object(target: Any, name: str, wrapper: Callable) -> None:
+def wrap_object(target: Any, name: str, wrapper: Callable) -> None:
     """Replace one object's method by `wrapper(original, ...)`."""
     original = getattr(target, name)
     setattr(target, name, functools.wraps(original)(functools.partial(wrapper, original)))
