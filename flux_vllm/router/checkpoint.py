@@ -6,16 +6,20 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flux_vllm.errors import RouterCheckpointError
-from flux_vllm.router.model import LayerRouter, linear_shapes
+from flux_vllm.router.inputs import RouterInputs, parse_inputs
+from flux_vllm.router.model import LayerRouter, linear_shapes, paper_widths
 
 ROUTER_FILE_NAME = "flux_router.safetensors"
-FORMAT_VERSION = "1"
+FORMAT_VERSIONS = ("1", "2")
+"""Written and read. The second names pools, context layers and widths; in the first there is one
+pool, and sizes are the paper's."""
 SPARSE_PATTERNS = ("streaming", "triangle", "xattention")
 """What SPARSE may mean in prefill; docs/PATTERNS.md. The first is meant where nothing is said."""
 
@@ -28,6 +32,12 @@ _BOUNDS = {
     "sink_tokens": (0, 2**30),
     "window_tokens": (1, 2**30),
 }
+_LISTS = ("pools", "context_layers", "widths")
+"""Fields that are written where they are not empty."""
+_MOST_ENTRIES = 1024
+_Entry = TypeVar("_Entry", str, int)
+_MOST_INPUTS = 2**20
+"""Of a router's numbers, in or out of a linear layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,28 +57,60 @@ class RouterInfo:
     sparse_pattern: str = "streaming"
     pool_prefix: bool = True
     """Whether the prompt's first tokens are pooled, beside its latest."""
+    probe: tuple[int, ...] = (128, 128)
+    """Tokens of a prompt's head and tail that the router's probe runs over."""
+    pools: tuple[str, ...] = ()
+    """What is pooled, as `Pool` reads it; empty: the one pool that pool_tokens and pool_prefix
+    name."""
+    context_layers: tuple[int, ...] = ()
+    """Layers whose pooled queries every router sees beside its own layer's."""
+    widths: tuple[int, ...] = ()
+    """Outputs of a router's first four linear layers; empty: the paper's."""
     provenance: dict[str, object] = field(default_factory=dict)
     """How it was trained: time, versions, data, arguments."""
+
+    @property
+    def inputs(self) -> RouterInputs:
+        """What the routers look at.
+
+        Raises: ValueError: the fields make no inputs.
+        """
+        pools = self.pools or (f"{'ends' if self.pool_prefix else 'tail'}:{self.pool_tokens}",)
+        probe = self.probe
+        if not self.pools:  # a file older than probes pools what it always pooled
+            probe = tuple(max(end, self.pool_tokens) for end in probe)
+        return parse_inputs(pools, probe, self.context_layers)
+
+    @property
+    def format_version(self) -> str:
+        """The oldest format that can say it."""
+        return FORMAT_VERSIONS[bool(self.pools or self.context_layers or self.widths)]
+
+    def make_router(self) -> LayerRouter:
+        """Make routers of the sizes that this describes, with random weights."""
+        return LayerRouter(self.num_layers, self.head_dim, self.inputs.vectors, self.widths)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the safetensors metadata, strings only."""
         metadata = {name: str(getattr(self, name)) for name in _BOUNDS}
         return metadata | {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "base_model": self.base_model,
             "sparse_pattern": self.sparse_pattern,
             "provenance": json.dumps(self.provenance, sort_keys=True),
             **({} if self.pool_prefix else {"pool_prefix": "false"}),
+            "probe": json.dumps(self.probe),
+            **{name: json.dumps(found) for name in _LISTS if (found := getattr(self, name))},
         }
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RouterInfo":
         """Parse and check the metadata of the file at `path`."""
         version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise RouterCheckpointError(
-                f"{path}: expected format_version {FORMAT_VERSION!r} in the metadata, found "
-                f"{version!r}; "
+                f"{path}: expected format_version {' or '.join(FORMAT_VERSIONS)} in the metadata, "
+                f"found {version!r}; "
                 + (
                     "this is not a Flux-vLLM router file, write one with `python -m training`"
                     if version is None
@@ -99,13 +141,42 @@ class RouterInfo:
                 f"{path}: expected 'true' or 'false' in the metadata field 'pool_prefix', found "
                 f"{_shortened(pool_prefix)}; write the file again"
             )
-        return cls(
+        probe = _list(metadata, "probe", int, path) or (128, 128)
+        info = cls(
             pool_prefix=pool_prefix == "true",
             base_model=metadata.get("base_model", ""),
             sparse_pattern=metadata["sparse_pattern"],
             provenance=provenance,
+            probe=probe,
+            pools=_list(metadata, "pools", str, path),
+            context_layers=_list(metadata, "context_layers", int, path),
+            widths=_list(metadata, "widths", int, path),
             **numbers,
         )
+        info.check(path)
+        return info
+
+    def check(self, path: Path) -> None:
+        """Check what only several fields together can say.
+
+        Raises: RouterCheckpointError: naming the file at `path`.
+        """
+        try:
+            inputs = self.inputs
+        except ValueError as error:
+            raise RouterCheckpointError(
+                f"{path}: the metadata make no inputs of a router: {error}; write the file again"
+            ) from error
+        beyond = any(layer >= self.num_layers for layer in self.context_layers)
+        sizes = (*self.widths, inputs.vectors * self.head_dim)
+        fits = min(sizes) >= 1 and max(sizes) <= _MOST_INPUTS and len(self.widths) in (0, 4)
+        if beyond or not fits:
+            raise RouterCheckpointError(
+                f"{path}: expected context_layers below num_layers ({self.num_layers}), no or four "
+                f"widths, and sizes of at most {_MOST_INPUTS}, found context_layers "
+                f"{_shortened(self.context_layers)}, widths {_shortened(self.widths)} and "
+                f"{inputs.vectors} pooled vectors of {self.head_dim}; write the file again"
+            )
 
 
 def _integer(metadata: dict[str, str], name: str, path: Path) -> int:
@@ -118,6 +189,25 @@ def _integer(metadata: dict[str, str], name: str, path: Path) -> int:
             f"{name!r}, found {_shortened(found)}; write the file again"
         )
     return int(found)
+
+
+def _list(
+    metadata: dict[str, str], name: str, kind: type[_Entry], path: Path
+) -> tuple[_Entry, ...]:
+    """Read a JSON list of texts or of whole numbers that are not negative; absent: empty."""
+    try:
+        found = json.loads(metadata.get(name, "[]"))
+    except (ValueError, RecursionError):
+        found = None
+    good = isinstance(found, list) and len(found) <= _MOST_ENTRIES
+    if not good or not all(
+        type(x) is kind and (isinstance(x, str) or 0 <= x < 2**30) for x in found
+    ):
+        raise RouterCheckpointError(
+            f"{path}: expected a JSON list of {'texts' if kind is str else 'whole numbers'} in the "
+            f"metadata field {name!r}, found {_shortened(metadata.get(name))}; write the file again"
+        )
+    return tuple(found)
 
 
 def locate_router(path: Path) -> Path:
@@ -173,7 +263,7 @@ def read_router(path: Path) -> tuple[LayerRouter, RouterInfo]:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
-    router = LayerRouter(info.num_layers, info.head_dim).requires_grad_(False)
+    router = info.make_router().requires_grad_(False)
     for name, tensor in found.items():
         if not torch.isfinite(tensor.float()).all():
             raise RouterCheckpointError(
@@ -224,11 +314,12 @@ def write_router(
     Returns: the path of the file.
     Raises: RouterCheckpointError: router and info disagree.
     """
-    if (router.num_layers, router.head_dim) != (info.num_layers, info.head_dim):
+    if (router.num_layers, router.shapes) != (info.num_layers, _linear_shapes(info)):
         raise RouterCheckpointError(
             f"expected a router of {info.num_layers} layers with head_dim {info.head_dim} as its "
-            f"info says, found {router.num_layers} and {router.head_dim}"
+            f"info says, found {router.num_layers} and {router.head_dim}, or other inputs or widths"
         )
+    info.check(path)
     path = path / ROUTER_FILE_NAME if path.is_dir() else path
     if isinstance(weight_dtypes, torch.dtype):
         weight_dtypes = dict.fromkeys(router.shapes, weight_dtypes)
@@ -255,10 +346,15 @@ def write_router(
 def _tensor_shapes(info: RouterInfo) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(info.num_layers):
-        for name, (out, inp) in linear_shapes(info.head_dim).items():
+        for name, (out, inp) in _linear_shapes(info).items():
             shapes[f"layers.{layer}.{name}.weight"] = (out, inp)
             shapes[f"layers.{layer}.{name}.bias"] = (out,)
     return shapes
+
+
+def _linear_shapes(info: RouterInfo) -> dict[str, tuple[int, int]]:
+    widths = info.widths or paper_widths(info.head_dim)
+    return linear_shapes(info.inputs.vectors * info.head_dim, widths)
 
 
 def _split(name: str) -> tuple[int, str, str]:

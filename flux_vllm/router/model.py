@@ -1,50 +1,58 @@
 """The Layer Router: from a request's pooled query features to two logits, one network a layer.
 
-Dimension legend: L layers, R requests, H head dim.
+Dimension legend: L layers, R requests, H head dim, F features (H in the paper).
 """
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-# One linear layer of the network: name in the checkpoint, output and input width as multiples of
-# head_dim. The head's last layer has two outputs, one a route.
-_LAYERS = (
-    ("features.0", 8, 1),
-    ("features.2", 2, 8),
-    ("head.0", 4, 2),
-    ("head.2", 1, 4),
-    ("head.4", None, 1),
-)
+_LAYERS = ("features.0", "features.2", "head.0", "head.2", "head.4")
+"""The linear layers of the network, by their names in the checkpoint."""
 # SiLU follows these; `features.2` hands its output to the head unchanged.
 _SILU_AFTER = ("features.0", "head.0", "head.2")
+_ROUTES = 2
 
 
-def linear_shapes(head_dim: int) -> dict[str, tuple[int, int]]:
-    """List the router's linear layers: checkpoint name to (outputs, inputs)."""
-    return {
-        name: (2 if out is None else out * head_dim, inp * head_dim) for name, out, inp in _LAYERS
-    }
+def paper_widths(head_dim: int) -> tuple[int, int, int, int]:
+    """Return the outputs of the first four linear layers in the authors' published routers."""
+    return 8 * head_dim, 2 * head_dim, 4 * head_dim, head_dim
+
+
+def linear_shapes(inputs: int, widths: tuple[int, ...] = ()) -> dict[str, tuple[int, int]]:
+    """List the router's linear layers: checkpoint name to (outputs, inputs).
+
+    Args:
+        inputs: F.
+        widths: outputs of the first four; empty: the paper's for F = H.
+    """
+    outputs = (*(widths or paper_widths(inputs)), _ROUTES)
+    return dict(zip(_LAYERS, zip(outputs, (inputs, *outputs), strict=False), strict=True))
 
 
 class LayerRouter(nn.Module):
     """The routers of all layers of a model, held stacked so that one object serves them all.
 
-    Per layer: Linear(H, 8H) SiLU Linear(8H, 2H), then Linear(2H, 4H) SiLU Linear(4H, H) SiLU
-    Linear(H, 2), with biases.
+    Per layer: Linear(F, w0) SiLU Linear(w0, w1), then Linear(w1, w2) SiLU Linear(w2, w3) SiLU
+    Linear(w3, 2), with biases.
 
     Args:
         num_layers: layers of the model.
         head_dim: head dimension H of the model's queries.
+        vectors: pooled queries that a layer's router sees, F = vectors * H.
+        widths: outputs of the first four linear layers; empty: the paper's 8H, 2H, 4H, H.
 
     Source: arXiv 2604.07394, section 3; sizes of the authors' published checkpoints.
     """
 
-    def __init__(self, num_layers: int, head_dim: int) -> None:
+    def __init__(
+        self, num_layers: int, head_dim: int, vectors: int = 1, widths: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.num_layers = num_layers
         self.head_dim = head_dim
-        self.shapes = linear_shapes(head_dim)
+        self.num_inputs = vectors * head_dim
+        self.shapes = linear_shapes(self.num_inputs, widths or paper_widths(head_dim))
         for name, (out, inp) in self.shapes.items():
             bound = inp**-0.5  # torch.nn.Linear's own initialisation
             weight = torch.empty(num_layers, out, inp).uniform_(-bound, bound)
@@ -61,7 +69,7 @@ class LayerRouter(nn.Module):
 
         Args:
             layer: index of the model's layer.
-            pooled_query_features: [R, H] float, the mean query before RoPE.
+            pooled_query_features: [R, F] float, pooled queries before RoPE.
 
         Returns: router_logits [R, 2] in the parameters' dtype; columns as in `Route`.
         Host sync: none. CUDA graph: safe.
@@ -75,7 +83,7 @@ class LayerRouter(nn.Module):
         return x
 
     def forward_all(self, pooled_query_features: torch.Tensor) -> torch.Tensor:
-        """Score every layer at once: [L, R, H] to router_logits [L, R, 2]."""
+        """Score every layer at once: [L, R, F] to router_logits [L, R, 2]."""
         x = pooled_query_features.to(self.linear("head.4")[1].dtype)
         for name in self.shapes:
             weight, bias = self.linear(name)

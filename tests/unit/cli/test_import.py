@@ -129,6 +129,7 @@ def test_import_router(dtype: torch.dtype, logits: int, shards: int, tmp_path: P
         "sink_tokens": "128",
         "window_tokens": "1024",
         "sparse_pattern": "streaming",
+        "probe": "[128, 128]",
         "provenance": "",
     }
     with safe_open(tmp_path / "out" / "flux_router.safetensors", "pt") as file:

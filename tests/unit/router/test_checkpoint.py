@@ -7,6 +7,7 @@ are in test_checkpoint_refusals.py.
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,49 @@ INFO = RouterInfo(
 )
 
 
+POOLED = replace(
+    INFO,
+    probe=(32, 64),
+    pools=("tail:1", "head:32"),
+    context_layers=(1, 2),
+    widths=(5, 6, 7, 8),
+)
+
+
+class TestPoolsAndWidths:
+    """Files of format 2: what the routers look at, and their sizes."""
+
+    def test_round_trip(self, tmp_path: Path) -> None:
+        router = POOLED.make_router()
+        path = write_router(tmp_path / "r.safetensors", router, POOLED)
+        found, info = read_router(path)
+        assert info == POOLED
+        assert info.inputs.vectors == 6
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            assert file.get_slice("layers.2.features.0.weight").get_shape() == [5, 24]
+            assert file.get_slice("layers.0.head.4.weight").get_shape() == [2, 8]
+        assert {name: metadata[name] for name in ("format_version", "pools", "widths")} == {
+            "format_version": "2",
+            "pools": '["tail:1", "head:32"]',
+            "widths": "[5, 6, 7, 8]",
+        }
+        x = torch.randn(LAYERS, 2, 24)
+        assert torch.equal(found.forward_all(x), router.forward_all(x))
+
+    def test_an_old_file_has_one_pool(self, tmp_path: Path) -> None:
+        old = write_raw(tmp_path / "old.safetensors", pool_tokens="200", pool_prefix="false")
+        inputs = read_router(old)[1].inputs
+        assert (list(map(str, inputs.pools)), inputs.vectors) == (["tail:200"], 1)
+        assert inputs.probe.tail_tokens == 200  # as many as it pools
+        both = write_raw(tmp_path / "both.safetensors")
+        assert list(map(str, read_router(both)[1].inputs.pools)) == ["ends:48"]
+
+    def test_other_sizes_than_its_info_says(self, tmp_path: Path) -> None:
+        with pytest.raises(RouterCheckpointError, match="or other inputs or widths"):
+            write_router(tmp_path, LayerRouter(LAYERS, HEAD_DIM), POOLED)
+
+
 class TestRoundTrip:
     def test_bits_and_metadata(self, tmp_path: Path) -> None:
         router = LayerRouter(LAYERS, HEAD_DIM)
@@ -64,7 +108,7 @@ class TestRoundTrip:
             metadata = dict(file.metadata())
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert json.loads(metadata.pop("provenance")) == INFO.provenance
-        assert metadata == METADATA
+        assert metadata == METADATA | {"probe": "[128, 128]"}
         assert {n: tuple(t.shape) for n, t in found.items()} == {
             n: tuple(t.shape) for n, t in tensors_by_name().items()
         }
@@ -188,7 +232,7 @@ class TestAtomicWrite:
         path, content = old
         message = (
             f"expected a router of 3 layers with head_dim 4 as its info says, found {size[0]} "
-            f"and {size[1]}"
+            f"and {size[1]}, or other inputs or widths"
         )
         with pytest.raises(RouterCheckpointError, match=f"^{message}$"):
             write_router(path, LayerRouter(*size), INFO)

@@ -70,14 +70,14 @@ class TestNotARouterFile:
         save_file({"lm_head.weight": torch.zeros(2, 2)}, str(path))
         refused(
             path,
-            r".*: expected format_version '1' in the metadata, found None; this is not a "
+            r".*: expected format_version 1 or 2 in the metadata, found None; this is not a "
             r"Flux-vLLM router file, .*",
         )
 
     def test_version_of_the_future(self, tmp_path: Path) -> None:
         refused(
-            write_raw(tmp_path / "r.safetensors", format_version="2"),
-            r".*: expected format_version '1' in the metadata, found '2'; use the Flux-vLLM "
+            write_raw(tmp_path / "r.safetensors", format_version="3"),
+            r".*: expected format_version 1 or 2 in the metadata, found '3'; use the Flux-vLLM "
             r"version that wrote this file",
         )
 
@@ -211,3 +211,27 @@ class TestBadTensors:
             rf".*: expected finite numbers in {re.escape(name)}, found NaN or infinity; the "
             "training diverged, use an earlier checkpoint",
         )
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("pools", '["tail:x"]', r".*head:TOKENS, tail:TOKENS or ends:TOKENS .*'tail:x'.*"),
+            ("pools", '["tail:129"]', r".*at most 128 tokens \(tail\), .*found tail:129.*"),
+            (
+                "pools",
+                "[1]",
+                r".*a JSON list of texts .*'pools', found '\[1\]'.*",
+            ),
+            ("pools", "tail:16", r".*a JSON list of texts.*"),
+            ("probe", "[128]", r".*two token counts, head and tail, found \(128,\).*"),
+            ("probe", "[-1, 4]", r".*a JSON list of whole numbers in .*'probe'.*"),
+            ("widths", "[8, 8]", r".*no or four widths.*found .*widths \(8, 8\).*"),
+            ("widths", "[8, 8, 0, 8]", r".*no or four widths.*"),
+            ("widths", "[8, 8, 9999999, 8]", r".*sizes of at most 1048576.*"),
+            ("context_layers", "[3]", r".*context_layers below num_layers \(3\).*"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, field: str, value: str, message: str) -> None:
+        refused(write_raw(tmp_path / "r.safetensors", **{field: value}), message)

@@ -1,0 +1,161 @@
+"""What a router looks at: the queries of a prompt's two ends, pooled.
+
+A probe runs the model over a prompt's first and latest tokens alone, before anything else of the
+prompt is computed. What it sees depends on the prompt and on nothing else: not on chunks, cached
+prefixes or neighbours. `docs/ROUTE_STATE.md` says when a request is probed.
+
+Dimension legend: L layers, P pools, C context layers, T tokens of a probe, H head dim,
+F = P (1 + C) H features of a layer's router.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+PoolKind = Literal["head", "tail", "ends"]
+_POOL = re.compile(r"(head|tail|ends):([1-9][0-9]{0,6})")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How many tokens of a prompt a probe runs over; a shorter prompt is taken whole."""
+
+    head_tokens: int = 128
+    """A: the prompt's first tokens."""
+    tail_tokens: int = 128
+    """B: its latest."""
+
+    @property
+    def tokens(self) -> int:
+        """T = A + B: every probe is padded to this length, at its end."""
+        return self.head_tokens + self.tail_tokens
+
+    def positions(self, prompt_len: int) -> np.ndarray:
+        """Return the positions of the prompt that are run, ascending: [min(T, prompt_len)] int64.
+
+        Their queries attend to those before them among these, at their true positions.
+        """
+        if prompt_len <= self.tokens:
+            return np.arange(prompt_len)
+        tail = np.arange(prompt_len - self.tail_tokens, prompt_len)
+        return np.concatenate([np.arange(self.head_tokens), tail])
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Tokens whose queries are averaged to one vector."""
+
+    kind: PoolKind
+    """`head`: the first; `tail`: the latest; `ends`: both together, where those of a prompt
+    shorter than the two count twice (`ctx_q` of arXiv 2604.07394)."""
+    tokens: int
+    """At an end."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Pool":
+        """Read `KIND:TOKENS`.
+
+        Raises: ValueError: the text says no pool.
+        """
+        found = _POOL.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                "expected a pool as head:TOKENS, tail:TOKENS or ends:TOKENS with 1 to 9,999,999 "
+                f"tokens, found {text[:40]!r}"
+            )
+        return cls(found[1], int(found[2]))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.tokens}"
+
+    def counts(self, tokens: int) -> np.ndarray:
+        """Say how often each of a probe's tokens counts: [tokens] float32."""
+        counts = np.zeros(tokens, dtype=np.float32)
+        if self.kind in ("head", "ends"):
+            counts[: self.tokens] += 1
+        if self.kind in ("tail", "ends"):
+            counts[max(0, tokens - self.tokens) :] += 1
+        return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterInputs:
+    """The inputs of a model's routers.
+
+    Raises: ValueError: no pool, or one that is longer than the probe's end.
+    """
+
+    pools: tuple[Pool, ...]
+    """P, of every layer's mean query before RoPE."""
+    probe: Probe = Probe()
+    context_layers: tuple[int, ...] = ()
+    """C layers whose pooled queries every layer's router sees beside its own: an early layer's
+    query knows the words of a question, a late one's its meaning."""
+
+    def __post_init__(self) -> None:
+        if not self.pools:
+            raise ValueError("expected at least one pool, found none")
+        room = {
+            "head": self.probe.head_tokens,
+            "tail": self.probe.tail_tokens,
+            "ends": min(self.probe.head_tokens, self.probe.tail_tokens),
+        }
+        for pool in self.pools:
+            if pool.tokens > room[pool.kind]:
+                raise ValueError(
+                    f"expected pools of at most {room[pool.kind]} tokens ({pool.kind}), as many as "
+                    f"the probe runs there, found {pool}; enlarge the probe"
+                )
+
+    @property
+    def vectors(self) -> int:
+        """P (1 + C): pooled vectors a layer's router sees."""
+        return len(self.pools) * (1 + len(self.context_layers))
+
+    def weights(self, prompt_len: int) -> np.ndarray:
+        """Return what each of a probe's tokens counts in each pool.
+
+        Args:
+            prompt_len: tokens of the prompt, at least one.
+
+        Returns: [P, T] float32; rows sum to 1, padding counts nothing.
+        """
+        weights = np.zeros((len(self.pools), self.probe.tokens), dtype=np.float32)
+        tokens = min(self.probe.tokens, prompt_len)
+        for row, pool in zip(weights, self.pools, strict=True):
+            counts = pool.counts(tokens)
+            row[:tokens] = counts / counts.sum()
+        return weights
+
+    def assemble(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Put each layer's own pools and the context layers' into its router's input.
+
+        Args:
+            pooled: [L, ..., P, H] float32, `weights` @ mean queries before RoPE.
+
+        Returns: [L, ..., F] float32: own pools, then those of each context layer in turn.
+        Host sync: none. CUDA graph: safe.
+        """
+        flat = pooled.flatten(-2)
+        context = [flat[layer].expand_as(flat) for layer in self.context_layers]
+        return torch.cat([flat, *context], dim=-1)
+
+
+def parse_inputs(
+    pools: Sequence[str], probe: Sequence[int], context_layers: Sequence[int]
+) -> RouterInputs:
+    """Make RouterInputs of the plain values that files and settings hold.
+
+    Raises: ValueError: values that make no inputs.
+    """
+    if len(probe) != 2 or min(probe) < 0 or sum(probe) < 1:
+        raise ValueError(f"expected a probe of two token counts, head and tail, found {probe!r}")
+    return RouterInputs(
+        pools=tuple(map(Pool.parse, pools)),
+        probe=Probe(*probe),
+        context_layers=tuple(context_layers),
+    )
