@@ -9,6 +9,7 @@ import torch
 
 from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.config import FluxConfig
+from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.router.checkpoint import RouterInfo
@@ -175,6 +176,11 @@ class FluxRuntime:
         """
         if self.config.needs_router:
             raise AssertionError("fix_routes: the policy is `router`")
+        if self.config.free_kv and self.fixed_routes is not None:
+            raise UnsupportedConfigurationError(
+                'flux_fix_routes: expected an engine without "free_kv", found one that has given '
+                'back keys of the layers that were SPARSE; start it without "free_kv"'
+            )
         routes = [int(Route.UNDECIDED)] * self.table.num_layers
         for layer in self.routed_layers:
             routes[layer] = int(Route.FULL)

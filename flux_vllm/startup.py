@@ -18,6 +18,8 @@ from flux_vllm.errors import (
     RouterCheckpointError,
     UnsupportedConfigurationError,
 )
+from flux_vllm.kv.check import always_sparse_layers, check_free_kv
+from flux_vllm.kv.worker import hook_runner
 from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
@@ -52,6 +54,8 @@ def check_front_end(vllm_config: Any) -> None:
     if info is not None:
         _check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
+    if config.free_kv:
+        check_free_kv(config, info, vllm_config)
     prepare_front_end()
 
 
@@ -98,6 +102,26 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
         attention.impl.binding = LayerBinding(runtime, index, rotaries[id(rotary)])
     _report(runtime, vllm_config)
     return runtime
+
+
+def cluster_kv_cache(worker: Any) -> None:
+    """Split the KV cache into groups that are freed and groups that are not, for `free_kv`.
+
+    Args:
+        worker: vLLM's, its model loaded.
+
+    Raises: FluxConfigError, UnsupportedConfigurationError.
+    """
+    config = FluxConfig.from_additional_config(worker.vllm_config.additional_config)
+    if not config.free_kv:
+        return
+    num_layers = worker.vllm_config.model_config.get_total_num_hidden_layers()
+    _, info = _read_router(config, worker.vllm_config)
+    hook_runner(
+        worker.model_runner,
+        always_sparse_layers(config, info, num_layers),
+        make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options),
+    )
 
 
 def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -83,6 +83,9 @@ class SparsePattern(ABC):
     """First tokens attended in decode; most patterns attend to them in prefill too."""
     window_tokens: int
     """Latest tokens attended in decode, the query's own included; likewise."""
+
+    is_local: ClassVar[bool] = False
+    """Whether SPARSE prefill attends to sinks and window alone, whatever a query looks for."""
 
     @property
     @abstractmethod

@@ -64,7 +64,7 @@ def cluster_layers(layers: Iterable[int], sparse_layers: Iterable[int]) -> Clust
                 best = found
     if best is None:
         raise FluxConfigError(
-            f'flux config: expected at least {-(-total // MOST_GROUPS)} of {total} layers that are '
+            f"flux config: expected at least {-(-total // MOST_GROUPS)} of {total} layers that are "
             f'SPARSE for every request with "free_kv", found {len(sparse)}; make more layers '
             'SPARSE, or drop "free_kv"'
         )

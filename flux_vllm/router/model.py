@@ -3,15 +3,21 @@
 Dimension legend: L layers, R requests, H head dim, F features (H in the paper).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional
+
+from flux_vllm.router.route import Route
 
 _LAYERS = ("features.0", "features.2", "head.0", "head.2", "head.4")
 """The linear layers of the network, by their names in the checkpoint."""
 # SiLU follows these; `features.2` hands its output to the head unchanged.
 _SILU_AFTER = ("features.0", "head.0", "head.2")
 _ROUTES = 2
+_NEVER = -1e4
+"""A logit whose probability is 0 in every floating-point format, beside one of 0."""
 
 
 def paper_widths(head_dim: int) -> tuple[int, int, int, int]:
@@ -63,6 +69,15 @@ class LayerRouter(nn.Module):
     def linear(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the stacked weight [L, out, in] and bias [L, out] of one linear layer."""
         return getattr(self, _attr(name, "weight")), getattr(self, _attr(name, "bias"))
+
+    @torch.no_grad()
+    def make_sparse(self, layers: Iterable[int]) -> None:
+        """Let the routers of some layers say SPARSE, at any threshold above 0."""
+        weight, bias = self.linear(_LAYERS[-1])
+        for layer in layers:
+            weight[layer] = 0
+            bias[layer, Route.SPARSE] = 0
+            bias[layer, Route.FULL] = _NEVER
 
     def forward(self, layer: int, pooled_query_features: torch.Tensor) -> torch.Tensor:
         """Score one layer's requests.

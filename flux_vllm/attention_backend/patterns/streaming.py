@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Pattern(SparsePattern):
     """A query at position p attends to keys [0, S) and (p - W, p]."""
 
+    is_local = True
+
     @property
     def reach(self) -> int:
         """The sinks and the window of the last query."""

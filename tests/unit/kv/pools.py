@@ -19,9 +19,7 @@ from flux_vllm.kv.spec import FluxSpec
 BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS = 16, 20, 50
 MAX_MODEL_LEN, CHUNK_TOKENS = 1024, 96
 
-FULL = FullAttentionSpec(
-    block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
-)
+FULL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
 def sparse_spec(cluster: int = 0, frees_in_prefill: bool = True, **changes: Any) -> FluxSpec:
