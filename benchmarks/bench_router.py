@@ -26,7 +26,7 @@ from flux_vllm.attention_backend.kernels import query_sums
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
-    PooledStep,
+    PromptRowBuffers,
     pack_prompt_rows,
     update_counts,
 )
@@ -59,7 +59,7 @@ class Step:
         self.table = (1 + torch.arange(rows * blocks)).view(rows, blocks).int().cuda()
         slots = self.table[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE).cuda()
         self.mapping = slots.flatten().long()
-        self.step = PooledStep(
+        self.step = PromptRowBuffers(
             torch.from_numpy(packed.rows).reshape(-1, COLUMNS).cuda(),
             torch.zeros(rows, dtype=torch.int32, device=cuda),
         )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.worker_extension import BenchmarkWorker
-from flux_vllm.attention_backend import cuda
-from flux_vllm.attention_backend.cuda_kernels import Kernels, LayerCall, choose_kernels
-from flux_vllm.attention_backend.cuda_views import LayerRows, ViewBuffers
+from flux_vllm.attention_backend.cuda import backend as cuda
+from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall, choose_kernels
+from flux_vllm.attention_backend.cuda.views import LayerRows, ViewBuffers
 
 
 class HeadSplitKernels:

@@ -41,7 +41,7 @@ def measure_layer(case: LayerCase, rows: RowFile) -> None:
     """Time one attention layer in all ways."""
     from benchmarks import bench_attention as attention
     from benchmarks.head_split import HeadSplitKernels
-    from flux_vllm.attention_backend.cuda_kernels import FA3Kernels
+    from flux_vllm.attention_backend.cuda.calls import FA3Kernels
     from flux_vllm.router.route import Route
 
     decodes = case.queries == 1
@@ -107,8 +107,8 @@ def layer_row(case: LayerCase, times: dict[str, dict[str, float] | None]) -> dic
 
 def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
     """Make the `LayerCall` that the backend would for a batch of `bench_attention`."""
-    from flux_vllm.attention_backend.cuda_kernels import LayerCall
-    from flux_vllm.attention_backend.cuda_views import LayerRows
+    from flux_vllm.attention_backend.cuda.calls import LayerCall
+    from flux_vllm.attention_backend.cuda.views import LayerRows
 
     metadata = SimpleNamespace(
         query_start_loc=batch.starts,

@@ -74,7 +74,7 @@ def side_tables(
     from vllm.config import CacheConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from flux_vllm.attention_backend.cuda import fixed_nbytes
+    from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
     from flux_vllm.startup import reserve_side_tables
 
     shape = Shape.of(config)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
-from flux_vllm.step import StepContext
 
 _WARMUP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
 
@@ -179,7 +179,7 @@ def _hook_runner(runner: Any, runtime: Any) -> None:
         def build(original: Callable, *args: Any, **kwargs: Any) -> Any:
             scheduled = kwargs.get("num_scheduled_tokens")
             if scheduled is not None:
-                runtime.begin_step(step_from_v1(runner.input_batch, scheduled))
+                runtime.begin_step(batch_from_v1(runner.input_batch, scheduled))
             return original(*args, **kwargs)
 
         wrap_object(runner, "_build_attention_metadata", build)
@@ -194,7 +194,7 @@ def _hook_runner(runner: Any, runtime: Any) -> None:
         wrap_object(runner, "gather_batch_req_state", gather)
 
         def prepare_attn(original: Callable, input_batch: Any) -> Any:
-            runtime.begin_step(step_from_v2(input_batch, runner.req_states))
+            runtime.begin_step(batch_from_v2(input_batch, runner.req_states))
             return original(input_batch)
 
         wrap_object(runner, "prepare_attn", prepare_attn)
@@ -213,18 +213,18 @@ def is_prefill_v1(input_batch: Any) -> np.ndarray:
     return input_batch.num_computed_tokens_cpu[:rows] < oldest_decode
 
 
-def step_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> StepContext:
+def batch_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> Batch:
     """Read the step's rows from model runner V1.
 
     Args:
         input_batch: vLLM's `gpu_input_batch.InputBatch`.
         num_scheduled_tokens: of the scheduler's output, by request id.
 
-    Returns: StepContext.
+    Returns: Batch.
     """
     rows = input_batch.num_reqs
     request_ids = tuple(input_batch.req_ids[:rows])
-    return StepContext(
+    return Batch(
         request_ids=request_ids,
         prompt_lens=input_batch.num_prompt_tokens[:rows].astype(np.int64),
         computed=input_batch.num_computed_tokens_cpu[:rows].astype(np.int64),
@@ -233,21 +233,21 @@ def step_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> Step
     )
 
 
-def step_from_v2(input_batch: Any, request_states: Any) -> StepContext:
+def batch_from_v2(input_batch: Any, request_states: Any) -> Batch:
     """Read the step's rows from model runner V2.
 
     Args:
         input_batch: vLLM's `gpu.input_batch.InputBatch`.
         request_states: vLLM's `gpu.states.RequestState`.
 
-    Returns: StepContext. `prompt_len` leaves out what a resumed request had generated;
+    Returns: Batch. `prompt_len` leaves out what a resumed request had generated;
         `prefill_len` includes it.
     """
     rows = input_batch.num_reqs
     request_ids = tuple(input_batch.req_ids[:rows])
     computed = input_batch.num_computed_tokens_np[:rows].astype(np.int64)
     prompt_lens = request_states.prompt_len.np[input_batch.idx_mapping_np[:rows]]
-    return StepContext(
+    return Batch(
         request_ids=request_ids,
         prompt_lens=prompt_lens.astype(np.int64),
         computed=computed,

@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from flux_vllm.attention_backend.pattern import make_pattern
+from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
+from flux_vllm.patterns.base import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route, choose_route, full_probability
 from flux_vllm.router.state import RouteTable
-from flux_vllm.step import StepContext
 
 _RECENT_DECISIONS = 256
 
@@ -34,10 +34,10 @@ class RouteDecision:
 
 
 @dataclass(slots=True)
-class ActiveStep:
-    """A StepContext with the route table's view of its rows."""
+class RoutedBatch:
+    """A Batch with the route table's view of its rows."""
 
-    context: StepContext
+    batch: Batch
     slots: np.ndarray
     """[R] int64."""
     is_new: np.ndarray
@@ -47,10 +47,10 @@ class ActiveStep:
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedStep:
+class PendingReadback:
     """A step that was launched, with the routes that it decided on their way to the host."""
 
-    context: StepContext
+    batch: Batch
     slots: np.ndarray
     """[R] int64."""
     is_new: np.ndarray
@@ -70,19 +70,19 @@ class FinishedStep:
     @classmethod
     def read(
         cls,
-        step: ActiveStep,
+        current: RoutedBatch,
         settled: np.ndarray,
         table: RouteTable,
         fixed_routes: list[int] | None,
-    ) -> "FinishedStep":
+    ) -> "PendingReadback":
         """Start copying what a step decided, unless it is known; returns at once."""
         event = routes = probability = None
-        rows = int(step.to_route.sum())
+        rows = int(current.to_route.sum())
         if rows and fixed_routes is not None:
             routes = torch.tensor(fixed_routes, dtype=torch.int8).expand(rows, -1)
             probability = torch.full((rows, table.num_layers), float("nan"))
         elif rows:
-            routes, probability = table.of_slots(step.slots[step.to_route])
+            routes, probability = table.of_slots(current.slots[current.to_route])
             if table.device.type != "cpu":
                 routes, probability = _to_host(routes), _to_host(probability)
                 event = torch.cuda.Event()
@@ -90,10 +90,10 @@ class FinishedStep:
             else:
                 routes, probability = routes.clone(), probability.clone()
         return cls(
-            context=step.context,
-            slots=step.slots,
-            is_new=step.is_new,
-            routed=step.to_route,
+            batch=current.batch,
+            slots=current.slots,
+            is_new=current.is_new,
+            routed=current.to_route,
             settled=settled,
             routes=routes,
             full_probability=probability,
@@ -153,11 +153,11 @@ class FluxRuntime:
             config.pattern_options,
         )
         self.table = RouteTable(num_layers, max_requests, device)
-        self.step: ActiveStep | None = None
+        self.current: RoutedBatch | None = None
         self.reporter: RouteReporter | None = None
         self.journal: RouteJournal | None = None
         self.recent: deque[RouteDecision] = deque(maxlen=_RECENT_DECISIONS)
-        self._finished: deque[FinishedStep] = deque()
+        self._pending: deque[PendingReadback] = deque()
         self._deferred: list[Callable[[], None]] = []
         self._known_routes = np.empty((0, num_layers), dtype=np.int8)
         self.reduce_mean = reduce_mean
@@ -190,15 +190,15 @@ class FluxRuntime:
         self.table.fix(routes)
         self._known_routes[:] = routes
 
-    def begin_step(self, context: StepContext) -> None:
+    def begin_step(self, batch: Batch) -> None:
         """Take up the rows of the step that is about to run."""
-        if self.step is not None:
+        if self.current is not None:
             self.end_step()  # a step that nobody sampled from
-        is_new = np.array([self.table.slot(name) is None for name in context.request_ids], bool)
-        slots = self.table.acquire(context.request_ids)
-        settled = self.table.settled_prompt_len[slots] == context.prompt_lens
-        to_route = context.is_prefill & ~settled
-        self.step = ActiveStep(context, slots, is_new, to_route)
+        is_new = np.array([self.table.slot(name) is None for name in batch.request_ids], bool)
+        slots = self.table.acquire(batch.request_ids)
+        settled = self.table.settled_prompt_len[slots] == batch.prompt_lens
+        to_route = batch.is_prefill & ~settled
+        self.current = RoutedBatch(batch, slots, is_new, to_route)
 
     def decide(self, layer: int, slots: torch.Tensor, pooled: torch.Tensor) -> None:
         """Route requests in one layer.
@@ -235,48 +235,48 @@ class FluxRuntime:
         flight.
         """
         self.do_deferred()
-        step, self.step = self.step, None
-        if step is None:
+        current, self.current = self.current, None
+        if current is None:
             # vLLM's empty step after the last request: nothing else may come for long.
             self._count_finished(wait=False)
             if self.reporter is not None:
                 self.reporter.flush()
             return
-        settled = step.to_route & step.context.completes_prompt
-        self.table.settled_prompt_len[step.slots[settled]] = step.context.prompt_lens[settled]
-        self._finished.append(FinishedStep.read(step, settled, self.table, self.fixed_routes))
+        settled = current.to_route & current.batch.completes_prompt
+        self.table.settled_prompt_len[current.slots[settled]] = current.batch.prompt_lens[settled]
+        self._pending.append(PendingReadback.read(current, settled, self.table, self.fixed_routes))
         self._count_finished(wait=False)
 
     def _count_finished(self, wait: bool) -> None:
-        while self._finished and (wait or self._finished[0].is_ready()):
-            step = self._finished.popleft()
-            step.wait()
+        while self._pending and (wait or self._pending[0].is_ready()):
+            pending = self._pending.popleft()
+            pending.wait()
             self._known_routes = _grown(self._known_routes, len(self.table.settled_prompt_len))
             # Only rows that were routed in the step can differ from what is known of their slot,
             # once a new request has forgotten the slot's former owner.
-            if step.is_new.any():
-                self._known_routes[step.slots[step.is_new]] = int(Route.UNDECIDED)
-            if step.routes is not None:
-                self._known_routes[step.slots[step.routed]] = step.routes.numpy()
-            routes = self._known_routes[step.slots]
+            if pending.is_new.any():
+                self._known_routes[pending.slots[pending.is_new]] = int(Route.UNDECIDED)
+            if pending.routes is not None:
+                self._known_routes[pending.slots[pending.routed]] = pending.routes.numpy()
+            routes = self._known_routes[pending.slots]
             if self.reporter is not None:
-                self.reporter.record(step.context, routes[:, self._columns], step.settled)
-            if step.full_probability is not None:
-                self._note_decisions(step, routes, step.full_probability.numpy())
+                self.reporter.record(pending.batch, routes[:, self._columns], pending.settled)
+            if pending.full_probability is not None:
+                self._note_decisions(pending, routes, pending.full_probability.numpy())
 
     def _note_decisions(
-        self, step: FinishedStep, routes: np.ndarray, full_probability: np.ndarray
+        self, pending: PendingReadback, routes: np.ndarray, full_probability: np.ndarray
     ) -> None:
         """Keep what the step decided: routes [R, layers], P(FULL) [P, layers]."""
-        context = step.context
+        batch = pending.batch
         if self.reporter is not None and self.router is not None:
-            self.reporter.record_probabilities(context, full_probability[:, self._columns])
-        if context.is_warmup:
+            self.reporter.record_probabilities(batch, full_probability[:, self._columns])
+        if batch.is_warmup:
             return
-        for index, row in enumerate(np.flatnonzero(step.routed)):
-            if not step.settled[row]:
+        for index, row in enumerate(np.flatnonzero(pending.routed)):
+            if not pending.settled[row]:
                 continue
-            name, prompt_tokens = context.request_ids[row], int(context.prompt_lens[row])
+            name, prompt_tokens = batch.request_ids[row], int(batch.prompt_lens[row])
             probability = full_probability[index]
             self.recent.append(
                 RouteDecision(name, prompt_tokens, routes[row].tolist(), probability.tolist())
@@ -286,7 +286,7 @@ class FluxRuntime:
 
     def abandon_step(self) -> None:
         """Drop the current step after an error in it."""
-        self.step = None
+        self.current = None
         self._deferred.clear()
 
     def finish(self, request_ids: Iterable[str]) -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from flux_vllm import compat
-from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.pattern import make_pattern
+from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.config import FluxConfig
@@ -24,6 +23,7 @@ from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
+from flux_vllm.patterns.base import make_pattern
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
 from flux_vllm.router.features import GRANULE_TOKENS
 from flux_vllm.router.model import LayerRouter
@@ -142,7 +142,7 @@ def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime)
         side_bytes = len(specs) * (2 * runtime.router.head_dim + 1) / GRANULE_TOKENS
     fixed = 0
     if worker.device.type != "cpu":
-        from flux_vllm.attention_backend.cuda import fixed_nbytes
+        from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
 
         fixed = fixed_nbytes(runtime, worker.vllm_config, specs)
     left = int((available_bytes - fixed) * kv_bytes / (kv_bytes + side_bytes))

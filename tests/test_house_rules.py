@@ -106,9 +106,9 @@ def test_package_imports_nothing_of_the_checkout(file: Path) -> None:
     assert not foreign, f"imports {foreign}, which the wheel does not ship"
 
 
-@_each(_files("flux_vllm/attention_backend", "flux_vllm/metrics"))
+@_each(_files("flux_vllm/attention_backend", "flux_vllm/metrics", "flux_vllm/patterns"))
 def test_backend_does_not_import_what_shows_it(file: Path) -> None:
-    shown_by = ("flux_vllm.cli", "flux_vllm.endpoint")
+    shown_by = ("flux_vllm.cli", "flux_vllm.live")
     foreign = [module for module in _imports(file) if _within(module, shown_by)]
     assert not foreign, f"imports {foreign}; arrows point from what users see inward"
 

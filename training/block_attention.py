@@ -1,6 +1,6 @@
 """Block-sparse attention for the pattern `xattention`: choose key blocks, attend to them.
 
-`flux_vllm.attention_backend.patterns.xattention` defines what is chosen; this is the same for
+`flux_vllm.patterns.xattention` defines what is chosen; this is the same for
 padded batches.
 
 Dimension legend: B prompts, N query heads, K kv heads, T padded tokens (whole blocks), H head dim,

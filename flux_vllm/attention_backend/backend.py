@@ -8,9 +8,9 @@ from vllm.platforms import current_platform
 from flux_vllm.errors import UnsupportedConfigurationError
 
 if current_platform.is_cpu():
-    from flux_vllm.attention_backend.cpu import FluxCPUBackend as FluxBackend
+    from flux_vllm.attention_backend.cpu.backend import FluxCPUBackend as FluxBackend
 elif current_platform.is_cuda():
-    from flux_vllm.attention_backend.cuda import FluxCUDABackend as FluxBackend
+    from flux_vllm.attention_backend.cuda.backend import FluxCUDABackend as FluxBackend
 else:
     raise UnsupportedConfigurationError(
         "--attention-backend flux: expected a CPU or a CUDA platform, found "

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Import, and print the report."""
     require("torch", "weights are copied with it; run `make install`")
-    from flux_vllm.cli.import_model import import_checkpoint
+    from flux_vllm.importer.model import import_checkpoint
 
     # An end asked for is an interruption: what was begun is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

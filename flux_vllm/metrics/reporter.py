@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flux_vllm.batch import Batch
 from flux_vllm.metrics.keys import full_keys, sparse_decode_keys
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.router.route import Route
-from flux_vllm.step import StepContext
 
 if TYPE_CHECKING:
-    from flux_vllm.attention_backend.pattern import SparsePattern
+    from flux_vllm.patterns.base import SparsePattern
 
 RATIO_BUCKETS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
@@ -52,7 +52,7 @@ class RouteReporter:
         self._layers = layers
         self._block_size = block_size
         self._pattern = pattern
-        self._pending: list[tuple[StepContext, np.ndarray]] = []
+        self._pending: list[tuple[Batch, np.ndarray]] = []
         self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
             for layer in layers:
@@ -66,17 +66,17 @@ class RouteReporter:
         """Publish `flux_router_info`."""
         self._store.set("flux_router_info", 1, _INFO, **labels)
 
-    def record(self, step: StepContext, routes: np.ndarray, decided: np.ndarray) -> None:
+    def record(self, batch: Batch, routes: np.ndarray, decided: np.ndarray) -> None:
         """Count one step; all but its decisions may wait for the next ones, a fifth of a second.
 
         Args:
-            step: the step that ran.
+            batch: of the step that ran.
             routes: [R, L] int8, as the rows attended.
             decided: [R] bool: the row's routes were settled in this step.
         """
-        if step.is_warmup or not len(step):
+        if batch.is_warmup or not len(batch):
             return
-        self._pending.append((step, routes))
+        self._pending.append((batch, routes))
         if decided.any():
             for row in np.flatnonzero(decided):
                 self._count_request(routes[row])
@@ -89,13 +89,13 @@ class RouteReporter:
         self._flushed = time.monotonic()
         if not self._pending:
             return
-        step = StepContext.concatenate([step for step, _ in self._pending])
+        batch = Batch.concatenate([batch for batch, _ in self._pending])
         routes = np.concatenate([routes for _, routes in self._pending])
         self._pending.clear()
-        unrouted = (routes[~step.is_prefill] == Route.UNDECIDED).any(axis=1).sum()
+        unrouted = (routes[~batch.is_prefill] == Route.UNDECIDED).any(axis=1).sum()
         if unrouted:
             self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
-        self._count_keys(step, (routes == Route.SPARSE).sum(axis=1))
+        self._count_keys(batch, (routes == Route.SPARSE).sum(axis=1))
 
     def _count_request(self, routes: np.ndarray) -> None:
         for layer, route in zip(self._layers, routes.tolist(), strict=True):
@@ -103,37 +103,37 @@ class RouteReporter:
         ratio = float((routes == Route.SPARSE).mean())
         self._store.observe("flux_request_sparse_layers_ratio", ratio, RATIO_BUCKETS, _RATIO)
 
-    def _count_keys(self, step: StepContext, sparse_layers: np.ndarray) -> None:
+    def _count_keys(self, batch: Batch, sparse_layers: np.ndarray) -> None:
         """Count the keys of all rows, given their numbers of SPARSE layers [R]."""
-        full = full_keys(step.computed, step.scheduled)
-        prefill = self._pattern.prefill_keys(step)
+        full = full_keys(batch.computed, batch.scheduled)
+        prefill = self._pattern.prefill_keys(batch)
         decode = sparse_decode_keys(
-            step.computed,
-            step.scheduled,
+            batch.computed,
+            batch.scheduled,
             self._block_size,
             self._pattern.sink_tokens,
             self._pattern.window_tokens,
         )
-        counted_layers = np.full(len(step), len(self._layers))
+        counted_layers = np.full(len(batch), len(self._layers))
         if prefill is None:
             # What such a layer attended to is known on the device alone: leave it out of both sums.
-            counted_layers[step.is_prefill] -= sparse_layers[step.is_prefill]
+            counted_layers[batch.is_prefill] -= sparse_layers[batch.is_prefill]
             prefill = np.zeros_like(full)
-        sparse = np.where(step.is_prefill, prefill, decode)
+        sparse = np.where(batch.is_prefill, prefill, decode)
         attended = sparse * sparse_layers + full * (len(self._layers) - sparse_layers)
         context = full * counted_layers
-        for phase, rows in (("prefill", step.is_prefill), ("decode", ~step.is_prefill)):
+        for phase, rows in (("prefill", batch.is_prefill), ("decode", ~batch.is_prefill)):
             self._count_tokens(phase, int(attended[rows].sum()), int(context[rows].sum()))
 
-    def record_probabilities(self, step: StepContext, full_probability: np.ndarray) -> None:
+    def record_probabilities(self, batch: Batch, full_probability: np.ndarray) -> None:
         """Count the rows that a router could not decide, in at least one layer.
 
         Args:
-            step: the step that ran.
+            batch: of the step that ran.
             full_probability: [P, L] float32, of the rows that routers decided in the step; NaN
                 where the logits were not finite.
         """
-        if step.is_warmup:
+        if batch.is_warmup:
             return
         rows = int(np.isnan(full_probability).any(axis=1).sum())
         if rows:

@@ -127,7 +127,7 @@ class RouteTable:
 
 
 @dataclass(frozen=True, slots=True)
-class QuerySumStep:
+class QuerySumPlan:
     """One step's reads and writes of the query sums, the same for every layer."""
 
     tokens: torch.Tensor
@@ -185,7 +185,7 @@ class QuerySums:
         block_table: torch.Tensor,
         pool_tokens: int,
         pool_prefix: bool = True,
-    ) -> QuerySumStep:
+    ) -> QuerySumPlan:
         """Plan this step and update the token counts.
 
         Args:
@@ -197,7 +197,7 @@ class QuerySums:
             pool_tokens: tokens pooled at an end of a prompt.
             pool_prefix: whether a prompt's first tokens are pooled too.
 
-        Returns: QuerySumStep, for `add` and `pool` of every layer.
+        Returns: QuerySumPlan, for `add` and `pool` of every layer.
         """
         tokens: list[torch.Tensor] = []
         offsets = []
@@ -231,7 +231,7 @@ class QuerySums:
         self.counts.index_add_(0, written, torch.bincount(segment).to(torch.uint8))
         pooling.tokens.add_to(pooled_tokens, torch.ones(len(pooling.tokens.rows)))
         pooling.granules.add_to(pooled_tokens, self.counts[granules])
-        return QuerySumStep(
+        return QuerySumPlan(
             tokens=token_index,
             reset=reset,
             written=written,
@@ -243,7 +243,7 @@ class QuerySums:
             pooled_tokens=pooled_tokens.clamp(min=1)[:, None],
         )
 
-    def reset_layers(self, step: QuerySumStep) -> None:
+    def reset_layers(self, step: QuerySumPlan) -> None:
         """Reset, in all layers, the granules that a step without prompt tokens writes over.
 
         Such a step needs no `update_and_pool`.
@@ -251,7 +251,7 @@ class QuerySums:
         self.sums[:, step.reset] = 0
 
     def update_and_pool(
-        self, index: int, step: QuerySumStep, mean_query: torch.Tensor
+        self, index: int, step: QuerySumPlan, mean_query: torch.Tensor
     ) -> torch.Tensor:
         """Add this step's queries to one layer's sums, then pool the requests to route.
 

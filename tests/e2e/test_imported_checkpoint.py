@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flux_vllm.cli.import_model import import_checkpoint
+from flux_vllm.importer.model import import_checkpoint
 from tests.helpers.engine import Engine
 from tests.helpers.models import (
     random_prompt,

@@ -165,7 +165,7 @@ def _one_by_one(engine, lengths):
 def served(request, model):
     from prometheus_client import generate_latest
 
-    from flux_vllm.attention_backend.cuda import FluxCUDAImpl
+    from flux_vllm.attention_backend.cuda.backend import FluxCUDAImpl
 
     flux = {"router": str(model[1]), "kernels": request.param}
     name = f"{request.param}-{model[2].head_dim}"

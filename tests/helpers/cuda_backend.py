@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.cuda import FluxCUDABackend
+from flux_vllm.attention_backend.cuda.backend import FluxCUDABackend
+from flux_vllm.attention_backend.layer import LayerBinding
+from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.runtime import FluxRuntime
-from flux_vllm.step import StepContext
 from tests.unit.attention_backend.test_kernels_cases import (
-    Batch,
+    PagedBatch,
     Row,
     Shape,
     assert_as_exact_as_torch,
@@ -89,7 +89,7 @@ class BackendWorker:
         pattern: `sparse_pattern` and `pattern_options` of the configuration.
     """
 
-    def __init__(self, folder: Path, batch: Batch, kernels: str, **pattern: Any) -> None:
+    def __init__(self, folder: Path, batch: PagedBatch, kernels: str, **pattern: Any) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -145,11 +145,11 @@ class BackendWorker:
             for layer in range(LAYERS):
                 table.routes[slot, layer] = row.route ^ (layer % 2)
         self.runtime.begin_step(
-            StepContext(names, prompt_lens, seq_lens - scheduled, scheduled, is_prefill)
+            Batch(names, prompt_lens, seq_lens - scheduled, scheduled, is_prefill)
         )
-        assert not self.runtime.step.to_route.any()
+        assert not self.runtime.current.to_route.any()
 
-    def metadata(self, batch: Batch) -> Any:
+    def metadata(self, batch: PagedBatch) -> Any:
         """Build the metadata of a batch from its own tensors."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -166,12 +166,12 @@ class BackendWorker:
         )
         return self.builder.build(0, common)
 
-    def forward(self, batch: Batch, metadata: Any, outputs: list[torch.Tensor]) -> None:
+    def forward(self, batch: PagedBatch, metadata: Any, outputs: list[torch.Tensor]) -> None:
         """Run all layers over the same queries."""
         for layer, out in zip(self.layers, outputs, strict=True):
             layer.impl.forward(layer, batch.query, None, None, layer.kv_cache, metadata, out)
 
-    def step(self, batch: Batch) -> list[torch.Tensor]:
+    def step(self, batch: PagedBatch) -> list[torch.Tensor]:
         """Run one step. Returns: of each layer [T, N, H]."""
         self.begin_step(batch.rows)
         outputs = [batch.poisoned_output() for _ in self.layers]
@@ -179,7 +179,7 @@ class BackendWorker:
         self.runtime.end_step()
         return outputs
 
-    def check(self, batch: Batch, outputs: list[torch.Tensor]) -> None:
+    def check(self, batch: PagedBatch, outputs: list[torch.Tensor]) -> None:
         """Hold each layer's rows to twice plain torch's error in their dtype."""
         for layer, out in enumerate(outputs):
             rows = [replace(row, route=row.route ^ (layer % 2)) for row in batch.rows]

@@ -135,10 +135,10 @@ class Engine:
         end_step = runtime.end_step
 
         def logged() -> None:
-            if runtime.step is not None:
+            if runtime.current is not None:
                 runtime.do_deferred()
-                names = runtime.step.context.request_ids
-                for name, slot in zip(names, runtime.step.slots, strict=True):
+                names = runtime.current.batch.request_ids
+                for name, slot in zip(names, runtime.current.slots, strict=True):
                     routes = runtime.table.routes[int(slot)].tolist()
                     self._step_routes.setdefault(name, []).append(routes)
             end_step()

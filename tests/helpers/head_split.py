@@ -11,10 +11,14 @@ import torch
 
 from benchmarks.head_split import HeadSplitKernels
 from tests.helpers.cuda_backend import BackendWorker
-from tests.unit.attention_backend.test_kernels_cases import FULL, Batch, assert_as_exact_as_torch
+from tests.unit.attention_backend.test_kernels_cases import (
+    FULL,
+    PagedBatch,
+    assert_as_exact_as_torch,
+)
 
 
-def check_head_split(folder: Path, batch: Batch, kernels: str) -> None:
+def check_head_split(folder: Path, batch: PagedBatch, kernels: str) -> None:
     """Run two layers with opposite routes twice and hold each head half to its oracle."""
     worker = BackendWorker(folder, batch, kernels)
     worker.step(batch)  # chooses the kernels
@@ -28,7 +32,7 @@ def check_head_split(folder: Path, batch: Batch, kernels: str) -> None:
                 _check_half(replace(batch, rows=rows), out, half, f"layer {index} half {half}")
 
 
-def _check_half(batch: Batch, out: torch.Tensor, half: int, what: str) -> None:
+def _check_half(batch: PagedBatch, out: torch.Tensor, half: int, what: str) -> None:
     heads = batch.shape.heads // 2
     part = slice(half * heads, (half + 1) * heads)
     exact, low = batch.oracle()[:, part], batch.oracle(batch.shape.dtype)[:, part]

@@ -80,11 +80,11 @@ def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> C
 
     @torch.inference_mode()
     def logged() -> None:
-        step, table = runtime.step, runtime.table
-        if step is not None and not step.context.is_warmup:
+        step, table = runtime.current, runtime.table
+        if step is not None and not step.batch.is_warmup:
             runtime.do_deferred()
             rows = to_device(step.slots, table.device)
-            facts = (step.context.request_ids, step.context.is_prefill, step.to_route)
+            facts = (step.batch.request_ids, step.batch.is_prefill, step.to_route)
             steps.append((facts, (table.routes[rows], table.full_probability[rows])))
         end_step()
 
@@ -98,7 +98,7 @@ def _unrouted_rows() -> dict[Any, int] | None:
     """
     if not torch.cuda.is_available():
         return None
-    from flux_vllm.attention_backend.cuda_views import ViewBuffers
+    from flux_vllm.attention_backend.cuda.views import ViewBuffers
 
     # vLLM's runners keep their metadata builders in different places.
     views = [found for found in gc.get_objects() if type(found) is ViewBuffers]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from flux_vllm import compat
-from flux_vllm.step import StepContext
+from flux_vllm.batch import Batch
 
 CPU = torch.device("cpu")
 MAX_LEN, BLOCK = 512, 16
@@ -85,8 +85,8 @@ class RunnerV1:
         self.batch.condense()
         self.batch.refresh_metadata()
 
-    def step(self, reqs: list[Req]) -> StepContext:
-        return compat.step_from_v1(self.batch, {req.name: req.scheduled for req in reqs})
+    def step(self, reqs: list[Req]) -> Batch:
+        return compat.batch_from_v1(self.batch, {req.name: req.scheduled for req in reqs})
 
 
 class RunnerV2:
@@ -172,11 +172,11 @@ class RunnerV2:
         }
         return InputBatch(**fields)
 
-    def step(self, reqs: list[Req], padded_rows: int = 0) -> StepContext:
-        return compat.step_from_v2(self.batch(reqs, padded_rows), self.states)
+    def step(self, reqs: list[Req], padded_rows: int = 0) -> Batch:
+        return compat.batch_from_v2(self.batch(reqs, padded_rows), self.states)
 
 
-def rows_of(context: StepContext) -> dict[str, tuple[int, int, int, bool, bool]]:
+def rows_of(context: Batch) -> dict[str, tuple[int, int, int, bool, bool]]:
     """Give (prompt, computed, scheduled, is_prefill, completes_prompt) by request."""
     for column in (context.prompt_lens, context.computed, context.scheduled):
         assert column.dtype == np.int64

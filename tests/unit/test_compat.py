@@ -230,7 +230,7 @@ class TestFluxEngine:
 
 
 class FakeBatch:
-    """The part of V1's InputBatch that the hooks read; test_step_context.py has the real one."""
+    """The part of V1's InputBatch that the hooks read; test_batch.py has the real one."""
 
     def __init__(self, computed: int, prompt: int) -> None:
         self.num_reqs = 1

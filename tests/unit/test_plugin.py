@@ -50,7 +50,7 @@ class TestRegister:
         assert backends["FLUX"].get_path() == plugin.BACKEND_PATH
 
     def test_class_is_the_platforms(self, backends: Any) -> None:
-        from flux_vllm.attention_backend.cpu import FluxCPUBackend
+        from flux_vllm.attention_backend.cpu.backend import FluxCPUBackend
 
         backend = backends["FLUX"].get_class()
         assert backend is FluxCPUBackend

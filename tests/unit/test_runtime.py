@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route, full_probability
 from flux_vllm.runtime import FluxRuntime, recent_decisions
-from flux_vllm.step import StepContext
 
 CPU = torch.device("cpu")
 L, H = 4, 8
@@ -34,13 +34,13 @@ class Recorder:
         self.steps: list[tuple[tuple[str, ...], list[list[int]], list[bool]]] = []
         self.probabilities: list[list[list[float]]] = []
 
-    def record(self, step: StepContext, routes: np.ndarray, decided: np.ndarray) -> None:
+    def record(self, step: Batch, routes: np.ndarray, decided: np.ndarray) -> None:
         self.steps.append((step.request_ids, routes.tolist(), decided.tolist()))
 
     def flush(self) -> None:
         """Nothing waits here."""
 
-    def record_probabilities(self, step: StepContext, full_probability: np.ndarray) -> None:
+    def record_probabilities(self, step: Batch, full_probability: np.ndarray) -> None:
         self.probabilities.append(full_probability.tolist())
 
 
@@ -61,10 +61,10 @@ def make(policy: str = "router", max_requests: int = 2, **config: Any) -> FluxRu
     return runtime
 
 
-def step(*rows: tuple[str, int, int, int], is_warmup: bool = False) -> StepContext:
+def step(*rows: tuple[str, int, int, int], is_warmup: bool = False) -> Batch:
     """Make a step of rows (request id, computed, scheduled, prompt_len)."""
     numbers = np.array([row[1:] for row in rows], dtype=np.int64).reshape(len(rows), 3)
-    return StepContext(
+    return Batch(
         request_ids=tuple(row[0] for row in rows),
         prompt_lens=numbers[:, 2],
         computed=numbers[:, 0],
@@ -84,16 +84,16 @@ def decide(runtime: FluxRuntime, routes: dict[str, list[int]]) -> None:
             runtime.table.full_probability[slot, layer] = 0.9 if wanted[index] == FULL else 0.1
 
 
-def run(runtime: FluxRuntime, context: StepContext, routes: dict[str, list[int]]) -> np.ndarray:
+def run(runtime: FluxRuntime, context: Batch, routes: dict[str, list[int]]) -> np.ndarray:
     """Run one step. Returns: which rows were to be routed."""
     runtime.begin_step(context)
-    to_route = runtime.step.to_route.copy()
+    to_route = runtime.current.to_route.copy()
     assert set(routes) <= {
         name for name, wanted in zip(context.request_ids, to_route, strict=True) if wanted
     }
     decide(runtime, routes)
     runtime.end_step()
-    assert runtime.step is None
+    assert runtime.current is None
     return to_route
 
 
@@ -105,7 +105,7 @@ class TestDecide:
     def test_probability_and_route(self) -> None:
         runtime = make(threshold=0.45)
         runtime.begin_step(step(("a", 0, 5, 5), ("b", 0, 7, 7)))
-        slots = torch.from_numpy(runtime.step.slots)
+        slots = torch.from_numpy(runtime.current.slots)
         pooled = torch.randn(2, H)
         runtime.decide(3, slots, pooled)
         expected = full_probability(runtime.router(3, pooled))
@@ -118,9 +118,9 @@ class TestDecide:
         runtime.reduce_mean = lambda tensor: tensor + 3
         runtime.begin_step(step(("a", 0, 5, 5)))
         pooled = torch.randn(1, H)
-        runtime.decide(0, torch.from_numpy(runtime.step.slots), pooled)
+        runtime.decide(0, torch.from_numpy(runtime.current.slots), pooled)
         expected = full_probability(runtime.router(0, pooled + 3))
-        assert torch.equal(runtime.table.full_probability[runtime.step.slots, 0], expected)
+        assert torch.equal(runtime.table.full_probability[runtime.current.slots, 0], expected)
 
 
 class TestLifeOfARequest:
@@ -235,7 +235,7 @@ class TestSlots:
         runtime = make()
         runtime.begin_step(step(("a", 0, 5, 5)))
         calls: list[bool] = []
-        runtime.defer(lambda: calls.append(runtime.step is not None))
+        runtime.defer(lambda: calls.append(runtime.current is not None))
         runtime.do_deferred()
         assert calls == [True]
         runtime.defer(lambda: decide(runtime, {"a": [FULL, SPARSE, FULL]}))
@@ -248,7 +248,7 @@ class TestSlots:
         runtime.begin_step(step(("a", 0, 5, 5)))
         runtime.defer(lambda: decide(runtime, {"a": [FULL, SPARSE, FULL]}))
         runtime.begin_step(step(("a", 5, 1, 5)))
-        assert not runtime.step.to_route.any()
+        assert not runtime.current.to_route.any()
         runtime.end_step()
         assert [routes for _, routes, _ in recorded(runtime)] == [[[FULL, SPARSE, FULL]]] * 2
 
@@ -291,7 +291,7 @@ class TestFixedRoutes:
         runtime = make(**config)
         assert runtime.fixed_routes == routes
         runtime.begin_step(step(("a", 0, 9, 9), ("b", 0, 3, 8)))
-        assert runtime.table.routes[runtime.step.slots].tolist() == [routes, routes]
+        assert runtime.table.routes[runtime.current.slots].tolist() == [routes, routes]
         runtime.end_step()
         kept = [routes[layer] for layer in ROUTED]
         assert recorded(runtime) == [(("a", "b"), [kept, kept], [True, False])]

@@ -72,7 +72,7 @@ def test_an_empty_step_counts_what_has_arrived_since() -> None:
 
     def count_late(wait: bool) -> None:
         """Make the step's values late, as a GPU's are."""
-        for finished in runtime._finished:
+        for finished in runtime._pending:
             object.__setattr__(finished, "event", event)
         read(runtime, wait)
 

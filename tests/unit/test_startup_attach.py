@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from flux_vllm import startup
-from flux_vllm.attention_backend.pattern import make_pattern
 from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_always
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
+from flux_vllm.patterns.base import make_pattern
 from tests.unit.startup_fakes import (
     CPU,
     H,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from flux_vllm.attention_backend.kernels.prompt_rows import (
-    PooledStep,
+    PromptRowBuffers,
     physical_granule,
     pool_ends,
     pool_slots,
@@ -55,7 +55,7 @@ def pool_rows(
     sums: torch.Tensor,
     counts: torch.Tensor,
     block_table: torch.Tensor,
-    step: PooledStep,
+    step: PromptRowBuffers,
     workspace: PoolingWorkspace,
     pooled: torch.Tensor,
     num_rows: int,

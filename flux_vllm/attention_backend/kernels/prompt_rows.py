@@ -39,7 +39,7 @@ NO_ROWS = PackedRows(np.empty((0, COLUMNS), dtype=np.int32), 0, 0)
 """Of a step that only decodes."""
 
 
-class PooledStep(NamedTuple):
+class PromptRowBuffers(NamedTuple):
     """Buffers of the step on the device, allocated once for P rows at most."""
 
     rows: torch.Tensor
@@ -88,7 +88,7 @@ def update_counts(
     slot_mapping: torch.Tensor,
     num_tokens: int,
     packed: PackedRows,
-    step: PooledStep,
+    step: PromptRowBuffers,
 ) -> None:
     """Count this step's prompt tokens by granule.
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from flux_vllm.attention_backend.kernels.pooling import PoolingWorkspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     PackedRows,
-    PooledStep,
+    PromptRowBuffers,
     find_granule,
     pooled_range,
 )
@@ -51,7 +51,7 @@ def update_sums(
     query: torch.Tensor,
     sums: torch.Tensor,
     slot_mapping: torch.Tensor,
-    step: PooledStep,
+    step: PromptRowBuffers,
     workspace: PoolingWorkspace,
     rotary: InverseRotary,
     packed: PackedRows,

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend import naive
-from flux_vllm.attention_backend.binding import LayerBinding
-from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.layer import LayerBinding
+from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.features import GRANULE_TOKENS
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.runtime import FluxRuntime
-from flux_vllm.step import StepContext
 from tests.unit.attention_backend.test_kernels_cases import DEVICES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.parametrize("device", DEVICES)]
@@ -52,7 +52,7 @@ class _Worker:
     def __init__(
         self, router: LayerRouter, info: RouterInfo, max_tokens: int, device: torch.device
     ) -> None:
-        from flux_vllm.attention_backend.cuda_pooling import GroupPooling
+        from flux_vllm.attention_backend.cuda.routing import GroupPooling
 
         self.runtime = FluxRuntime(
             FluxConfig(policy="router"),
@@ -78,12 +78,12 @@ class _Worker:
             for buffer in (*buffers, *self.pooling._workspace, self.pooling._router_workspace):
                 buffer.fill_(float("nan"))
 
-    def step(self, context: StepContext, metadata: SimpleNamespace, query: torch.Tensor) -> bool:
+    def step(self, context: Batch, metadata: SimpleNamespace, query: torch.Tensor) -> bool:
         """Run a step. Returns: whether its layers were routed at once."""
         views = ViewBuffers(len(context), 1, [*range(LAYERS)], 16, 0, 1, 0, query.device)
         with torch.inference_mode():
             self.runtime.begin_step(context)
-            step = self.pooling.begin_step(self.runtime.step, metadata)
+            step = self.pooling.begin_step(self.runtime.current, metadata)
             for index in range(LAYERS if step is not None else 0):
                 self.pooling.route(index, query[index], metadata, views, step)
         at_once = step is not None and step.mean_query is not None
@@ -148,7 +148,7 @@ class _Pair:
         )
         query = query.to(self.device)
         is_prefill = computed < prompts
-        context = StepContext(names, prompts, computed, scheduled, is_prefill, is_warmup)
+        context = Batch(names, prompts, computed, scheduled, is_prefill, is_warmup)
         assert self.at_once.step(context, metadata, query) == at_once
         assert not self.in_turn.step(context, metadata, query)
         self.compare(names)

@@ -68,7 +68,8 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     splits: list[int],
 ) -> None:
     """Many rows are split less or not at all, long drafts as far as it holds them."""
-    from flux_vllm.attention_backend import cuda, cuda_kernels
+    from flux_vllm.attention_backend.cuda import backend as cuda
+    from flux_vllm.attention_backend.cuda import calls
     from tests.helpers.cuda_backend import LAYERS, BackendWorker, engine_config
 
     properties = SimpleNamespace(multi_processor_count=num_sms)
@@ -81,7 +82,7 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     worker = BackendWorker(folder, batches[0], "triton")
     used = []
     for batch in batches:
-        with patch.object(cuda_kernels, "attend_decode", wraps=cuda_kernels.attend_decode) as spy:
+        with patch.object(calls, "attend_decode", wraps=calls.attend_decode) as spy:
             for layer in worker.layers:
                 layer.kv_cache = batch.kv_cache
             worker.check(batch, worker.step(batch))

@@ -21,7 +21,7 @@ from tests.helpers import fa3_emulation
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     SPARSE,
-    Batch,
+    PagedBatch,
     Row,
     Shape,
     check_rows,
@@ -55,7 +55,7 @@ SHAPES = [
 
 
 def make_lists(
-    batch: Batch, active: list[bool], density: float
+    batch: PagedBatch, active: list[bool], density: float
 ) -> tuple[BlockLists, np.ndarray, list[torch.Tensor]]:
     """Draw lists. Returns: them, the tasks, and of each row its blocks kept [N, blocks, blocks]."""
     generator = torch.Generator().manual_seed(1)
@@ -92,7 +92,7 @@ def make_lists(
     return lists, packed.tasks, kept
 
 
-def visible_by(kept: list[torch.Tensor], batch: Batch) -> SimpleNamespace:
+def visible_by(kept: list[torch.Tensor], batch: PagedBatch) -> SimpleNamespace:
     """Stand for a pattern; rows are told apart by their lengths."""
     by_length = {row.seq_len: blocks for row, blocks in zip(batch.rows, kept, strict=True)}
 
@@ -105,7 +105,7 @@ def visible_by(kept: list[torch.Tensor], batch: Batch) -> SimpleNamespace:
     return SimpleNamespace(visible=visible)
 
 
-def make_rows(batch: Batch, tasks: np.ndarray) -> BlockRows:
+def make_rows(batch: PagedBatch, tasks: np.ndarray) -> BlockRows:
     most_blocks = max(-(-row.seq_len // 128) for row in batch.rows)
     rows = block_rows.make_block_rows(tasks, batch.query, batch.shape.block_size, most_blocks)
     rows.table.fill_(-7)

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from flux_vllm.attention_backend import naive
-from flux_vllm.attention_backend.pattern import SparsePattern
+from flux_vllm.patterns.base import SparsePattern
 
 FULL, SPARSE = naive.FULL, naive.SPARSE
 
@@ -70,7 +70,7 @@ class Shape:
 
 
 @dataclass
-class Batch:
+class PagedBatch:
     """Tensors of a batch, on one device."""
 
     rows: list[Row]
@@ -134,7 +134,7 @@ class Batch:
 
 def make_batch(
     rows: list[Row], shape: Shape, device: str, seed: int = 0, poison: float = float("nan")
-) -> Batch:
+) -> PagedBatch:
     """Fill a cache and a batch with random numbers, `poison` wherever nothing may be read."""
     generator = torch.Generator().manual_seed(seed)
     # Long batches are drawn where they are needed: seconds each on the host.
@@ -166,7 +166,7 @@ def make_batch(
     total = int(query_lens.sum())
     query = torch.empty(total, shape.heads, shape.head_dim, device=device)
     query.normal_(generator=on_device)
-    return Batch(
+    return PagedBatch(
         rows=rows,
         shape=shape,
         query=query.to(shape.dtype),
@@ -189,7 +189,7 @@ def assert_as_exact_as_torch(
     assert error <= 2 * allowed + last_bit, f"{what}: error {error:.3g}, torch's {allowed:.3g}"
 
 
-def check_rows(batch: Batch, out: torch.Tensor, attended: list[bool]) -> None:
+def check_rows(batch: PagedBatch, out: torch.Tensor, attended: list[bool]) -> None:
     """Hold attended rows to the oracle; others must be as they were (NaN)."""
     exact, low = batch.oracle(), batch.oracle(batch.shape.dtype)
     for index, row in enumerate(batch.rows):

@@ -1,4 +1,4 @@
-"""The CUDA backend's step, from StepContext to attention output, in Triton's interpreter.
+"""The CUDA backend's step, from Batch to attention output, in Triton's interpreter.
 
 Builder and implementation are the real ones, on the Triton kernels; only what they inherit from
 vLLM's constructors is set by hand. Oracles: the tests' own masked attention (float32) and, for the
@@ -14,13 +14,13 @@ import pytest
 import torch
 import triton
 
-from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.layer import LayerBinding
+from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
 from flux_vllm.runtime import FluxRuntime
-from flux_vllm.step import StepContext
 from tests.helpers.reference_attention import SparsePattern, masked_attention
 from tests.helpers.reference_router import pooled_positions
 
@@ -48,7 +48,7 @@ class _Server:
     """A hand-made worker: a KV cache, block tables, and a builder with its layers."""
 
     def __init__(self, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        from flux_vllm.attention_backend.cuda import FluxCUDAImpl, FluxCUDAMetadataBuilder
+        from flux_vllm.attention_backend.cuda.backend import FluxCUDAImpl, FluxCUDAMetadataBuilder
 
         monkeypatch.setattr(
             torch.cuda,
@@ -112,7 +112,7 @@ class _Server:
         """Run one step of (request, tokens, is prefill) rows and check every layer."""
         computed = [len(self._queries(name)) for name, _, _ in rows]
         self.runtime.begin_step(
-            StepContext(
+            Batch(
                 tuple(name for name, _, _ in rows),
                 np.array([PROMPTS[name] for name, _, _ in rows]),
                 np.array(computed),
@@ -122,7 +122,7 @@ class _Server:
         )
         metadata = self._metadata(rows, computed, padding)
         self.add_routes(metadata)
-        slots = self.runtime.step.slots
+        slots = self.runtime.current.slots
         for index, layer in enumerate(self.layers):
             tokens = metadata.num_actual_tokens
             query, key, value = (

@@ -19,7 +19,7 @@ from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
     SPARSE,
-    Batch,
+    PagedBatch,
     Row,
     Shape,
     assert_as_exact_as_torch,
@@ -69,7 +69,7 @@ IDS = [f"{shape}-R{len(rows)}-P{splits}" for shape, rows, splits in SHAPES]
 class Views:
     """The buffers of `write_decode_views`, poisoned, for one layer whose route is the row's."""
 
-    def __init__(self, batch: Batch, layers: int = 1, spare_rows: int = 2) -> None:
+    def __init__(self, batch: PagedBatch, layers: int = 1, spare_rows: int = 2) -> None:
         device = batch.query.device
         rows, width = batch.block_table.shape
         self.capacity = rows + spare_rows
@@ -87,7 +87,7 @@ class Views:
         )
 
     def write(
-        self, batch: Batch, routes: torch.Tensor, slots: list[int], layers: list[int]
+        self, batch: PagedBatch, routes: torch.Tensor, slots: list[int], layers: list[int]
     ) -> "Views":
         device = batch.query.device
         write_decode_views(
@@ -110,7 +110,7 @@ class Views:
         return self
 
 
-def views_of(batch: Batch) -> Views:
+def views_of(batch: PagedBatch) -> Views:
     """Write views for a route table with the rows' slots in reverse order."""
     rows = len(batch.rows)
     routes = torch.tensor([[row.route] for row in reversed(batch.rows)], dtype=torch.int8)
@@ -189,7 +189,7 @@ def test_write_decode_views_by_layer(device: str) -> None:
 
 
 def run_decode(
-    batch: Batch,
+    batch: PagedBatch,
     views: Views,
     splits: int,
     workspace: DecodeWorkspace | None = None,

@@ -17,7 +17,7 @@ import pytest
 import torch
 import triton
 
-from flux_vllm.attention_backend.cuda_views import ViewBuffers
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.decode_plan import (
     MOST_ROWS,
@@ -30,7 +30,7 @@ from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
     SPARSE,
-    Batch,
+    PagedBatch,
     Row,
     Shape,
     check_rows,
@@ -324,7 +324,7 @@ def test_write_decode_plans_has_the_layout_of_fa3s_own(
         assert fa3s[1] == fa3s_splits(group_tiles, work, kv_heads, sms)
 
 
-def planned(batch: Batch, views: Views, plans: torch.Tensor) -> torch.Tensor:
+def planned(batch: PagedBatch, views: Views, plans: torch.Tensor) -> torch.Tensor:
     """Plan the first layer's call."""
     shape = batch.shape
     sms = torch.cuda.get_device_properties(0).multi_processor_count

@@ -13,7 +13,7 @@ from flux_vllm.attention_backend.kernels import fa3
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,
     SPARSE,
-    Batch,
+    PagedBatch,
     Row,
     Shape,
     assert_as_exact_as_torch,
@@ -47,7 +47,7 @@ SHAPES = [
 ]
 
 
-def attend(batch: Batch, views: Views, out: torch.Tensor, **extra: object) -> torch.Tensor:
+def attend(batch: PagedBatch, views: Views, out: torch.Tensor, **extra: object) -> torch.Tensor:
     rows = len(batch.rows)
     return fa3.attend(
         batch.query,
@@ -65,7 +65,7 @@ def attend(batch: Batch, views: Views, out: torch.Tensor, **extra: object) -> to
     )
 
 
-def two_passes(batch: Batch, views: Views, out: torch.Tensor) -> None:
+def two_passes(batch: PagedBatch, views: Views, out: torch.Tensor) -> None:
     """Attend a batch with prefill rows as a layer does: full pass, then sparse pass."""
     rows = len(batch.rows)
     attend(batch, views, out, seqused_q=views.full_seqused_q[0, :rows])

@@ -18,8 +18,8 @@ from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.attention_backend.naive import gather_pages
-from flux_vllm.attention_backend.pattern import make_pattern
-from flux_vllm.step import StepContext
+from flux_vllm.batch import Batch
+from flux_vllm.patterns.base import make_pattern
 from tests.helpers import fa3_emulation, reference_attention
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
@@ -302,7 +302,7 @@ def test_memory_is_bounded_before_it_is_needed(
     reserved = pattern.cuda_nbytes(heads, tokens, length, 2 * 64)
     for rows in (1, tokens):
         lengths = [np.full(rows, n) for n in (length, length - tokens // rows, tokens // rows)]
-        step = StepContext(tuple(map(str, range(rows))), *lengths, np.ones(rows, bool))
+        step = Batch(tuple(map(str, range(rows))), *lengths, np.ones(rows, bool))
         buffers = pattern.cuda_prefill(step, torch.device("cpu"))._make_buffers(call, has_fa3)
         taken = buffers.lse.nbytes + buffers.chosen.nbytes
         taken += sum(buffer.nbytes for buffer in buffers.rows or ())
@@ -315,7 +315,7 @@ def test_memory_is_taken_before_the_cache_is_sized(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the sizes of the model and of a step that vLLM's configuration gives."""
-    from flux_vllm.attention_backend.cuda import fixed_nbytes
+    from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
     from tests.helpers.cuda_backend import MAX_LEN, _runtime, engine_config
 
     monkeypatch.setattr(fa3, "is_available", lambda: True)
@@ -336,16 +336,16 @@ def test_warm_up_asks_a_fixed_policys_pattern_too(
     device: str, is_warmup: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A refusal, and the compiling of kernels, must not wait for the first long prompt."""
-    from flux_vllm.attention_backend.cuda import CudaStep
+    from flux_vllm.attention_backend.cuda.backend import CudaRoutes
     from tests.helpers.cuda_backend import LAYERS, BackendWorker
 
     batch = make_batch([Row(4, 4, SPARSE)], Shape(), device)
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton", **XATTENTION)
     worker.runtime.fixed_routes = [SPARSE, *[FULL] * (LAYERS - 1)]
     one = [np.array([n]) for n in (4, 0, 4)]
-    context = StepContext(("_warmup_0_",), *one, np.array([True]), is_warmup)
+    context = Batch(("_warmup_0_",), *one, np.array([True]), is_warmup)
     views = worker.builder._view_buffers(worker.runtime, batch.block_table.shape[1])
-    step = CudaStep(views, [True] * LAYERS, [False] * LAYERS)
+    step = CudaRoutes(views, [True] * LAYERS, [False] * LAYERS)
     worker.builder._plan_passes(step, worker.runtime, context)
     assert step.sparse_pass == [is_warmup, *[False] * (LAYERS - 1)]
     assert (step.sparse_prefill is not None) == is_warmup

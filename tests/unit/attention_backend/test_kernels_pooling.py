@@ -17,7 +17,7 @@ from flux_vllm.attention_backend import naive
 from flux_vllm.attention_backend.kernels.pooling import pool_rows, pooling_workspace
 from flux_vllm.attention_backend.kernels.prompt_rows import (
     COLUMNS,
-    PooledStep,
+    PromptRowBuffers,
     pack_prompt_rows,
     update_counts,
 )
@@ -107,7 +107,7 @@ class Story:
         )
         for buffer in self.workspace:
             buffer.fill_(float("nan"))
-        self.pooled_step = PooledStep(
+        self.pooled_step = PromptRowBuffers(
             torch.zeros(8, COLUMNS, dtype=torch.int32, device=device),
             torch.full((8,), 99, dtype=torch.int32, device=device),
         )
@@ -301,7 +301,7 @@ def test_layers_at_once_from_mean_queries_equal_layers_in_turn(
     ).to(device)
     # An offset, so that a mean that lost or gained a head shows.
     query = 1 + torch.randn(layers, len(mapping), heads, head_dim, device=device)
-    step = PooledStep(
+    step = PromptRowBuffers(
         torch.from_numpy(packed.rows).to(device),
         torch.zeros(rows, dtype=torch.int32, device=device),
     )

@@ -10,7 +10,7 @@ from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
     SPARSE,
-    Batch,
+    PagedBatch,
     Row,
     Shape,
     assert_as_exact_as_torch,
@@ -57,7 +57,7 @@ SHAPES = [
 IDS = [f"{shape}-R{len(rows)}" for shape, rows in SHAPES]
 
 
-def attend(batch: Batch, out: torch.Tensor, seqused_q: torch.Tensor, sparse: bool) -> None:
+def attend(batch: PagedBatch, out: torch.Tensor, seqused_q: torch.Tensor, sparse: bool) -> None:
     attend_prefill(
         batch.query,
         batch.key_cache,
@@ -109,7 +109,7 @@ def test_attend_prefill_reads_the_table_row_it_is_given(device: str) -> None:
     check_rows(batch, out, [True, True])
 
 
-def window_pass(batch: Batch, seqused_q: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+def window_pass(batch: PagedBatch, seqused_q: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the window alone, with its log-sum-exp: what FA3 hands to `merge_sinks`."""
     out = batch.poisoned_output()
     lse = torch.full((batch.shape.heads, len(out)), float("nan"), device=out.device)
@@ -281,7 +281,7 @@ def test_attend_prefill_with_any_tile(device: str, tile: tuple[int, int, int, in
     assert_as_exact_as_torch(out, exact, low)
 
 
-def _by_torch(batch: Batch, index: int, dtype: torch.dtype) -> torch.Tensor:
+def _by_torch(batch: PagedBatch, index: int, dtype: torch.dtype) -> torch.Tensor:
     """Attend one row by masks built on the device: the oracle for lengths its loops cannot do."""
     row = batch.rows[index]
     device = batch.query.device

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux_vllm.attention_backend.binding import LayerBinding
+from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.errors import UnsupportedConfigurationError
 

@@ -64,7 +64,7 @@ def test_wheel_ships_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flux_vllm"}
     assert "flux_vllm/py.typed" in names
-    assert {f"flux_vllm/endpoint/page.{kind}" for kind in ("css", "html", "js")} <= set(names)
+    assert {f"flux_vllm/live/page.{kind}" for kind in ("css", "html", "js")} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     modules = {
         str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "flux_vllm").rglob("*.py")

@@ -14,12 +14,12 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flux_vllm.attention_backend.pattern import make_pattern
+from flux_vllm.batch import Batch
 from flux_vllm.metrics.directory import FluxCollector
 from flux_vllm.metrics.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
 from flux_vllm.metrics.reporter import FLUSH_SECONDS, RATIO_BUCKETS, RouteReporter
 from flux_vllm.metrics.store import MetricStore
-from flux_vllm.step import StepContext
+from flux_vllm.patterns.base import make_pattern
 
 OPEN, SPARSE, FULL = -1, 0, 1
 LAYERS = (0, 2, 3)  # layer 1 has a sliding window of its own
@@ -45,11 +45,11 @@ def count_keys(row: Row, route: int, pattern: tuple[int, int, int]) -> int:
     return keys
 
 
-def make_step(rows: list[Row], is_warmup: bool = False) -> StepContext:
+def make_step(rows: list[Row], is_warmup: bool = False) -> Batch:
     computed, scheduled, prompt_lens = (
         np.array([row[i] for row in rows], dtype=np.int64) for i in range(3)
     )
-    return StepContext(
+    return Batch(
         request_ids=tuple(str(i) for i in range(len(rows))),
         prompt_lens=prompt_lens,
         computed=computed,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend import naive
-from flux_vllm.attention_backend import pattern as server
-from flux_vllm.attention_backend.patterns import streaming, xattention
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.patterns import base as server
+from flux_vllm.patterns import streaming, xattention
 from training.block_attention import attend_blocks, choose_blocks, make_block_mask, pad_to_blocks
 from training.pattern_attention import PromptAttention, make_pattern_attention
 from training.soft_attention import make_sparse_attention

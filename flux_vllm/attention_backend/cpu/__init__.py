@@ -1,0 +1,1 @@
+"""The attention backend on CPUs, over vLLM's own CPU kernels."""

@@ -1,0 +1,194 @@
+"""The CPU backend: vLLM's own CPU attention kernels, steered by routes.
+
+FULL rows and SPARSE decode rows share one call of vLLM's kernel per layer, the latter through a
+compacted block table; SPARSE prefill rows are computed by the sparse pattern. This is the
+embedded default: correct everywhere, no claim of speed.
+"""
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from flux_vllm import compat
+from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
+from flux_vllm.attention_backend.cpu.pages import learn_page_layout
+from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.router.state import QuerySums
+
+compat.install_worker_hooks()
+
+
+class FluxCPUBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with a route per request and layer."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the enum name that selects this backend."""
+        return "FLUX"
+
+    @staticmethod
+    def get_impl_cls() -> type["FluxCPUImpl"]:
+        """Return the implementation class."""
+        return FluxCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["FluxCPUMetadataBuilder"]:
+        """Return the metadata builder class."""
+        return FluxCPUMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Only causal decoders are routed."""
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Only causal attention is routed."""
+        return False
+
+
+class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Adds a CpuRoutes to vLLM's metadata, as `metadata.flux`, for batches of real requests."""
+
+    # vLLM would reuse another group's metadata with only the tables swapped: stale views.
+    supports_update_block_table = False
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        context = self.vllm_config.compilation_config.static_forward_context
+        self._layers = bound_layers(context, self.layer_names)
+        for index, layer in enumerate(self._layers):
+            layer.impl.group_index = index
+            layer.impl.page_layout = learn_page_layout(
+                self.isa, self.block_size, self.head_dim, self.dtype
+            )
+        self._sums: QuerySums | None = None
+        self._sums_of: tuple[int, int] | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata:
+        """Build vLLM's metadata, and the routes' side of it where requests are known."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.flux = None
+        if not self._layers:
+            return metadata
+        runtime = self._layers[0].impl.binding.runtime
+        if runtime.current is not None:
+            metadata.flux = CpuRoutes(runtime, metadata, self, self._query_sums(runtime.router))
+        return metadata
+
+    def schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """Compute the kernel's work schedule for other rows than the batch's own.
+
+        Args:
+            seq_lens: [R] int32.
+            query_start_loc: [R + 1] int32.
+
+        Returns: opaque int8 tensor for `scheduler_metadata`.
+        """
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    def _query_sums(self, router: object) -> QuerySums | None:
+        """Return the side tables of the KV cache now bound; a new cache gets new ones."""
+        if router is None:
+            return None
+        kv_cache = self._layers[0].kv_cache
+        bound = (kv_cache.data_ptr(), kv_cache.shape[0])
+        if self._sums is None or self._sums_of != bound:
+            self._sums = QuerySums(
+                len(self._layers),
+                kv_cache.shape[0],
+                self.block_size,
+                self.head_dim,
+                kv_cache.device,
+            )
+            self._sums_of = bound
+        return self._sums
+
+
+class FluxCPUImpl(CPUAttentionBackendImpl):
+    """Routes the requests of the batch in one layer, then attends."""
+
+    binding: LayerBinding | None = None
+    """Set when the model is loaded; None for a layer with a sliding window of its own."""
+    group_index: int
+    """Index among the routed layers of its KV cache group."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        refused = {
+            "ALiBi slopes": self.alibi_slopes is not None,
+            "attention logits softcap": bool(self.logits_soft_cap),
+            "learned attention sinks": self.sinks is not None,
+            f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
+            "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
+            f"KV cache dtype {self.kv_cache_dtype}": self.is_fp8_kv_cache,
+        }
+        found = [what for what, present in refused.items() if present]
+        if found:
+            raise UnsupportedConfigurationError(
+                "layer routes on the CPU: expected plain causal attention over a KV cache in the "
+                f"model's dtype, found {', '.join(found)}; serve with "
+                "--attention-backend CPU_ATTN, or change the model or --kv-cache-dtype"
+            )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; shapes as in vLLM's `CPUAttentionBackendImpl.forward`."""
+        routes: CpuRoutes | None = None if attn_metadata is None else attn_metadata.flux
+        rest = (output_scale, output_block_scale)
+        if routes is None or self.binding is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
+        routes.route(self.binding, self.group_index, query)
+        plan = routes.plan(self.binding.layer)
+        if plan.kernel is not None:  # else every row is a SPARSE prefill
+            if plan.tokens is None:
+                super().forward(layer, query, key, value, kv_cache, plan.kernel, output, *rest)
+            else:
+                # vLLM's kernel takes its rows' queries in one piece.
+                part = torch.empty_like(output[: len(plan.tokens)])
+                picked = query[plan.tokens]
+                super().forward(layer, picked, key, value, kv_cache, plan.kernel, part, *rest)
+                output[plan.tokens] = part
+        shape = (-1, self.num_heads, self.head_size)
+        for rows, prefill in plan.sparse_prefills:
+            prefill.attend(
+                query[rows], kv_cache, self.page_layout, self.scale, output[rows].view(shape)
+            )
+        return output

@@ -1,1 +1,0 @@
-"""The sparse patterns, a file each; `flux_vllm.attention_backend.pattern` is their interface."""

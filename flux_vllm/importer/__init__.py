@@ -1,0 +1,1 @@
+"""Imports checkpoints of the published routers: `flux-vllm import`."""

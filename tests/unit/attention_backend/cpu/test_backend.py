@@ -1,0 +1,140 @@
+"""The CPU backend's classes: what they refuse, what they say of themselves, whose sums they use.
+
+Oracle: the messages, and vLLM's own base classes. Pinned: a KV cache bound anew (vLLM binds a small
+one first to measure memory) gets new query sums, since the old ones describe other blocks.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flux_vllm.errors import UnsupportedConfigurationError
+
+pytestmark = pytest.mark.vllm
+
+N, H = 4, 32
+
+
+@pytest.fixture(scope="module")
+def make_impl() -> Callable[..., Any]:
+    """Make the real implementation object, as `Attention` does."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from flux_vllm.attention_backend.cpu.backend import FluxCPUImpl
+
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(dtype=torch.float32)
+
+    def make(**options: Any) -> Any:
+        defaults = {
+            "num_heads": N,
+            "head_size": H,
+            "scale": 0.3,
+            "num_kv_heads": 2,
+            "alibi_slopes": None,
+            "sliding_window": None,
+            "kv_cache_dtype": "auto",
+        }
+        with set_current_vllm_config(config):
+            return FluxCPUImpl(**(defaults | options))
+
+    return make
+
+
+REFUSED = [
+    ({"alibi_slopes": [0.5] * N}, "ALiBi slopes"),
+    ({"logits_soft_cap": 30.0}, "attention logits softcap"),
+    ({"sinks": torch.zeros(N)}, "learned attention sinks"),
+    ({"kv_cache_dtype": "fp8"}, "KV cache dtype fp8"),
+    ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache dtype fp8_e4m3"),
+    ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
+    ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
+    ({"attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
+    (
+        {"logits_soft_cap": 30.0, "kv_cache_dtype": "fp8"},
+        "attention logits softcap, KV cache dtype fp8",
+    ),
+]
+
+
+class TestImpl:
+    @pytest.mark.parametrize(("options", "what"), REFUSED, ids=[what for _, what in REFUSED])
+    def test_refused(self, make_impl: Callable, options: dict, what: str) -> None:
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            make_impl(**options)
+        assert str(error.value) == (
+            "layer routes on the CPU: expected plain causal attention over a KV cache in the "
+            f"model's dtype, found {what}; serve with --attention-backend CPU_ATTN, or change the "
+            "model or --kv-cache-dtype"
+        )
+
+    @pytest.mark.parametrize("options", [{}, {"sliding_window": 128}], ids=["plain", "window"])
+    def test_accepted(self, make_impl: Callable, options: dict) -> None:
+        """Unbound: a layer with a sliding window of its own stays so."""
+        assert make_impl(**options).binding is None
+
+
+class TestBackend:
+    @pytest.fixture
+    def backend(self) -> Any:
+        from flux_vllm.attention_backend.backend import FluxBackend
+
+        return FluxBackend
+
+    def test_names_its_own_classes(self, backend: Any) -> None:
+        from flux_vllm.attention_backend.cpu import backend as cpu
+
+        assert backend is cpu.FluxCPUBackend
+        assert backend.get_name() == "FLUX"
+        assert backend.get_impl_cls() is cpu.FluxCPUImpl
+        assert backend.get_builder_cls() is cpu.FluxCPUMetadataBuilder
+
+    def test_is_vllms_otherwise(self, backend: Any) -> None:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        assert issubclass(backend, CPUAttentionBackend)
+        assert backend.get_supported_head_sizes() == CPUAttentionBackend.get_supported_head_sizes()
+        assert backend.supported_dtypes == CPUAttentionBackend.supported_dtypes
+
+    @pytest.mark.parametrize("kind", ["encoder", "encoder_only", "encoder_decoder"])
+    def test_only_decoders(self, backend: Any, kind: str) -> None:
+        assert backend.supports_attn_type("decoder")
+        assert not backend.supports_attn_type(kind)
+        assert not backend.supports_non_causal()
+
+    def test_metadata_is_never_borrowed_from_another_group(self, backend: Any) -> None:
+        """vLLM would swap the tables in and leave the views as they were."""
+        assert backend.get_builder_cls().supports_update_block_table is False
+
+    def test_no_full_graphs(self, backend: Any) -> None:
+        from vllm.v1.attention.backend import AttentionCGSupport
+
+        builder = backend.get_builder_cls()
+        assert builder._cudagraph_support == AttentionCGSupport.NEVER
+
+
+class TestQuerySums:
+    def test_follow_the_kv_cache(self) -> None:
+        from flux_vllm.attention_backend.cpu.backend import FluxCPUMetadataBuilder
+
+        builder = FluxCPUMetadataBuilder.__new__(FluxCPUMetadataBuilder)
+        caches = [torch.zeros(n, 2, 32, 2 * H) for n in (3, 9, 9)]
+        layer = SimpleNamespace(kv_cache=caches[0])
+        builder._layers = [layer, SimpleNamespace()]
+        builder._sums = builder._sums_of = None
+        builder.block_size, builder.head_dim = 32, H
+        found = []
+        for cache in caches:
+            layer.kv_cache = cache
+            sums = builder._query_sums(router=object())
+            assert sums is builder._query_sums(router=object())
+            assert sums.sums.shape == (2, cache.shape[0] * 2, H)
+            assert not sums.sums.any()
+            assert not sums.counts.any()
+            sums.counts[:] = 5
+            found.append(sums)
+        assert len({id(sums) for sums in found}) == 3
+        assert builder._query_sums(router=None) is None
