@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from flux_vllm import compat
-from flux_vllm.attention_backend.pattern import SparsePattern
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.kv.groups import Clusters, cluster_layers
+from flux_vllm.patterns.base import SparsePattern
 
 logger = logging.getLogger("vllm.flux")
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -84,8 +84,10 @@ class SparsePattern(ABC):
     window_tokens: int
     """Latest tokens attended in decode, the query's own included; likewise."""
 
-    is_local: ClassVar[bool] = False
-    """Whether SPARSE prefill attends to sinks and window alone, whatever a query looks for."""
+    @property
+    @abstractmethod
+    def is_local(self) -> bool:
+        """Whether no SPARSE prefill query ever reads a key between sinks and window."""
 
     @property
     @abstractmethod

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 class Pattern(SparsePattern):
     """A query at position p attends to keys [0, S) and (p - W, p]."""
 
-    is_local = True
+    @property
+    def is_local(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def reach(self) -> int:

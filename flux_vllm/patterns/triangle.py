@@ -37,6 +37,11 @@ class Pattern(streaming.Pattern):
         if type(self.tail_tokens) is not int or not 1 <= self.tail_tokens <= 2**30:
             raise option_error("tail_tokens", f"a whole number from 1 to {2**30}", self.tail_tokens)
 
+    @property
+    def is_local(self) -> bool:
+        """The prompt's last queries read everything."""
+        return False
+
     def visible(
         self, query: torch.Tensor, key: torch.Tensor, prompt_len: int, scale: float
     ) -> torch.Tensor:

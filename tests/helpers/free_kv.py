@@ -60,6 +60,6 @@ class PoisonedEngine(Engine):
             layer.kv_cache[free] = POISON
 
     def evict_freed(self) -> None:
-        """Take what living requests gave back out of the prefix cache, so that it is overwritten."""
+        """Take what living requests gave back out of the prefix cache: it is overwritten then."""
         blocks = self.manager.block_pool.blocks
         self.manager.evict_blocks({i for i in self.freed if blocks[i].ref_cnt == 0})

@@ -79,8 +79,8 @@ class TestWrapping:
         class Derived(Owner):
             pass
 
-        compat._wrap(Owner, "method", through)
-        compat._wrap(Owner, "of_class", through, is_classmethod=True)
+        compat.wrap(Owner, "method", through)
+        compat.wrap(Owner, "of_class", through, is_classmethod=True)
         owner = Derived()
         assert owner.method(1, b=3) == (owner, 1, 3)
         assert Derived.of_class(1, b=3) == (Derived, 1, 3)
