@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from flux_vllm.kv.manager import FluxManager
-from flux_vllm.kv.report import KVReport
+from flux_vllm.metrics.kv_report import KVReport
 
 
 class FluxCoordinator:

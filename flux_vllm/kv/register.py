@@ -11,9 +11,9 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from flux_vllm import compat
 from flux_vllm.kv.coordinator import FluxCoordinator
 from flux_vllm.kv.manager import FluxManager
-from flux_vllm.kv.report import KVReport
 from flux_vllm.kv.spec import FluxSpec
 from flux_vllm.metrics.directory import metrics_directory
+from flux_vllm.metrics.kv_report import KVReport
 from flux_vllm.metrics.store import MetricStore
 
 

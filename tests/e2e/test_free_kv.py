@@ -3,6 +3,9 @@
 Oracle: the same engine without `free_kv`; for memory, the formula of docs/KV_MEMORY.md.
 """
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 from prometheus_client import generate_latest
 
@@ -71,13 +74,9 @@ def test_layers_of_the_wrong_cluster_change_answers(tiny_model, monkeypatch):
 def test_follow_ups_of_freed_prompts(tiny_model, pattern):
     """Hits need what a follow-up reads; what was evicted and overwritten is computed again."""
     prompt = PROMPTS[0]
-    arguments = {
-        "block_size": BLOCK_SIZE,
-        "max_num_batched_tokens": 256,
-        "enable_prefix_caching": True,
-    }
-    pattern = {"sparse_pattern": pattern}
-    with PoisonedEngine(tiny_model, FREE | pattern, **arguments) as engine:
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+    flux = {"sparse_pattern": pattern}
+    with PoisonedEngine(tiny_model, FREE | flux, enable_prefix_caching=True, **arguments) as engine:
         (first,) = engine.generate([prompt], TOKENS)
         longer = prompt + first.tokens + random_prompt(20, seed=1)
         followed = []
@@ -85,13 +84,16 @@ def test_follow_ups_of_freed_prompts(tiny_model, pattern):
             engine.evict_freed()
             followed += engine.generate([question], 12)
     hits = [answer.cached_tokens for answer in followed]
-    if pattern["sparse_pattern"] == "streaming":
-        # All that was computed but the last token's block, by sinks and window; of the shorter
-        # beginning the window is gone.
-        assert hits[0] == 736 and hits[1] in (672, 704 - BLOCK_SIZE) and hits[2] <= BLOCK_SIZE
+    is_local = pattern == "streaming"
+    if is_local:
+        # Whole blocks of all that was computed, by sinks and window; before 400 the window is gone.
+        assert hits[:2] == [768, 672]
+        assert hits[2] <= BLOCK_SIZE
     else:
-        assert hits[0] <= BLOCK_SIZE, "a block between sinks and window was evicted"
-    with Engine(tiny_model, FLUX | pattern, **arguments) as engine:
+        assert max(hits) <= BLOCK_SIZE, "blocks between sinks and window were evicted"
+    # Generated text that is hit was attended by whole blocks, prompts exactly: the same hits.
+    with Engine(tiny_model, FLUX | flux, enable_prefix_caching=is_local, **arguments) as engine:
+        engine.generate([prompt], TOKENS)
         for answer in followed:
             (expected,) = engine.generate([answer.prompt], 12)
             assert answer.tokens == expected.tokens
@@ -99,54 +101,65 @@ def test_follow_ups_of_freed_prompts(tiny_model, pattern):
 
 
 def test_more_requests_fit(tiny_model):
-    """Small memory: requests run together that would not fit, some are preempted, all are right."""
+    """Requests run together that would not fit; some are preempted, all are right."""
     prompts = [random_prompt(640, seed=length) for length in range(5)]
     arguments = {
         "block_size": BLOCK_SIZE,
         "max_num_batched_tokens": 256,
+        "max_model_len": 1024,
         "served_model_name": "fits",
     }
-    # A block of the plain engine is four layers, one of the other's groups one: a quarter each.
-    blocks = 46
-    with Engine(tiny_model, FLUX, num_gpu_blocks_override=blocks, **arguments) as engine:
+    blocks = 46  # of the plain engine, of four layers; a group of the other's has one
+    with PoisonedEngine(tiny_model, FLUX, num_gpu_blocks_override=blocks, **arguments) as engine:
         expected = engine.generate(prompts, 60)
-        steps = sum(len(answer.steps) for answer in expected)
+        assert engine.most_running == 2, "22 blocks each"
     with PoisonedEngine(
         tiny_model, FREE, num_gpu_blocks_override=4 * blocks, **arguments
     ) as engine:
         answers = engine.generate(prompts, 60)
         freed = len(engine.freed)
-        # 22 blocks a FULL group; a SPARSE one holds sinks, window and 128 tokens before it.
-        held = 22 + 3 * (1 + -(-(WINDOW_TOKENS + 128 + 256) // BLOCK_SIZE) + 1)
-        assert engine.most_running >= min(4 * blocks // held, 5) > 2
+        # 22 blocks in the FULL group; sinks, window and 128 tokens before it in the three others.
+        held = 22 + 3 * (1 + (WINDOW_TOKENS + 128) // BLOCK_SIZE + 2)
+        assert engine.most_running >= 4 * blocks // held == 3
         assert engine.manager.block_pool.get_num_free_blocks() == 4 * blocks - 1
         metrics = parse(generate_latest().decode())
     for answer, other in zip(answers, expected, strict=True):
         assert answer.tokens == other.tokens
         assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     preempted = sum(answer.preemptions for answer in answers)
-    assert steps, "the plain engine ran"
     assert total(metrics, "flux_kv_blocks_freed_total", model_name="fits") == freed > 0
     assert total(metrics, "flux_request_kv_bytes_count", model_name="fits") == 5 + preempted
 
 
+def _speculate(model, flux):
+    """Answer with drafts; in a process that is given up, where numba bears no second engine."""
+    ngram = {"num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    with PoisonedEngine(
+        model,
+        flux,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=256,
+        speculative_config={"method": "ngram"} | ngram,
+    ) as engine:
+        answers = engine.generate([PROMPTS[0], PROMPTS[1]], TOKENS, allowed_token_ids=[3, 77, 400])
+        drafted = sum(
+            length > 1 for a in answers for _, length, phase in a.steps if phase == "decode"
+        )
+        return [(a.tokens, a.logprobs) for a in answers], drafted, len(engine.freed)
+
+
+@pytest.mark.slow
 def test_ngram_speculation(tiny_model):
     """Rows of several queries, drafts refused: what is freed counts verified tokens alone."""
-    prompt = random_prompt(90, seed=3) * 7
-    arguments = {
-        "block_size": BLOCK_SIZE,
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 4,
-            "prompt_lookup_min": 1,
-        },
-    }
-    with PoisonedEngine(tiny_model, FREE, **arguments) as engine:
-        answers = _answers(engine, [prompt, PROMPTS[0]])
-        assert engine.freed
-    with Engine(tiny_model, FLUX, **arguments) as engine:
-        assert answers == _answers(engine, [prompt, PROMPTS[0]])
+    spawn = multiprocessing.get_context("spawn")
+    found = []
+    for flux in (FREE, FLUX):
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            found.append(pool.submit(_speculate, tiny_model, flux).result())
+    (freeing, drafted, freed), (plain, _, none) = found
+    assert freeing == plain
+    assert drafted
+    assert freed > none == 0
 
 
 def test_all_layers_sparse_is_one_group(tiny_model):
