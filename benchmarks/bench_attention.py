@@ -135,7 +135,6 @@ class Batch:
         self.per_layer = [
             torch.zeros(32, capacity, dtype=torch.int32, device="cuda") for _ in range(4)
         ]
-        self.unrouted = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.slots = torch.arange(rows, device="cuda")
         self.is_prefill = torch.full((rows,), int(prefill), dtype=torch.int8, device="cuda")
         self.columns = torch.arange(32, dtype=torch.int32, device="cuda")
@@ -157,7 +156,6 @@ class Batch:
             self.table2,
             self.compact_lens,
             *self.per_layer,
-            self.unrouted,
             block_size=BLOCK_SIZE,
             sink_tokens=SINK,
             window_tokens=WINDOW,

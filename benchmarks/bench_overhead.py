@@ -3,7 +3,7 @@
     python -m benchmarks.bench_overhead --model FOLDER --out OUT.json [--load-format dummy]
 
 All engines are alive at once, each in processes of its own, and take turns. Policy `router` runs at
-threshold 0: all layers attend FULL, and pooling, routing and bookkeeping remain. A row says how
+threshold 0: all layers attend FULL, and probes, views and bookkeeping remain. A row says how
 much longer flux took than vLLM's backend in the same turn: the median over turns, with a bootstrap
 95 % interval. Two engines of the same backend differ too: with --control a second one runs, and
 rows also say how much longer than that, and than the mean of the two.

@@ -11,26 +11,20 @@ from benchmarks.worker_extension import BenchmarkWorker
 _CUDA = "flux_vllm.attention_backend.cuda"
 _FLASH = "vllm.v1.attention.backends.flash_attn"
 FUNCTIONS = (
-    ("flux_vllm.runtime", "FluxRuntime", "begin_step"),
+    ("flux_vllm.routing.runtime", "FluxRuntime", "admit"),
+    ("flux_vllm.routing.runtime", "FluxRuntime", "decide_due"),
+    ("flux_vllm.routing.probe", "PromptProbe", "decide"),
+    ("flux_vllm.routing.runtime", "FluxRuntime", "begin_step"),
     (_FLASH, "FlashAttentionMetadataBuilder", "build"),
     (f"{_CUDA}.backend", "FluxCUDAMetadataBuilder", "build"),
     (f"{_CUDA}.views", "ViewBuffers", "write"),
-    (f"{_CUDA}.routing", "GroupPooling", "begin_step"),
     (_FLASH, "FlashAttentionImpl", "forward"),
     (f"{_CUDA}.backend", "FluxCUDAImpl", "forward"),
-    (f"{_CUDA}.routing", "GroupPooling", "route"),
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl", "forward"),
     ("flux_vllm.attention_backend.cpu.backend", "FluxCPUImpl", "forward"),
-    ("flux_vllm.runtime", "FluxRuntime", "end_step"),
-    ("flux_vllm.runtime", "FluxRuntime", "do_deferred"),
-    (f"{_CUDA}.routing", None, "upload"),
-    (f"{_CUDA}.routing", None, "update_counts"),
-    (f"{_CUDA}.routing", None, "update_sums"),
-    (f"{_CUDA}.routing", None, "pool_rows"),
-    (f"{_CUDA}.routing", None, "decide_routes"),
-    (f"{_CUDA}.routing", None, "decide_layers"),
-    ("flux_vllm.runtime", "PendingReadback", "read"),
-    ("flux_vllm.runtime", "FluxRuntime", "_count_finished"),
+    ("flux_vllm.routing.runtime", "FluxRuntime", "end_step"),
+    ("flux_vllm.routing.readback", "PendingReadback", "read"),
+    ("flux_vllm.routing.runtime", "FluxRuntime", "_count_pending"),
 )
 """Module, class or None, function; times hold those of the functions called within."""
 

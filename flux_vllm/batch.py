@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flux_vllm.router.features import PromptSpan
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -51,16 +49,3 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.request_ids)
-
-    @property
-    def completes_prompt(self) -> np.ndarray:
-        """[R] bool: the prompt's last token is computed in this step."""
-        end = self.computed + self.scheduled
-        return (self.computed < self.prompt_lens) & (end >= self.prompt_lens)
-
-    def spans(self) -> list[PromptSpan]:
-        """Return each row's place in its prompt."""
-        columns = zip(
-            self.computed.tolist(), self.scheduled.tolist(), self.prompt_lens.tolist(), strict=True
-        )
-        return [PromptSpan(*row) for row in columns]

@@ -16,8 +16,7 @@ import numpy as np
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import ROUTER_FILE_NAME
-
-_WARMUP_PREFIXES = ("_warmup_", "_v2_mixed_warmup")
+from flux_vllm.routing.prompts import Prompt
 
 
 def uses_flux(vllm_config: Any) -> bool:
@@ -103,10 +102,10 @@ def _leave_router_out(original: Callable, files: list[str], *args: Any, **kwargs
 
 def _cluster_layers(original: Callable, self: Any) -> Any:
     """vLLM groups layers by their specs; the runner is asked again when graphs are profiled."""
-    from flux_vllm import startup
+    from flux_vllm.kv.worker import cluster_kv_cache
 
     if uses_flux(self.vllm_config):
-        startup.cluster_kv_cache(self)
+        cluster_kv_cache(self)
     return original(self)
 
 
@@ -117,10 +116,10 @@ def _attach_then_measure(original: Callable, self: Any) -> int:
     if not uses_flux(self.vllm_config):
         return original(self)
     held = _device_memory(self.device)
-    runtime = startup.attach(self.model_runner.get_model(), self.vllm_config, self.device)
+    runtime = startup.attach(self.model_runner, self.vllm_config, self.device)
     hook_worker(self, runtime)
     held = _device_memory(self.device) - held
-    return startup.reserve_side_tables(original(self) - held, self, runtime)
+    return startup.reserve_buffers(original(self) - held, self, runtime)
 
 
 def _device_memory(device: Any) -> int:
@@ -129,12 +128,27 @@ def _device_memory(device: Any) -> int:
     return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
+def kv_cache_groups(worker: Any) -> list[Any]:
+    """Say how vLLM will group the model's layers in its KV cache (KVCacheGroupSpec)."""
+    vllm_config, specs = worker.vllm_config, dict(worker.get_kv_cache_spec())
+    try:
+        from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+    except ImportError:  # vLLM 0.32
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+        return get_kv_cache_groups(vllm_config, specs)
+    return get_kv_cache_config_builder(vllm_config).get_kv_cache_groups(vllm_config, specs)
+
+
 def hook_worker(worker: Any, runtime: Any) -> None:
     """Tell the runtime of each step's requests and of those that ended."""
 
     def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         runtime.finish(scheduler_output.finished_req_ids)
         try:
+            runtime.admit(map(prompt_of, scheduler_output.scheduled_new_reqs))
+            if runtime.has_open_prompts:
+                runtime.decide_due(context_ends(scheduler_output))
             output = original(scheduler_output, *args, **kwargs)
         except BaseException:
             runtime.abandon_step()
@@ -152,6 +166,14 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         runtime.end_step()
         return output
 
+    def warm_up(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        runtime.is_warming_up = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            runtime.is_warming_up = False
+
+    wrap_object(worker, "compile_or_warm_up_model", warm_up)
     wrap_object(worker, "execute_model", execute_model)
     wrap_object(worker, "sample_tokens", sample_tokens)
     # For `collective_rpc`.
@@ -160,12 +182,44 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     _hook_runner(worker.model_runner, runtime)
 
 
-def _hook_runner(runner: Any, runtime: Any) -> None:
-    """Read each step's rows, and keep prefill rows out of full CUDA graphs.
+def prompt_of(new_request: Any) -> Prompt:
+    """Read a request that the scheduler announces (vLLM's NewRequestData)."""
+    token_ids, embeddings = new_request.prompt_token_ids, new_request.prompt_embeds
+    # A multimodal prompt holds ids that stand for images, often none of the vocabulary.
+    readable = embeddings is None and not new_request.mm_features
+    return Prompt(
+        request_id=new_request.req_id,
+        length=len(embeddings if token_ids is None else token_ids),
+        tokens=token_ids if readable else None,
+        adapter=new_request.lora_request,
+    )
 
-    vLLM treats a prompt's last single token like a decode row and may replay a graph for it, in
-    which no Python runs and nothing is routed.
+
+def context_ends(scheduler_output: Any) -> dict[str, int]:
+    """Return how many tokens each request of a step has once the step is done, drafts included."""
+    cached = scheduler_output.scheduled_cached_reqs
+    computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    scheduled = scheduler_output.num_scheduled_tokens
+    return {name: computed[name] + tokens for name, tokens in scheduled.items()}
+
+
+def _hook_runner(runner: Any, runtime: Any) -> None:
+    """Read each step's rows, keep prefill rows out of full CUDA graphs, and capture the probe.
+
+    vLLM treats a prompt's last single token like a decode row and may replay a graph for it, but
+    the kernels of prefill rows are chosen in Python.
     """
+
+    def capture(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        # vLLM also captures once to measure memory, before there is a KV cache.
+        if runtime.probe is not None and not kwargs.get("profile_only", False):
+            runtime.probe.capture()
+        return result
+
+    if hasattr(runner, "capture_model"):
+        wrap_object(runner, "capture_model", capture)
     if hasattr(runner, "_build_attention_metadata"):
 
         def is_uniform_decode(original: Callable, *args: Any, **kwargs: Any) -> bool:
@@ -194,7 +248,7 @@ def _hook_runner(runner: Any, runtime: Any) -> None:
         wrap_object(runner, "gather_batch_req_state", gather)
 
         def prepare_attn(original: Callable, input_batch: Any) -> Any:
-            runtime.begin_step(batch_from_v2(input_batch, runner.req_states))
+            runtime.begin_step(batch_from_v2(input_batch, runner.req_states, runtime.is_warming_up))
             return original(input_batch)
 
         wrap_object(runner, "prepare_attn", prepare_attn)
@@ -233,12 +287,13 @@ def batch_from_v1(input_batch: Any, num_scheduled_tokens: dict[str, int]) -> Bat
     )
 
 
-def batch_from_v2(input_batch: Any, request_states: Any) -> Batch:
+def batch_from_v2(input_batch: Any, request_states: Any, is_warmup: bool) -> Batch:
     """Read the step's rows from model runner V2.
 
     Args:
         input_batch: vLLM's `gpu.input_batch.InputBatch`.
         request_states: vLLM's `gpu.states.RequestState`.
+        is_warmup: whether vLLM warms up, with requests of its own.
 
     Returns: Batch. `prompt_len` leaves out what a resumed request had generated;
         `prefill_len` includes it.
@@ -253,7 +308,7 @@ def batch_from_v2(input_batch: Any, request_states: Any) -> Batch:
         computed=computed,
         scheduled=input_batch.num_scheduled_tokens[:rows].astype(np.int64),
         is_prefill=computed < input_batch.prefill_len_np[:rows],
-        is_warmup=any(name.startswith(_WARMUP_PREFIXES) for name in request_ids),
+        is_warmup=is_warmup,
     )
 
 

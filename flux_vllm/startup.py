@@ -1,7 +1,8 @@
 """From a configuration to a running FluxRuntime: every check made before the first request."""
 
 import logging
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,18 @@ from flux_vllm.errors import (
     RouterCheckpointError,
     UnsupportedConfigurationError,
 )
-from flux_vllm.kv.check import always_sparse_layers, check_free_kv
-from flux_vllm.kv.worker import hook_runner
+from flux_vllm.kv.check import check_free_kv
 from flux_vllm.metrics.directory import metrics_directory, prepare_front_end
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.patterns.base import make_pattern
-from flux_vllm.router.checkpoint import ROUTER_FILE_NAME, RouterInfo, read_router
-from flux_vllm.router.features import GRANULE_TOKENS
-from flux_vllm.router.model import LayerRouter
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.inputs import RouterInputs
+from flux_vllm.router_file import find_router
+from flux_vllm.routing.model_call import RunnerModelCall
+from flux_vllm.routing.probe import ProbedLayer, PromptProbe
+from flux_vllm.routing.runtime import FluxRuntime
 
 logger = logging.getLogger("vllm.flux")
 
@@ -50,20 +52,22 @@ def check_front_end(vllm_config: Any) -> None:
         )
     model = vllm_config.model_config
     config.check_layers(model.get_total_num_hidden_layers())
-    _, info = _read_router(config, vllm_config)
+    _, info = find_router(config, vllm_config)
     if info is not None:
         _check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
+        if config.needs_router:
+            _check_probe(info.inputs, vllm_config)
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
     if config.free_kv:
         check_free_kv(config, info, vllm_config)
     prepare_front_end()
 
 
-def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRuntime:
+def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     """Bind a runtime to the attention layers of a model that was just loaded.
 
     Args:
-        model: vLLM's model.
+        runner: vLLM's model runner, V1 or V2.
         vllm_config: the engine's configuration.
         device: of the worker.
 
@@ -74,12 +78,14 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
     _check_features(vllm_config)
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     config.check_layers(num_layers)
-    router, info = _read_router(config, vllm_config)
-    layers = _routed_layers(model)
-    for _, attention, _ in layers:
-        if info is not None:
-            _check_fit(info, num_layers, attention.head_size)
-    unrouted = set(config.sparse_layers or ()) - {index for index, _, _ in layers}
+    router, info = find_router(config, vllm_config)
+    layers = _attention_layers(runner.get_model())
+    routed = [layer for layer in layers if layer.is_routed]
+    if info is not None:
+        for layer in layers:
+            if layer.is_routed or layer.index in info.context_layers:
+                _check_fit(info, num_layers, layer.attention.head_size)
+    unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
     if unrouted:
         raise FluxConfigError(
             "flux config: expected sparse_layers with full attention in the model, found "
@@ -87,45 +93,33 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> FluxRunt
         )
     runtime = FluxRuntime(
         config,
-        router.to(device) if config.needs_router and router is not None else None,
         info,
         num_layers,
-        tuple(index for index, _, _ in layers),
+        tuple(layer.index for layer in routed),
         vllm_config.scheduler_config.max_num_seqs,
         device,
-        _mean_over_ranks,
     )
-    rotaries: dict[int, RotaryInverse] = {}
-    for index, attention, rotary in layers:
-        if id(rotary) not in rotaries:
-            rotaries[id(rotary)] = RotaryInverse(rotary, attention.head_size, device)
-        attention.impl.binding = LayerBinding(runtime, index, rotaries[id(rotary)])
+    for layer in routed:
+        layer.attention.impl.binding = LayerBinding(runtime, layer.index)
+    if config.needs_router:
+        assert router is not None
+        assert info is not None
+        _check_probe(info.inputs, vllm_config)
+        runtime.probe = PromptProbe(
+            info.inputs,
+            router.to(device),
+            config.threshold,
+            _probed_layers(layers, info.inputs, device),
+            RunnerModelCall(runner, vllm_config, device),
+            _mean_over_ranks,
+            device,
+        )
     _report(runtime, vllm_config)
     return runtime
 
 
-def cluster_kv_cache(worker: Any) -> None:
-    """Split the KV cache into groups that are freed and groups that are not, for `free_kv`.
-
-    Args:
-        worker: vLLM's, its model loaded.
-
-    Raises: FluxConfigError, UnsupportedConfigurationError.
-    """
-    config = FluxConfig.from_additional_config(worker.vllm_config.additional_config)
-    if not config.free_kv:
-        return
-    num_layers = worker.vllm_config.model_config.get_total_num_hidden_layers()
-    _, info = _read_router(config, worker.vllm_config)
-    hook_runner(
-        worker.model_runner,
-        always_sparse_layers(config, info, num_layers),
-        make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options),
-    )
-
-
-def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:
-    """Take the query sums' share out of the memory that the KV cache may use.
+def reserve_buffers(available_bytes: int, worker: Any, runtime: FluxRuntime) -> int:
+    """Take what our buffers need out of the memory that the KV cache may use.
 
     Args:
         available_bytes: what vLLM found for the KV cache.
@@ -134,71 +128,13 @@ def reserve_side_tables(available_bytes: int, worker: Any, runtime: FluxRuntime)
 
     Returns: bytes left for the KV cache.
     """
-    specs = list(worker.get_kv_cache_spec().values())
-    kv_bytes = sum(spec.page_size_bytes / spec.block_size for spec in specs)
-    side_bytes = 0.0
-    if runtime.router is not None:
-        # One bfloat16 sum and its share of the count, a granule.
-        side_bytes = len(specs) * (2 * runtime.router.head_dim + 1) / GRANULE_TOKENS
-    fixed = 0
-    if worker.device.type != "cpu":
-        from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
+    if worker.device.type == "cpu":
+        return available_bytes
+    from flux_vllm.attention_backend.cuda.backend import fixed_nbytes
 
-        fixed = fixed_nbytes(runtime, worker.vllm_config, specs)
-    left = int((available_bytes - fixed) * kv_bytes / (kv_bytes + side_bytes))
-    logger.info(
-        "flux: %.1f MiB of the KV cache's memory (%.2f %%) hold query sums and views",
-        (available_bytes - left) / 2**20,
-        100 * (1 - left / available_bytes) if available_bytes else 0.0,
-    )
-    return left
-
-
-def _read_router(
-    config: FluxConfig, vllm_config: Any
-) -> tuple[LayerRouter, RouterInfo] | tuple[None, None]:
-    """Read the router where one is needed or given; others take sizes from one they find."""
-    required = config.needs_router or config.router is not None
-    name = vllm_config.model_config.model
-    if config.router is None and not Path(name).exists():
-        cached = _router_in_hub_cache(vllm_config)
-        if cached is not None:
-            return read_router(cached)
-        if required:
-            raise RouterCheckpointError(
-                f"expected a router in the cached snapshot of {name} (revision "
-                f"{vllm_config.model_config.revision or 'main'}), found no {ROUTER_FILE_NAME} "
-                f"under {_hub_cache(vllm_config)}; nothing is downloaded for it: fetch the file "
-                f"with `hf download {name} {ROUTER_FILE_NAME}`, give its place as "
-                """--additional-config '{"flux": {"router": "PATH"}}', or choose a policy that """
-                'needs none ("full", "sparse", "static")'
-            )
-        return None, None
-    path = config.router_path(name)
-    if required or (path / ROUTER_FILE_NAME).is_file():
-        return read_router(path)
-    return None, None
-
-
-def _router_in_hub_cache(vllm_config: Any) -> Path | None:
-    """Find the router in the snapshot of a model that is named by its hub id, offline."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    model = vllm_config.model_config
-    try:
-        found = try_to_load_from_cache(
-            model.model, ROUTER_FILE_NAME, _hub_cache(vllm_config), model.revision
-        )
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
-def _hub_cache(vllm_config: Any) -> str:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return vllm_config.load_config.download_dir or HF_HUB_CACHE
+    nbytes = fixed_nbytes(runtime, worker.vllm_config, compat.kv_cache_groups(worker))
+    logger.info("flux: views and workspaces take %.1f MiB of the KV cache's memory", nbytes / 2**20)
+    return available_bytes - nbytes
 
 
 def _check_features(vllm_config: Any) -> None:
@@ -241,6 +177,24 @@ def _check_features(vllm_config: Any) -> None:
         )
 
 
+def _check_probe(inputs: RouterInputs, vllm_config: Any) -> None:
+    """Refuse what an extra forward of one request's tokens cannot be combined with."""
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:
+        raise UnsupportedConfigurationError(
+            '--attention-backend flux with policy "router": expected data parallel replicas that '
+            "run apart, found a mixture-of-experts model whose replicas run every forward "
+            "together, so that one could not probe a prompt alone; serve replicas as servers of "
+            'their own, or choose a policy without a router ("full", "sparse", "static")'
+        )
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    if vllm_config.device_config.device_type != "cpu" and budget < inputs.probe.tokens:
+        raise UnsupportedConfigurationError(
+            '--attention-backend flux with policy "router": expected --max-num-batched-tokens of '
+            f"at least {inputs.probe.tokens}, the tokens of a probe, found {budget}; raise it"
+        )
+
+
 def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
     for what, expected, found in (
         ("layers", num_layers, info.num_layers),
@@ -254,12 +208,26 @@ def _check_fit(info: RouterInfo, num_layers: int, head_dim: int) -> None:
             )
 
 
-def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
-    """Find (layer index, attention, rotary embedding) of every layer that gets a route."""
+@dataclass(frozen=True, slots=True)
+class _AttentionLayer:
+    index: int
+    attention: Any
+    """vLLM's Attention."""
+    parent: Any
+    """The model's module that holds it, and its rotary embedding."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Layers with a sliding window of the model's own stay as they are."""
+        return self.attention.sliding_window is None
+
+
+def _attention_layers(model: nn.Module) -> list[_AttentionLayer]:
+    """Find every attention layer, in order, and refuse what routes cannot go with."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
 
-    layers: list[tuple[int, Any, Any]] = []
+    layers: list[_AttentionLayer] = []
     for parent in model.modules():
         for attention in parent.children():
             if not isinstance(attention, Attention):
@@ -276,21 +244,33 @@ def _routed_layers(model: nn.Module) -> list[tuple[int, Any, Any]]:
                     f"found {type(attention).__name__} in {attention.layer_name}; serve this model "
                     "without --attention-backend flux"
                 )
-            if attention.sliding_window is not None:
-                continue  # stays as the model has it
-            layers.append(
-                (
-                    extract_layer_index(attention.layer_name),
-                    attention,
-                    _rotary_of(parent, attention),
-                )
-            )
-    if not layers:
+            index = extract_layer_index(attention.layer_name)
+            layers.append(_AttentionLayer(index, attention, parent))
+    if not any(layer.is_routed for layer in layers):
         raise UnsupportedConfigurationError(
             f"--attention-backend flux: expected layers with full attention in "
             f"{type(model).__name__}, found none; serve it without --attention-backend flux"
         )
-    return sorted(layers, key=lambda entry: entry[0])
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _probed_layers(
+    layers: Sequence[_AttentionLayer], inputs: RouterInputs, device: torch.device
+) -> list[ProbedLayer]:
+    """Say what a probe needs of each layer: its rotation where a router looks at its queries."""
+    rotaries: dict[int, RotaryInverse] = {}
+    probed = []
+    for layer in layers:
+        inverse = None
+        if layer.is_routed or layer.index in inputs.context_layers:
+            rotary = _rotary_of(layer.parent, layer.attention)
+            if id(rotary) not in rotaries:
+                rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
+            inverse = rotaries[id(rotary)]
+        probed.append(
+            ProbedLayer(layer.attention.layer_name, layer.index, layer.is_routed, inverse)
+        )
+    return probed
 
 
 def _rotary_of(parent: Any, attention: Any) -> Any:
@@ -354,8 +334,8 @@ def _report(runtime: FluxRuntime, vllm_config: Any) -> None:
         "sparse_pattern": config.pattern_name(info),
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
-        "pool_tokens": str(info.pool_tokens) if info else "",
-        "pool_prefix": str(info.pool_prefix).lower() if info else "",
+        "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
+        "pools": " ".join(map(str, info.inputs.pools)) if info else "",
     }
     runtime.reporter = RouteReporter(
         MetricStore(directory, model),

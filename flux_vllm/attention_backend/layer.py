@@ -4,11 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.runtime import FluxRuntime
 
 
 @dataclass(slots=True)
@@ -18,21 +15,6 @@ class LayerBinding:
     runtime: FluxRuntime
     layer: int
     """Index of the model's layer."""
-    rotary: RotaryInverse
-
-    def mean_query(
-        self, query: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Average queries over this rank's heads, as they were before RoPE.
-
-        Args:
-            query: [tokens of the batch, N, H] after RoPE.
-            tokens: [T] int64: which of them.
-            positions: [T] int64: their positions.
-
-        Returns: [T, H] float32.
-        """
-        return self.rotary(query[tokens].float().mean(dim=1), positions)
 
 
 def bound_layers(context: Mapping[str, Any], names: Iterable[str]) -> list[Any]:

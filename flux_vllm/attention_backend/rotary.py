@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from flux_vllm.errors import UnsupportedConfigurationError
@@ -35,44 +36,49 @@ class RotaryInverse:
         self.rotary_dim: int = rotary.rotary_dim
         self.interleaved: bool = not rotary.is_neox_style
         self.cos = (cos / scale).contiguous()
-        """[positions, rotary_dim / 2] float32."""
+        """[positions, D] float32 on the host, D = rotary_dim / 2."""
         self.sin = (sin / scale).contiguous()
         if self.cos.shape[-1] * 2 != self.rotary_dim or self.rotary_dim > head_dim:
             raise _unsupported(rotary, f"rotary_dim {self.rotary_dim}, head_dim {head_dim}")
         self._check(rotary, head_dim, device)
-        self.attention_scaling = float(scale[1].mean().sqrt())
-        self.inv_freq: torch.Tensor | None = torch.atan2(sin[1], cos[1]).to(device)
-        """[rotary_dim / 2] float32; None where the angle is not position * frequency."""
-        angle = torch.arange(len(cos), dtype=torch.float32)[-1] * self.inv_freq.cpu()
-        off = (angle.cos() * self.attention_scaling - cos[-1]).abs().max().item()
-        if not off < 0.05 * self.attention_scaling:
-            self.inv_freq = None
-        if self.inv_freq is None or device.type == "cpu":
-            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
 
-    def __call__(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Look up cos and sin for `undo`.
+
+        Args:
+            positions: [T] int64. Beyond the model's own table, where vLLM itself promises nothing,
+                they count as its last.
+
+        Returns: cos and sin, each [T, D] float32 on the host.
+        """
+        index = np.minimum(positions, len(self.cos) - 1)
+        return self.cos.numpy()[index], self.sin.numpy()[index]
+
+    def undo(self, query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Undo the rotation.
 
         Args:
-            query: [T, H] float32 after RoPE (a mean over heads will do: rotation is linear).
-            positions: [T] int64.
+            query: [..., T, H] float32 after RoPE.
+            cos: [T, D] of `rows`, on the query's device.
+            sin: [T, D], likewise.
 
-        Returns: [T, H] float32 before RoPE.
+        Returns: [..., T, H] float32 before RoPE.
+        Host sync: none. CUDA graph: safe.
         """
-        cos, sin = self.cos[positions], self.sin[positions]
-        rotated, kept = query[:, : self.rotary_dim], query[:, self.rotary_dim :]
+        rotated, kept = query[..., : self.rotary_dim], query[..., self.rotary_dim :]
         if self.interleaved:
-            x, y = rotated[:, ::2], rotated[:, 1::2]
+            x, y = rotated[..., ::2], rotated[..., 1::2]
         else:
             x, y = rotated.chunk(2, dim=-1)
         x, y = x * cos + y * sin, y * cos - x * sin
-        pair = torch.stack((x, y), dim=-1) if self.interleaved else torch.stack((x, y), dim=1)
-        return torch.cat((pair.reshape(len(query), self.rotary_dim), kept), dim=-1)
+        pair = torch.stack((x, y), dim=-1) if self.interleaved else torch.stack((x, y), dim=-2)
+        return torch.cat((pair.flatten(-2), kept), dim=-1)
 
     @torch.inference_mode()
     def _check(self, rotary: Any, head_dim: int, device: torch.device) -> None:
-        positions = torch.tensor([0, 1, len(self.cos) // 2, len(self.cos) - 1])
-        query = torch.randn(len(positions), head_dim, generator=torch.Generator().manual_seed(0))
+        places = np.array([0, 1, len(self.cos) // 2, len(self.cos) - 1])
+        positions = torch.from_numpy(places)
+        query = torch.randn(len(places), head_dim, generator=torch.Generator().manual_seed(0))
         kept = getattr(rotary, "cos_sin_cache", None)
         given = query.to(device)
         try:
@@ -86,7 +92,8 @@ class RotaryInverse:
         if rotated.shape != query.shape:
             raise _unsupported(rotary, f"queries of shape {list(rotated.shape)} come out of it")
         # The module's own table may be bfloat16, 8 bits of mantissa.
-        error_size = (self(rotated.float().cpu(), positions) - query).abs().max().item()
+        cos, sin = map(torch.from_numpy, self.rows(places))
+        error_size = (self.undo(rotated.float().cpu(), cos, sin) - query).abs().max().item()
         if not error_size < 0.1:
             raise _unsupported(rotary, f"rotating back misses by {error_size:.2g}")
 

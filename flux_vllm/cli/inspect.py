@@ -51,14 +51,15 @@ def run(args: argparse.Namespace) -> int:
 def describe(path: Path, router: "LayerRouter", info: "RouterInfo") -> str:
     """Describe a router file in a few lines: `name  value`."""
     parameters = sum(parameter.numel() for parameter in router.parameters())
-    ends = "first and last" if info.pool_prefix else "last"
+    probe, pools = info.inputs.probe, ", ".join(map(str, info.inputs.pools))
+    ends = f"first {probe.head_tokens} and last {probe.tail_tokens}"
     sparse = f"the first {info.sink_tokens} and the latest {info.window_tokens} tokens"
     rows = [
         ("file", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("base model", info.base_model or "not said"),
         ("layers", f"{info.num_layers}, head_dim {info.head_dim}"),
         ("parameters", f"{parameters:,} ({parameters // info.num_layers:,} a layer)"),
-        ("looks at", f"the prompt's {ends} {info.pool_tokens} tokens"),
+        ("looks at", f"{pools} of the prompt's {ends} tokens"),
         ("SPARSE means", f"{info.sparse_pattern} in prompts, {sparse} in decode"),
     ]
     rows += [(f"  {name}", str(value)) for name, value in info.provenance.items()] or [

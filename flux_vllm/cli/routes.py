@@ -20,7 +20,7 @@ from flux_vllm.cli.route_map import (
 )
 
 if TYPE_CHECKING:
-    from flux_vllm.runtime import RouteDecision
+    from flux_vllm.routing.runtime import RouteDecision
 
 _ROUTE_NAMES = {1: "FULL", 0: "SPARSE", -1: None}
 
@@ -136,7 +136,7 @@ def route_prompt(
     import vllm
     from vllm.exceptions import VLLMError
 
-    from flux_vllm.runtime import recent_decisions
+    from flux_vllm.routing.runtime import recent_decisions
 
     progress(f"loading {args.model}")
     try:
@@ -171,8 +171,8 @@ def route_prompt(
     decisions = recent_decisions(llm)
     if not decisions:
         raise CommandError(
-            "expected the routes of the prompt, found none; run again with --verbose and look for "
-            "a message of flux in the log"
+            "expected a prompt that is longer than sinks and window together, found one to which "
+            "both routes are alike, so that none was decided; give a longer prompt"
         )
     progress("done")
     return decisions[-1]

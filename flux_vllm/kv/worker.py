@@ -5,14 +5,38 @@ from collections.abc import Callable
 from typing import Any
 
 from flux_vllm import compat
+from flux_vllm.config import FluxConfig
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.kv.check import always_sparse_layers
 from flux_vllm.kv.groups import Clusters, cluster_layers
-from flux_vllm.patterns.base import SparsePattern
+from flux_vllm.patterns.base import SparsePattern, make_pattern
+from flux_vllm.router_file import find_router
 
 logger = logging.getLogger("vllm.flux")
 
 _BLOCK_TOKENS = 64
 """With smaller blocks, several groups cost the scheduler more time than they need to."""
+
+
+def cluster_kv_cache(worker: Any) -> None:
+    """Split the KV cache into groups that are freed and groups that are not, if `free_kv` asks.
+
+    Args:
+        worker: vLLM's, its model loaded.
+
+    Raises: FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError.
+    """
+    vllm_config = worker.vllm_config
+    config = FluxConfig.from_additional_config(vllm_config.additional_config)
+    if not config.free_kv:
+        return
+    _, info = find_router(config, vllm_config)
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    hook_runner(
+        worker.model_runner,
+        always_sparse_layers(config, info, num_layers),
+        make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options),
+    )
 
 
 def hook_runner(runner: Any, sparse_layers: tuple[int, ...], pattern: SparsePattern) -> None:

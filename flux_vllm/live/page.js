@@ -13,8 +13,8 @@ const LABELS = {
   sparse_pattern: "Sparse pattern",
   sink_tokens: "Sink tokens",
   window_tokens: "Window tokens",
-  pool_tokens: "Pool tokens",
-  pool_prefix: "Pools the first tokens too",
+  probe: "Probe, first + last tokens",
+  pools: "Queries averaged over",
   routed_layers: "Routed layers",
   requests: "Requests routed",
 };

@@ -61,9 +61,10 @@ async def request_routes(name: str) -> Response:
     if not found:
         raise HTTPException(
             404,
-            f"flux: expected the id of a request whose prompt is complete, found no routes for "
+            f"flux: expected the id of a request whose routes were decided, found no routes for "
             f"{name!r}. Give the response's `id` or the X-Request-Id sent; ask once the first "
-            "token has arrived and soon after, since only the latest requests are kept",
+            "token has arrived and soon after, since only the latest requests are kept; routes are "
+            "decided once a request is longer than sinks and window together",
         )
     return _json({"id": name, "requests": found})
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 RATIO_BUCKETS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
-_DECISIONS = "Routes chosen, one a request and routed layer when the prompt is complete."
+_DECISIONS = "Routes decided, one a request and routed layer."
 _RATIO = "Share of a request's routed layers that are SPARSE."
 _ATTENDED = "Keys attended to, summed over queries and routed layers."
 _CONTEXT = "Keys full attention would have attended to, summed likewise."
-_UNROUTED = "Decode rows that had no route and attended FULL; anything but 0 is a defect."
-_NONFINITE = "Prompt rows whose logits were not finite, FULL there; anything but 0 is a defect."
+_UNROUTED = "Rows longer than sinks and window without a route; anything but 0 is a defect."
+_NONFINITE = "Requests whose router logits were not finite, FULL there; anything but 0 is a defect."
+_UNREAD = "Requests whose prompt no router could read (embeddings, images): FULL in all layers."
 _INFO = "The router in use and its configuration; always 1."
 
 
@@ -61,6 +62,7 @@ class RouteReporter:
             self._count_tokens(phase, 0, 0)
         store.add("flux_unrouted_rows", 0, _UNROUTED)
         store.add("flux_nonfinite_router_rows", 0, _NONFINITE)
+        store.add("flux_unread_prompts", 0, _UNREAD)
 
     def announce(self, **labels: str) -> None:
         """Publish `flux_router_info`."""
@@ -72,7 +74,7 @@ class RouteReporter:
         Args:
             batch: of the step that ran.
             routes: [R, L] int8, as the rows attended.
-            decided: [R] bool: the row's routes were settled in this step.
+            decided: [R] bool: the row's routes were decided for this step.
         """
         if batch.is_warmup or not len(batch):
             return
@@ -92,7 +94,9 @@ class RouteReporter:
         batch = Batch.concatenate([batch for batch, _ in self._pending])
         routes = np.concatenate([routes for _, routes in self._pending])
         self._pending.clear()
-        unrouted = (routes[~batch.is_prefill] == Route.UNDECIDED).any(axis=1).sum()
+        reach = self._pattern.sink_tokens + self._pattern.window_tokens
+        is_long = batch.computed + batch.scheduled > reach
+        unrouted = (routes[is_long] == Route.UNDECIDED).any(axis=1).sum()
         if unrouted:
             self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
         self._count_keys(batch, (routes == Route.SPARSE).sum(axis=1))
@@ -125,19 +129,19 @@ class RouteReporter:
         for phase, rows in (("prefill", batch.is_prefill), ("decode", ~batch.is_prefill)):
             self._count_tokens(phase, int(attended[rows].sum()), int(context[rows].sum()))
 
-    def record_probabilities(self, batch: Batch, full_probability: np.ndarray) -> None:
-        """Count the rows that a router could not decide, in at least one layer.
+    def record_probes(self, full_probability: np.ndarray, unread: int) -> None:
+        """Count what routers could not decide.
 
         Args:
-            batch: of the step that ran.
-            full_probability: [P, L] float32, of the rows that routers decided in the step; NaN
+            full_probability: [P, L] float32, of the requests that were probed for a step; NaN
                 where the logits were not finite.
+            unread: requests whose routes mattered in the step, and whose prompt is no token ids.
         """
-        if batch.is_warmup:
-            return
         rows = int(np.isnan(full_probability).any(axis=1).sum())
         if rows:
             self._store.add("flux_nonfinite_router_rows", rows, _NONFINITE)
+        if unread:
+            self._store.add("flux_unread_prompts", unread, _UNREAD)
 
     def _count_decisions(self, layer: int, route: Route, amount: int) -> None:
         self._store.add(

@@ -18,7 +18,7 @@ from flux_vllm.batch import Batch
 from flux_vllm.metrics.keys import full_keys, sparse_prefill_keys
 from flux_vllm.patterns import streaming
 from flux_vllm.patterns.base import Chunk, CpuPrefill, CudaPrefill, option_error
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 if TYPE_CHECKING:
     from flux_vllm.attention_backend.cpu.pages import PageLayout

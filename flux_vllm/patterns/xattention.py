@@ -27,7 +27,7 @@ from flux_vllm.patterns.base import (
     SparsePattern,
     option_error,
 )
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 if TYPE_CHECKING:
     from flux_vllm.attention_backend.cpu.pages import PageLayout

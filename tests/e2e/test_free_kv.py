@@ -65,9 +65,9 @@ def test_freed_and_overwritten_equals_kept(tiny_model, pattern, chunk, is_async)
 
 def test_layers_of_the_wrong_cluster_change_answers(tiny_model, monkeypatch):
     """A check of the checks: freeing a FULL layer's keys shows."""
-    from flux_vllm import startup
+    from flux_vllm.kv import worker
 
-    monkeypatch.setattr(startup, "always_sparse_layers", lambda *_: (0, 1, 3))
+    monkeypatch.setattr(worker, "always_sparse_layers", lambda *_: (0, 1, 3))
     with PoisonedEngine(tiny_model, FREE, block_size=BLOCK_SIZE) as engine:
         assert _answers(engine)[0] != _plain(tiny_model)[0]
 

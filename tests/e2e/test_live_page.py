@@ -88,7 +88,8 @@ def ask(server: str, words: int, name: str | None = None) -> tuple[str, str]:
     before = decisions(server)
     answer = client(server).completions.create(
         model="sample",
-        prompt=f"{SECRET} {words}: " + "one two three " * words,
+        # Longer than the router's sinks and window, so that routes matter.
+        prompt=f"{SECRET} {words}: " + "one two three " * (200 + words),
         max_tokens=2,
         temperature=0,
         extra_headers={} if name is None else {"X-Request-Id": name},
@@ -303,7 +304,7 @@ class TestRequestView:
     def test_while_the_answer_streams(self, server: str) -> None:
         stream = client(server).chat.completions.create(
             model="sample",
-            messages=[{"role": "user", "content": "Hello"}],
+            messages=[{"role": "user", "content": "Hello " * 700}],
             max_tokens=4,
             stream=True,
         )
@@ -314,7 +315,7 @@ class TestRequestView:
 
     def test_every_prompt_and_choice(self, server: str) -> None:
         answer = client(server).completions.create(
-            model="sample", prompt=["one", "one two three four"], n=2, max_tokens=1
+            model="sample", prompt=["one " * 700, "one " * 800], n=2, max_tokens=1
         )
         found = self.routes(server, answer.id)
         assert [(r["prompt"], r["choice"]) for r in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -1,13 +1,18 @@
-"""Policy `router` on a real engine against routes and outputs computed from transformers' queries.
+"""Policy `router` on a real engine: one probe a prompt, the same bits however it is served.
 
-Oracle: tests/helpers/reference.py, which pools the queries that transformers' own layers make and
-replays the engine's cache history. The random router's routes vary from prompt to prompt.
+Oracles: tests/helpers/reference.py, which runs transformers over a prompt's two ends, decides by a
+router written anew, and replays the engine's cache history under those routes; for routes and
+P(FULL) across schedules, equality to the bit. The random router's routes vary from prompt to
+prompt. One engine serves nearly all: chunks are limited and the prefix cache emptied between tests.
 """
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
-from tests.helpers.engine import Engine
+from tests.helpers.engine import Answer, Engine
 from tests.helpers.models import random_prompt, write_random_router
 from tests.helpers.reference import ReferenceRouter, SparsePattern
 from tests.helpers.replay import assert_routed
@@ -15,110 +20,174 @@ from tests.helpers.replay import assert_routed
 pytestmark = pytest.mark.vllm
 
 BLOCK_SIZE = 32
+REACH = SINK_TOKENS + WINDOW_TOKENS
 PATTERN = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
-# 1 to 17: around a granule of 16 positions; 320 and 640: the prompt ends at a block's edge.
-LENGTHS = [1, 15, 16, 17, 40, 95, 96, 97, 160, 161, 320, 333, 640, 1000, 2100]
+CHUNKS = [0, 256, 97]
 
 
-def _check(answer, reference, router, history=None, threshold=0.5):
-    return assert_routed(answer, reference, router, PATTERN, history, threshold)
-
-
-@pytest.mark.parametrize("chunk", [4096, 128, 61], ids=["one-chunk", "chunks-128", "chunks-61"])
-def test_routes_and_outputs(tiny_model, reference, reference_router, chunk):
+@pytest.fixture(scope="module")
+def shared(tiny_model) -> Iterator[Engine]:
     with Engine(
-        tiny_model, {}, block_size=BLOCK_SIZE, max_num_batched_tokens=chunk, max_num_seqs=8
+        tiny_model, {}, block_size=BLOCK_SIZE, enable_prefix_caching=True, max_num_seqs=8
     ) as engine:
-        answers = [
-            engine.generate([random_prompt(length, seed=length)], 24, prompt_logprobs=True)[0]
-            for length in LENGTHS
-        ]
-    for answer in answers:
-        _check(answer, reference, reference_router)
-    routes = {tuple(answer.routes) for answer in answers}
-    assert len(routes) > 4, "the router under test must not decide alike for all prompts"
+        yield engine
 
 
-def test_one_token_tail_is_prefill(tiny_model, reference, reference_router):
-    """A prompt whose last chunk is one token looks like a decode row and is none."""
-    with Engine(tiny_model, {}, block_size=BLOCK_SIZE, max_num_batched_tokens=128) as engine:
-        for length in (129, 257, 513):
-            (answer,) = engine.generate([random_prompt(length, seed=length)], 24)
-            assert answer.steps[-24][1:] == (1, "prefill")
-            _check(answer, reference, reference_router)
+@pytest.fixture
+def engine(shared: Engine) -> Engine:
+    shared.limit_chunks(0)
+    shared.forget_prefixes()
+    return shared
 
 
-@pytest.mark.parametrize("chunk", [4096, 100], ids=["one-chunk", "chunks-100"])
-def test_prefix_hit(tiny_model, reference, reference_router, chunk):
-    with Engine(
-        tiny_model,
-        {},
-        block_size=BLOCK_SIZE,
-        max_num_batched_tokens=chunk,
-        enable_prefix_caching=True,
-    ) as engine:
-        for length, tail in ((64, 1), (96, 33), (333, 20), (500, 300), (1000, 64)):
-            prompt = random_prompt(length, seed=length + 1)
-            longer = prompt + random_prompt(tail, seed=tail)
-            first, second = (engine.generate([p], 24)[0] for p in (prompt, longer))
-            assert second.cached_tokens == length // BLOCK_SIZE * BLOCK_SIZE
-            source = _check(first, reference, reference_router).history
-            _check(second, reference, reference_router, history=source)
+def _check(answer, reference, router, history=None):
+    return assert_routed(answer, reference, router, PATTERN, history)
 
 
-def test_router_of_the_latest_tokens_alone(tiny_model, reference, tmp_path):
-    """Chunks, and prefixes and generated text found in the cache; the file says `pool_prefix`."""
-    path = write_random_router(
-        tmp_path,
-        num_layers=4,
-        head_dim=32,
-        pool_tokens=16,
-        pool_prefix=False,
-        sink_tokens=SINK_TOKENS,
-        window_tokens=WINDOW_TOKENS,
-        model_folder=tiny_model,
-    )
-    router = ReferenceRouter.load(path)
-    assert not router.pool_prefix
+def _bits(answer: Answer) -> tuple:
+    assert answer.routes is not None
+    return tuple(answer.routes), tuple(answer.p_full)
+
+
+def test_same_bits_for_every_schedule(engine: Engine) -> None:
+    """Chunks of 97 and 256 and none, alone and with neighbours, first asked and cached."""
+    prompts = [random_prompt(length, seed=length) for length in (161, 333, 640, 1281, 2100)]
+    seen: list[set] = [set() for _ in prompts]
+    for chunk in CHUNKS:
+        engine.limit_chunks(chunk)
+        engine.forget_prefixes()
+        for bits, prompt in zip(seen, prompts, strict=True):
+            first, again = (engine.generate([prompt], 2)[0] for _ in range(2))
+            assert first.cached_tokens == 0
+            assert again.cached_tokens == (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+            bits |= {_bits(first), _bits(again)}
+        engine.forget_prefixes()
+        for bits, answer in zip(seen, engine.generate(prompts, 2), strict=True):
+            bits.add(_bits(answer))
+    assert [len(bits) for bits in seen] == [1] * len(prompts)
+    assert len({routes for ((routes, _),) in seen}) > 2, "the router decides alike for all prompts"
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_routes_and_outputs(engine: Engine, reference, reference_router, chunk: int) -> None:
+    """Prompts up to the reach have routes only once their text outgrows it."""
+    engine.limit_chunks(chunk)
     routes = set()
-    with Engine(
-        tiny_model,
-        {"router": str(path)},
-        block_size=BLOCK_SIZE,
-        max_num_batched_tokens=100,
-        enable_prefix_caching=True,
-    ) as engine:
-        for length, generated in ((1, 1), (17, 20), (97, 40), (320, 70), (1000, 24)):
-            prompt = random_prompt(length, seed=length + 3)
-            (first,) = engine.generate([prompt], generated)
-            turn = prompt + first.tokens + random_prompt(9, seed=generated)
-            (second,) = engine.generate([turn], 24)
-            source = _check(first, reference, router).history
-            _check(second, reference, router, history=source)
-            routes |= {tuple(first.routes), tuple(second.routes)}
-    assert len(routes) > 3
+    for length in (1, 97, REACH - 10, REACH, REACH + 1, 257, 333, 640, 1000):
+        (answer,) = engine.generate([random_prompt(length, seed=length)], 24, prompt_logprobs=True)
+        _check(answer, reference, reference_router)
+        assert (answer.routes is None) == (length + 23 <= REACH)
+        routes |= {tuple(answer.routes or ())}
+    assert len(routes) > 4
 
 
-def test_second_turn(tiny_model, reference, reference_router):
-    """The prefix cache holds generated tokens too, whose queries are in no sum."""
-    with Engine(tiny_model, {}, block_size=BLOCK_SIZE, enable_prefix_caching=True) as engine:
-        for length, generated in ((40, 70), (90, 200), (600, 100)):
-            prompt = random_prompt(length, seed=length + 2)
-            (first,) = engine.generate([prompt], generated)
-            turn = prompt + first.tokens + random_prompt(50, seed=generated)
-            (second,) = engine.generate([turn], 24)
-            # The last generated token is sampled and never computed.
-            computed = length + generated - 1
-            assert second.cached_tokens == computed // BLOCK_SIZE * BLOCK_SIZE
-            source = _check(first, reference, reference_router).history
-            _check(second, reference, reference_router, history=source)
+def test_short_prompt_is_probed_once_its_text_is_long(engine: Engine, reference_router) -> None:
+    prompt = random_prompt(40, seed=4)
+    asked = []
+    decide = engine.runtime.probe.decide
+    engine.runtime.probe.decide = lambda p: (asked.append(p.length), decide(p))
+    try:
+        engine.generate([prompt], REACH - 39)  # the last token is sampled and never computed
+        assert asked == []
+        (answer,) = engine.generate([prompt], REACH - 38)
+    finally:
+        del engine.runtime.probe.decide
+    assert asked == [40]
+    assert answer.routes is not None
+
+
+def test_pooled_queries_are_those_of_transformers(engine, reference, reference_router) -> None:
+    for length in (5, 130, 255, 256, 257, 1500):
+        prompt = random_prompt(length, seed=length)
+        engine.runtime.probe.decide(_prompt(prompt))
+        expected = reference_router.pooled(reference, prompt)
+        torch.testing.assert_close(engine.runtime.probe.pooled_queries, expected, rtol=0, atol=1e-4)
+
+
+def _prompt(tokens: list[int]):
+    from flux_vllm.routing.prompts import Prompt
+
+    return Prompt("probed by the test", len(tokens), tokens)
+
+
+def test_a_probe_writes_no_key_and_no_value(engine: Engine) -> None:
+    engine.generate([random_prompt(500, seed=1)], 2)
+    context = engine.worker.vllm_config.compilation_config.static_forward_context
+    caches = [layer.kv_cache for layer in context.values()]
+    before = [cache.clone() for cache in caches]
+    assert all(cache.any() for cache in caches)
+    engine.runtime.probe.decide(_prompt(random_prompt(700, seed=2)))
+    for cache, copy in zip(caches, before, strict=True):
+        assert torch.equal(cache.view(torch.uint8), copy.view(torch.uint8))
+
+
+@pytest.mark.parametrize("chunk", [0, 97])
+def test_prefix_hit(engine: Engine, reference, reference_router, chunk: int) -> None:
+    """The keys that are found were computed under the first prompt's routes."""
+    engine.limit_chunks(chunk)
+    for length, tail in ((96, 33), (333, 20), (500, 300), (1000, 64)):
+        prompt = random_prompt(length, seed=length + 1)
+        longer = prompt + random_prompt(tail, seed=tail)
+        first, second = (engine.generate([p], 24)[0] for p in (prompt, longer))
+        assert second.cached_tokens == length // BLOCK_SIZE * BLOCK_SIZE
+        source = _check(first, reference, reference_router).history
+        _check(second, reference, reference_router, history=source)
+
+
+def test_second_turn(engine: Engine, reference, reference_router) -> None:
+    for length, generated in ((40, 200), (600, 100)):
+        prompt = random_prompt(length, seed=length + 2)
+        (first,) = engine.generate([prompt], generated)
+        turn = prompt + first.tokens + random_prompt(50, seed=generated)
+        (second,) = engine.generate([turn], 24)
+        # The last generated token is sampled and never computed.
+        computed = length + generated - 1
+        assert second.cached_tokens == computed // BLOCK_SIZE * BLOCK_SIZE
+        source = _check(first, reference, reference_router).history
+        _check(second, reference, reference_router, history=source)
+
+
+@pytest.mark.parametrize("shared_prefix", [0, 320], ids=["apart", "shared-prefix"])
+def test_mixed_batch(engine: Engine, reference, reference_router, shared_prefix: int) -> None:
+    """Requests with different routes in one batch do not leak into each other."""
+    prefix = random_prompt(shared_prefix, seed=5)
+    prompts = [prefix + random_prompt(n, seed=70 + n) for n in (200, 350, 31, 700, 180, 64)]
+    source = None
+    if shared_prefix:
+        (answer,) = engine.generate([prefix + [1]], 1)
+        source = _check(answer, reference, reference_router).history
+    together = engine.generate(prompts, 40)
+    assert len({tuple(answer.routes or ()) for answer in together}) > 2
+    for answer in together:
+        assert answer.cached_tokens == shared_prefix
+        _check(answer, reference, reference_router, history=source)
+
+
+def test_aborted_request_and_its_id_again(engine: Engine) -> None:
+    """Before and after its probe."""
+    from vllm import SamplingParams
+
+    core, runtime = engine.llm.llm_engine, engine.runtime
+    (expected,) = engine.generate([random_prompt(400, seed=3)], 1)
+    runtime.finish(list(runtime.table._slots))
+    for length in (40, 400):
+        prompt = {"prompt_token_ids": random_prompt(length, seed=3)}
+        core.add_request("again", prompt, SamplingParams())
+        core.step()
+        assert runtime.status()["live_requests"] == 1
+        core.abort_request(["again"])
+        while core.has_unfinished_requests():
+            core.step()
+    (answer,) = engine.generate([random_prompt(400, seed=3)], 1)  # tells of those that ended
+    assert _bits(answer) == _bits(expected)
+    assert runtime.status()["live_requests"] == 1
+    assert not runtime.has_open_prompts
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["recompute", "cached"])
-def test_preemption_and_resume(tiny_model, reference, reference_router, prefix_caching):
-    prompts = [random_prompt(length, seed=60 + length) for length in (500, 161, 700, 1100)]
+def test_preemption_and_resume(tiny_model, reference, reference_router, prefix_caching) -> None:
+    prompts = [random_prompt(length, seed=60 + length) for length in (500, 161, 700, 1100, 100)]
     blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 4
-    # Query sums take their part of the memory: 65 bytes in 16 * 512, layer by layer.
     bytes_per_block = 4 * 2 * 2 * 32 * 4 * BLOCK_SIZE
     with Engine(
         tiny_model,
@@ -127,44 +196,38 @@ def test_preemption_and_resume(tiny_model, reference, reference_router, prefix_c
         max_model_len=2048,
         max_num_batched_tokens=300,
         enable_prefix_caching=prefix_caching,
-        kv_cache_memory_bytes=int(1.01 * blocks * bytes_per_block),
+        kv_cache_memory_bytes=blocks * bytes_per_block,
     ) as engine:
         answers = engine.generate(prompts, 200)
+        alone = [engine.generate([prompt], 70)[0] for prompt in prompts]
     assert sum(answer.preemptions for answer in answers) > 0
+    for answer, undisturbed in zip(answers, alone, strict=True):
+        _check(answer, reference, reference_router)
+        assert _bits(answer) == _bits(undisturbed)
+
+
+def test_router_that_looks_at_more(tiny_model, reference, tmp_path) -> None:
+    """Several pools, a smaller probe, and another layer's queries; widths of its own."""
+    path = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=32,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=tiny_model,
+        pools=("tail:8", "head:16", "ends:24"),
+        probe=(40, 30),
+        context_layers=(2,),
+        widths=(48, 16, 32, 24),
+    )
+    router = ReferenceRouter.load(path)
+    with Engine(tiny_model, {"router": str(path)}, block_size=BLOCK_SIZE) as engine:
+        answers = engine.generate([random_prompt(n, seed=n) for n in (161, 250, 400, 900)], 8)
+        for answer in answers:
+            engine.runtime.probe.decide(_prompt(answer.prompt))
+            expected = router.pooled(reference, answer.prompt)
+            found = engine.runtime.probe.pooled_queries
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     for answer in answers:
-        request = _check(answer, reference, reference_router)
-        settled = answer.step_routes[-1]
-        done = next(i for i, (s, n, _) in enumerate(answer.steps) if s + n >= len(answer.prompt))
-        assert all(routes == settled for routes in answer.step_routes[done:])
-        assert request.prompt_done
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.8, 1.0])
-def test_threshold(tiny_model, reference, reference_router, threshold):
-    with Engine(tiny_model, {"threshold": threshold}, block_size=BLOCK_SIZE) as engine:
-        answers = engine.generate([random_prompt(n, seed=n) for n in (97, 500)], 8)
-    for answer in answers:
-        _check(answer, reference, reference_router, threshold=threshold)
-        if threshold == 0.0:
-            assert answer.routes == [1] * 4
-
-
-@pytest.mark.parametrize("shared_prefix", [0, 320], ids=["apart", "shared-prefix"])
-def test_mixed_batch_equals_alone(tiny_model, shared_prefix):
-    """Requests with different routes in one batch do not leak into each other."""
-    prefix = random_prompt(shared_prefix, seed=5)
-    prompts = [prefix + random_prompt(n, seed=70 + n) for n in (200, 350, 31, 700, 180, 64)]
-    arguments = {"block_size": BLOCK_SIZE, "enable_prefix_caching": bool(shared_prefix)}
-    with Engine(tiny_model, {}, **arguments) as engine:
-        if shared_prefix:
-            engine.generate([prefix + [1]], 1)
-        alone = [engine.generate([prompt], 40)[0] for prompt in prompts]
-    with Engine(tiny_model, {}, **arguments) as engine:
-        if shared_prefix:
-            engine.generate([prefix + [1]], 1)
-        together = engine.generate(prompts, 40)
-    assert len({tuple(answer.routes) for answer in together}) > 1
-    for one, other in zip(alone, together, strict=True):
-        assert one.cached_tokens == other.cached_tokens == shared_prefix
-        assert one.routes == other.routes
-        assert one.tokens == other.tokens
+        _check(answer, reference, router)
+    assert len({tuple(answer.routes) for answer in answers}) > 1

@@ -7,12 +7,12 @@ for CUDA graphs, asynchronous scheduling and bfloat16.
 import pytest
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
+from tests.helpers.engine import Answer
 from tests.helpers.models import random_prompt
 from tests.helpers.reference import SparsePattern
 from tests.helpers.replay import LOGPROB_TOLERANCE, assert_same, replay
 from tests.helpers.side_by_side import Setup, serve_side_by_side
 from tests.helpers.tensor_parallel import (
-    RankedAnswer,
     assert_ranks_alike,
     compare_routes,
     logprob_difference,
@@ -37,9 +37,10 @@ def test_two_ranks(tiny_model, reference, reference_router):
     print("\n" + assert_ranks_alike(logs))
     found = compare_routes(one, two)
     print(found)
-    decided = sum(len(answer.decisions) for answer in one) * len(one[0].routes)
-    assert found.compared > 0.8 * decided
-    assert len({tuple(answer.routes) for answer in two}) > 3
+    routed = [answer for answer in two if answer.routes is not None]
+    assert len(routed) >= 5
+    assert found.compared > 0.8 * len(routed) * 4
+    assert len({tuple(answer.routes) for answer in routed}) > 2
     prompt, output, tokens = logprob_difference(one, two, found.parted)
     print(f"log-probabilities: prompt {prompt:.1e}, output {output:.1e} of {tokens} tokens")
     assert tokens > 0.8 * OUTPUT * len(LENGTHS)
@@ -50,23 +51,15 @@ def test_two_ranks(tiny_model, reference, reference_router):
 
 
 def _decided(*p_full):
-    chunks = [([int(p >= 0.5) for p in row], list(row)) for row in p_full]
-    steps = [(16 * number, 16, "prefill") for number in range(len(chunks))]
-    return RankedAnswer([], [], [], [], [], 0, steps, routes=chunks[-1][0], decisions=chunks)
+    routes = [int(p >= 0.5) for p in p_full]
+    return Answer([], [], [], [], [], 0, routes=routes, p_full=list(p_full))
 
 
 def test_comparison_refuses_a_clear_difference():
-    with pytest.raises(AssertionError, match="prompt 0, chunk 0, layer 1"):
-        compare_routes([_decided((0.9, 0.52))], [_decided((0.9, 0.48))])
+    with pytest.raises(AssertionError, match="prompt 0, layer 1"):
+        compare_routes([_decided(0.9, 0.52)], [_decided(0.9, 0.48)])
 
 
-def test_comparison_passes_over_what_a_near_tie_changes():
-    """Layers after the tie have other inputs, in this chunk and the next; those up to it do not."""
-    one = _decided((0.9, 0.501, 0.9), (0.8, 0.7, 0.1))
-    other = _decided((0.9, 0.499, 0.2), (0.8, 0.7, 0.9))
-    found = compare_routes([one], [other])
-    assert (found.compared, found.near, found.differing, found.passed_over) == (3, 1, 1, 2)
-    assert found.parted == {0}
-    other = _decided((0.9, 0.499, 0.2), (0.8, 0.3, 0.9))
-    with pytest.raises(AssertionError, match="prompt 0, chunk 1, layer 1"):
-        compare_routes([one], [other])
+def test_comparison_passes_over_a_near_tie():
+    found = compare_routes([_decided(0.9, 0.501, 0.2)], [_decided(0.8, 0.499, 0.2)])
+    assert (found.compared, found.near, found.parted) == (2, 1, {0})

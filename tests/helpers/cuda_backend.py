@@ -18,8 +18,7 @@ from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
-from flux_vllm.router.model import LayerRouter
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.runtime import FluxRuntime
 from tests.unit.attention_backend.test_kernels_cases import (
     PagedBatch,
     Row,
@@ -66,16 +65,13 @@ def _runtime(shape: Shape, kernels: str, device: torch.device, **pattern: Any) -
         sink_tokens=shape.sink_tokens,
         window_tokens=shape.window_tokens,
     )
-    router = LayerRouter(LAYERS, shape.head_dim).requires_grad_(False).to(device)
     return FluxRuntime(
         FluxConfig(policy="router", kernels=kernels, **pattern),
-        router,
         info,
         LAYERS,
         tuple(range(LAYERS)),
         MAX_ROWS,
         device,
-        lambda pooled: pooled,
     )
 
 
@@ -102,18 +98,17 @@ class BackendWorker:
                 impl = FluxCUDABackend.get_impl_cls()(
                     shape.heads, shape.head_dim, batch.scale, shape.kv_heads, None, None, "auto"
                 )
-                no_rotation = SimpleNamespace(
-                    rotary_dim=shape.head_dim,
-                    interleaved=False,
-                    attention_scaling=1.0,
-                    inv_freq=torch.zeros(shape.head_dim // 2, device=device),
-                )
-                impl.binding = LayerBinding(self.runtime, index, no_rotation)
+                impl.binding = LayerBinding(self.runtime, index)
                 scale = torch.ones((), device=device)  # what vLLM's own forward reads
                 scales = dict.fromkeys(("_q_scale", "_k_scale", "_v_scale"), scale)
                 self.layers.append(
                     SimpleNamespace(
-                        impl=impl, kv_cache=batch.kv_cache, sliding_window=None, **scales
+                        impl=impl,
+                        kv_cache=batch.kv_cache,
+                        sliding_window=None,
+                        num_kv_heads=shape.kv_heads,
+                        head_size=shape.head_dim,
+                        **scales,
                     )
                 )
             names = [f"layers.{index}" for index in range(LAYERS)]
@@ -139,15 +134,16 @@ class BackendWorker:
         prompt_lens = np.array([row.prompt_len or row.seq_len for row in rows])
         prompt_lens = np.where(is_prefill, prompt_lens, seq_lens - scheduled)
         table = self.runtime.table
-        slots = table.acquire(names)
-        table.settled_prompt_len[slots] = prompt_lens
-        for slot, row in zip(slots.tolist(), rows, strict=True):
+        lengths = prompt_lens.tolist()
+        for name, row, length in zip(names, rows, lengths, strict=True):
+            slot, _ = table.acquire(name)
+            table.settled_prompt_len[slot] = length
             for layer in range(LAYERS):
                 table.routes[slot, layer] = row.route ^ (layer % 2)
         self.runtime.begin_step(
             Batch(names, prompt_lens, seq_lens - scheduled, scheduled, is_prefill)
         )
-        assert not self.runtime.current.to_route.any()
+        assert not self.runtime.current.decided.any()
 
     def metadata(self, batch: PagedBatch) -> Any:
         """Build the metadata of a batch from its own tensors."""
@@ -190,4 +186,3 @@ class BackendWorker:
                     part = routed.tokens_of(index)
                     what = f"layer {layer} row {index} {row}"
                     assert_as_exact_as_torch(out[part], exact[part], low[part], what)
-        assert int(self.builder._views.unrouted) == 0

@@ -30,8 +30,7 @@ class Answer:
         steps: (first position, tokens, phase) of each step the scheduler gave the request; of a
             decode step, the tokens that stood once its drafts were verified.
         preemptions: times it lost its KV blocks.
-        step_routes: per step, the routes [layers] its layers attended under; empty without flux.
-        routes: per layer, as settled; None without flux.
+        routes: per layer, as decided; None without flux, and where none had to be.
         p_full: per layer, likewise.
     """
 
@@ -43,7 +42,6 @@ class Answer:
     cached_tokens: int
     steps: list[tuple[int, int, str]] = field(default_factory=list)
     preemptions: int = 0
-    step_routes: list[list[int]] = field(default_factory=list)
     routes: list[int] | None = None
     p_full: list[float] | None = None
 
@@ -83,10 +81,7 @@ class Engine:
         self._steps: dict[str, list[tuple[int, int, str]]] = {}
         self._step_of: dict[tuple[int, str], int] = {}
         self._preemptions: dict[str, int] = {}
-        self._step_routes: dict[str, list[list[int]]] = {}
         self._log_scheduler()
-        if self.has_flux:
-            self._log_routes()
 
     def _log_scheduler(self) -> None:
         scheduler = self.core.scheduler
@@ -130,21 +125,6 @@ class Engine:
         if self._steps[name][index][2] == "decode" and now_known > known:
             self._steps[name][index] = (known - 1, now_known - known, "decode")
 
-    def _log_routes(self) -> None:
-        runtime = self.runtime
-        end_step = runtime.end_step
-
-        def logged() -> None:
-            if runtime.current is not None:
-                runtime.do_deferred()
-                names = runtime.current.batch.request_ids
-                for name, slot in zip(names, runtime.current.slots, strict=True):
-                    routes = runtime.table.routes[int(slot)].tolist()
-                    self._step_routes.setdefault(name, []).append(routes)
-            end_step()
-
-        runtime.end_step = logged
-
     @property
     def worker(self) -> Any:
         """The only worker, in this process."""
@@ -154,6 +134,14 @@ class Engine:
     def runtime(self) -> Any:
         """Flux's runtime in the worker."""
         return self.worker.flux_status.__self__
+
+    def limit_chunks(self, tokens: int) -> None:
+        """Cut prompts into chunks of at most so many tokens from now on; 0: whole."""
+        self.core.scheduler.scheduler_config.long_prefill_token_threshold = tokens
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        assert self.llm.reset_prefix_cache()
 
     def generate(
         self,
@@ -178,7 +166,6 @@ class Engine:
         self._steps.clear()
         self._step_of.clear()
         self._preemptions.clear()
-        self._step_routes.clear()
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
         )
@@ -204,7 +191,6 @@ class Engine:
             prompt_logprobs=[row and row[token].logprob for token, row in prompt_pairs],
             cached_tokens=output.num_cached_tokens or 0,
             steps=self._steps[names[0]],
-            step_routes=self._step_routes.get(names[0], []),
             preemptions=self._preemptions.get(names[0], 0),
         )
         if self.has_flux:

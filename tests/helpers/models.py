@@ -4,6 +4,7 @@ Weights are scaled so that attention matters: scores spread widely enough for ea
 few keys anywhere in its context, so that hiding far keys moves the log-probabilities.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from .reference import FULL, SPARSE, ReferenceModel, SparsePattern
-from .reference_router import ReferenceRouter
+from .reference_router import FULL, SPARSE, ReferenceRouter
+from .reference_steps import StepModel
 
 # Scores q.k / sqrt(head_dim) get about the square of this as their standard deviation.
 _QUERY_KEY_SCALE = 1.6
@@ -114,17 +115,12 @@ def random_prompt(length: int, seed: int, vocab_size: int = 512) -> list[int]:
 
 
 def _random_router_tensors(
-    num_layers: int, head_dim: int, generator: torch.Generator
+    num_layers: int, inputs: int, widths: Sequence[int], generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Draw a router's tensors by checkpoint name."""
-    d = head_dim
-    shapes = {
-        "features.0": (8 * d, d),
-        "features.2": (2 * d, 8 * d),
-        "head.0": (4 * d, 2 * d),
-        "head.2": (d, 4 * d),
-        "head.4": (2, d),
-    }
+    names = ("features.0", "features.2", "head.0", "head.2", "head.4")
+    outputs = (*widths, 2)
+    shapes = dict(zip(names, zip(outputs, (inputs, *widths), strict=True), strict=True))
     tensors = {}
     for layer in range(num_layers):
         for name, (outputs, inputs) in shapes.items():
@@ -137,48 +133,28 @@ def _random_router_tensors(
 
 
 def _calibrate(
-    tensors: dict[str, torch.Tensor], pooled: torch.Tensor, gain: float
+    tensors: dict[str, torch.Tensor], features: torch.Tensor, gain: float
 ) -> dict[str, torch.Tensor]:
-    """Centre and stretch each layer's logits over sample features pooled [samples, layers, d].
+    """Centre and stretch each layer's logits over sample features [samples, layers, F].
 
     The inputs' mean and deviation are folded into the first linear layer, so that the network sees
     the difference between prompts and not what they share; the last one's bias and scale then put
     P(FULL) around one half.
     """
     tensors = dict(tensors)
-    for layer in range(pooled.shape[1]):
+    for layer in range(features.shape[1]):
         prefix = f"layers.{layer}"
-        mean, deviation = pooled[:, layer].mean(dim=0), pooled[:, layer].std(dim=0)
+        mean, deviation = features[:, layer].mean(dim=0), features[:, layer].std(dim=0)
         weight = tensors[f"{prefix}.features.0.weight"] / deviation
         tensors[f"{prefix}.features.0.weight"] = weight
         tensors[f"{prefix}.features.0.bias"] -= weight @ mean
-        logits = ReferenceRouter(tensors, {}).logits(layer, pooled[:, layer])
+        logits = ReferenceRouter(tensors, {}).logits(layer, features[:, layer])
         difference = logits[:, FULL] - logits[:, SPARSE]
         scale = gain / difference.std()
         tensors[f"{prefix}.head.4.weight"] *= scale
         tensors[f"{prefix}.head.4.bias"] *= scale
         tensors[f"{prefix}.head.4.bias"][FULL] -= difference.median() * scale
     return tensors
-
-
-def _sample_features(
-    model_folder: str | Path,
-    router: ReferenceRouter,
-    pattern: SparsePattern,
-    prompts: Sequence[Sequence[int]],
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Pool the features of prompts, each under routes of its own. Returns: [prompts, layers, d]."""
-    model = ReferenceModel(model_folder)
-    pooled = []
-    for prompt in prompts:
-        # A layer's input depends on the routes before it: sample those too.
-        routes = torch.randint(2, (model.num_layers,), generator=generator).tolist()
-        request = model.run(
-            prompt, pattern=pattern, routes=routes, router=router, score_prompt=False
-        )
-        pooled.append(request.steps[0].pooled)
-    return torch.stack(pooled)
 
 
 def write_random_router(
@@ -188,6 +164,10 @@ def write_random_router(
     head_dim: int,
     pool_tokens: int = 64,
     pool_prefix: bool = True,
+    pools: Sequence[str] = (),
+    probe: Sequence[int] = (128, 128),
+    context_layers: Sequence[int] = (),
+    widths: Sequence[int] = (),
     sink_tokens: int = 32,
     window_tokens: int = 128,
     seed: int = 0,
@@ -204,9 +184,13 @@ def write_random_router(
         head_dim: of the model.
         pool_tokens: tokens pooled at an end of the prompt.
         pool_prefix: whether the prompt's first tokens are pooled, beside its latest.
+        pools: `KIND:TOKENS` of each pool, in place of the two above.
+        probe: tokens of a prompt's head and tail that are run.
+        context_layers: whose pools every layer's router sees too.
+        widths: outputs of the first four linear layers; default the paper's.
         sink_tokens: tokens; of the sparse pattern.
         window_tokens: tokens; of the sparse pattern.
-        seed: of the weights, the sample prompts and their routes.
+        seed: of the weights and the sample prompts.
         model_folder: model whose features the router is fitted to; None leaves it unfitted, and its
             routes may then hardly vary.
         prompts: sample prompts to fit it to; default random ones of 40 to 900 tokens.
@@ -215,9 +199,14 @@ def write_random_router(
     Returns: Path: the file.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = _random_router_tensors(num_layers, head_dim, generator)
+    named = {"pools": pools, "context_layers": context_layers, "widths": widths}
+    vectors = max(1, len(pools)) * (1 + len(context_layers))
+    paper = tuple(factor * head_dim for factor in (8, 2, 4, 1))
+    tensors = _random_router_tensors(num_layers, vectors * head_dim, widths or paper, generator)
     metadata = {
-        "format_version": "1",
+        "format_version": "2" if any(named.values()) else "1",
+        "probe": json.dumps(list(probe)),
+        **{name: json.dumps(list(values)) for name, values in named.items() if values},
         "base_model": "tiny-random" if model_folder is None else Path(model_folder).name,
         "num_layers": str(num_layers),
         "head_dim": str(head_dim),
@@ -235,10 +224,9 @@ def write_random_router(
                 random_prompt(length, 1_000_000 + seed * 1_000 + i, vocab_size)
                 for i, length in enumerate(lengths)
             ]
-        pattern = SparsePattern(sink_tokens, window_tokens, block_size=16)
-        raw = ReferenceRouter(tensors, metadata)
-        pooled = _sample_features(model_folder, raw, pattern, prompts, generator)
-        tensors = _calibrate(tensors, pooled, gain)
+        raw, model = ReferenceRouter(tensors, metadata), StepModel(model_folder)
+        features = torch.stack([raw.features(model, prompt) for prompt in prompts])
+        tensors = _calibrate(tensors, features, gain)
     path = Path(folder) / "flux_router.safetensors"
     save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), metadata)
     return path

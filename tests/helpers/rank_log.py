@@ -4,7 +4,6 @@ A request's slot in the route table is freed when it ends, so every step leaves 
 on the device until they are asked for: the log makes no step wait for another.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 
 @dataclass
@@ -21,14 +20,14 @@ class RankStep:
 
     Attributes:
         request_ids: R of them, in row order.
-        is_prefill: [R] bool.
-        decided: [R] bool: the step chose routes for the row.
+        is_long: [R] bool: the row's context is longer than sinks and window, so it has routes.
+        decided: [R] bool: routes were decided for the step.
         routes: [R, layers of the model] int8, as the row attended.
         p_full: likewise float32, NaN where no router decided.
     """
 
     request_ids: tuple[str, ...]
-    is_prefill: np.ndarray
+    is_long: np.ndarray
     decided: np.ndarray
     routes: np.ndarray
     p_full: np.ndarray
@@ -40,12 +39,9 @@ class RankLog:
 
     Attributes:
         steps: in order, warm-up left out.
-        unrouted: decode rows without a route, as the kernels' own counter says; None on a CPU,
-            which has none.
     """
 
     steps: list[RankStep]
-    unrouted: int | None
 
 
 class RankLogger:
@@ -55,7 +51,6 @@ class RankLogger:
         """Log every step from now on."""
         runtime = self.flux_status.__self__
         self._rank_steps: list[tuple] = []
-        self._unrouted_before = _unrouted_rows()
         runtime.end_step = _logged(runtime, runtime.end_step, self._rank_steps)
 
     def take_rank_log(self: Any) -> RankLog:
@@ -66,13 +61,7 @@ class RankLogger:
         ]
         self._rank_steps.clear()
         self.flux_status()  # counts the steps in flight
-        before, self._unrouted_before = self._unrouted_before, _unrouted_rows()
-        if before is None:
-            return RankLog(steps, None)
-        unrouted = sum(
-            count - before.get(views, 0) for views, count in self._unrouted_before.items()
-        )
-        return RankLog(steps, unrouted)
+        return RankLog(steps)
 
 
 def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> Callable[[], None]:
@@ -80,26 +69,12 @@ def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> C
 
     @torch.inference_mode()
     def logged() -> None:
-        step, table = runtime.current, runtime.table
-        if step is not None and not step.batch.is_warmup:
-            runtime.do_deferred()
-            rows = to_device(step.slots, table.device)
-            facts = (step.batch.request_ids, step.batch.is_prefill, step.to_route)
+        current, table = runtime.current, runtime.table
+        if current is not None and not current.batch.is_warmup:
+            rows, batch = to_device(current.slots, table.device), current.batch
+            is_long = batch.computed + batch.scheduled > runtime.sink_tokens + runtime.window_tokens
+            facts = (batch.request_ids, is_long, current.decided)
             steps.append((facts, (table.routes[rows], table.full_probability[rows])))
         end_step()
 
     return logged
-
-
-def _unrouted_rows() -> dict[Any, int] | None:
-    """Read this process's device counters of unrouted decode rows, by the buffers they are in.
-
-    An engine that ended leaves its own for a while, so a sum would not do.
-    """
-    if not torch.cuda.is_available():
-        return None
-    from flux_vllm.attention_backend.cuda.views import ViewBuffers
-
-    # vLLM's runners keep their metadata builders in different places.
-    views = [found for found in gc.get_objects() if type(found) is ViewBuffers]
-    return {each: int(each.unrouted) for each in views}

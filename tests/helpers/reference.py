@@ -60,7 +60,7 @@ class ReferenceModel(StepModel):
                 is one chunk.
             pattern: what SPARSE means.
             routes: per layer, for all steps; None lets the router decide.
-            router: see `step`.
+            router: decides by the prompt alone, once.
             num_decode: output tokens. The first comes with the prompt's last chunk, and the last is
                 never computed: the history ends one token before it.
             threshold: FULL where P(FULL) is at least this.
@@ -100,8 +100,8 @@ class Request:
     Attributes:
         model: what computes.
         prompt: token ids.
-        pattern, routes, router, threshold: as for `ReferenceModel.run`; afterwards `routes` are
-            those of the latest step.
+        pattern, router, threshold: as for `ReferenceModel.run`.
+        routes: per layer, for all steps in which they matter; given, or the router's.
         history: the tokens computed so far.
         forced_tokens, score_prompt, keep_prompt_table: as for `ReferenceModel.run`.
         output_tokens: sampled by each step that reached the last known token.
@@ -110,8 +110,8 @@ class Request:
             where the predecessor was not computed here.
         prompt_table: [prompt, V] the same for the whole vocabulary, if kept.
         steps: what was done.
-        p_full: [layers] P(FULL) when the router was last asked.
-        prompt_done: whether the prompt was once complete; from then on the routes stand.
+        p_full: [layers] the router's P(FULL); None without one.
+        prompt_done: whether the prompt was once complete.
     """
 
     model: ReferenceModel
@@ -138,7 +138,12 @@ class Request:
         known = len(self.history)
         if known >= len(self.prompt) or self.history.tokens != self.prompt[:known]:
             raise ValueError("history: expected the first tokens of the prompt, fewer than all")
-        self._router_decides = self.routes is None
+        if self.routes is None and self.router is None:
+            raise ValueError("routes, router: expected at least one of them")
+        if self.router is not None:
+            self.p_full = self.router.p_full(self.model, self.prompt)
+            if self.routes is None:
+                self.routes = (self.p_full >= self.threshold).int().tolist()
         self.prompt_logprobs = torch.full((len(self.prompt),), float("nan"))
         if self.keep_prompt_table:
             self.prompt_table = torch.full((len(self.prompt), self.model.vocab_size), float("nan"))
@@ -165,7 +170,6 @@ class Request:
         self,
         length: int,
         phase: Phase | None = None,
-        routes: Sequence[int] | None = None,
         drafts: Sequence[int] = (),
     ) -> StepRecord:
         """Compute the next `length` tokens; sample one if none is left, and one a draft.
@@ -174,7 +178,6 @@ class Request:
             length: tokens, the drafts included.
             phase: default "prefill" for a step that starts inside the prompt, else "decode". A
                 server that calls recomputed output tokens prefill needs it said.
-            routes: per layer, in place of what the request's own rule gives.
             drafts: what the server took for the tokens after the last known one, and accepted.
         Returns: StepRecord: what was done.
         """
@@ -184,23 +187,15 @@ class Request:
         if not start + len(drafts) < end <= len(known):
             expected = f"{1 + len(drafts)} to {len(known) - start}"
             raise ValueError(f"length: expected {expected}, got {length}")
-        deciding = not self.prompt_done and self.router is not None
-        if routes is None and not (deciding and self._router_decides):
-            routes = self.routes
         hidden, self.history, record = self.model.step(
             self.history,
             known[start:end],
             phase=phase or ("prefill" if start < prompt_len else "decode"),
             pattern=self.pattern,
             prompt_len=prompt_len,
-            routes=routes,
-            router=self.router if deciding else None,
-            threshold=self.threshold,
+            routes=self.routes_at(end),
         )
         self.steps.append(record)
-        self.routes = record.routes
-        if deciding:
-            self.p_full = record.p_full
         if self.score_prompt and not self.prompt_done:
             self._score_prompt(hidden, start)
         self.prompt_done |= end >= prompt_len
@@ -208,6 +203,11 @@ class Request:
             for row in hidden[-1 - len(drafts) :]:
                 self._sample(row[None])
         return record
+
+    def routes_at(self, end: int) -> Sequence[int]:
+        """Give the routes of a step that ends at a position: FULL until a router must decide."""
+        early = self.router is not None and max(len(self.prompt), end) <= self.router.reach
+        return [FULL] * self.model.num_layers if early else self.routes
 
     def preempt(self, keep: int = 0, source: History | None = None) -> None:
         """Throw the history away, but for `keep` tokens that a prefix cache still has.
@@ -225,8 +225,7 @@ class Request:
         """Compute steps as a server logged them; a step that goes back is a preemption.
 
         Args:
-            steps: of each the start, the length and, where not the defaults of `step`, the phase
-                and the routes.
+            steps: of each the start, the length and, where not the default of `step`, the phase.
         """
         for start, *arguments in steps:
             if start != len(self.history):

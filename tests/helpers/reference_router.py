@@ -1,22 +1,25 @@
-"""The Layer Router and its pooled features, written again from DESIGN.md for the tests.
+"""The Layer Router and what it looks at, written again from DESIGN.md for the tests.
 
 Nothing here comes from `flux_vllm`: the network is spelled out over the checkpoint's raw tensors,
-and pooling picks single tokens where the server adds up stored sums. Slow and plain on purpose.
+and the queries are those that transformers' own layers make of the prompt's ends, without padding.
+Slow and plain on purpose.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch.nn.functional import linear, silu
 
+if TYPE_CHECKING:
+    from .reference_steps import StepModel
+
 # A route is the number of its column in the router's logits.
 SPARSE, FULL = 0, 1
-
-GRANULE_TOKENS = 16
-"""Tokens computed in earlier steps are known to the server as sums over this many positions."""
 
 
 @dataclass(frozen=True)
@@ -43,62 +46,67 @@ class ReferenceRouter:
             return cls(tensors, checkpoint.metadata() or {})
 
     @property
-    def pool_tokens(self) -> int:
-        """Tokens pooled at an end of the prompt."""
-        return int(self.metadata["pool_tokens"])
+    def reach(self) -> int:
+        """Tokens of context up to which no route matters."""
+        return int(self.metadata["sink_tokens"]) + int(self.metadata["window_tokens"])
 
     @property
-    def pool_prefix(self) -> bool:
-        """Whether the prompt's first tokens are pooled, beside its latest."""
-        return self.metadata.get("pool_prefix") != "false"
+    def pools(self) -> list[tuple[str, int]]:
+        """Kind and tokens of each pool."""
+        named = json.loads(self.metadata.get("pools", "[]"))
+        if not named:
+            kind = "tail" if self.metadata.get("pool_prefix") == "false" else "ends"
+            named = [f"{kind}:{self.metadata['pool_tokens']}"]
+        return [(kind, int(tokens)) for kind, tokens in (pool.split(":") for pool in named)]
 
-    def logits(self, layer: int, pooled: torch.Tensor) -> torch.Tensor:
-        """Apply one layer's network. pooled: [..., head_dim]. Returns: [..., 2]."""
+    @property
+    def probe(self) -> tuple[int, int]:
+        """Tokens of a prompt's head and of its tail that are run."""
+        head, tail = json.loads(self.metadata.get("probe", "[128, 128]"))
+        if "pools" not in self.metadata:
+            pooled = int(self.metadata["pool_tokens"])
+            head, tail = max(head, pooled), max(tail, pooled)
+        return head, tail
+
+    def positions(self, prompt_len: int) -> list[int]:
+        """List the positions that are run: all of a short prompt, else its head and tail."""
+        head, tail = self.probe
+        if prompt_len <= head + tail:
+            return list(range(prompt_len))
+        return [*range(head), *range(prompt_len - tail, prompt_len)]
+
+    def pooled(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+        """Pool each layer's mean query before RoPE: [layers, pools, H]."""
+        positions = self.positions(len(prompt))
+        queries = model.probe([prompt[position] for position in positions], positions)
+        count = len(positions)
+        picked = {
+            "head": lambda n: list(range(min(n, count))),
+            "tail": lambda n: list(range(max(0, count - n), count)),
+        }
+        picked["ends"] = lambda n: picked["head"](n) + picked["tail"](n)
+        pools = [queries[:, picked[kind](tokens)].mean(dim=1) for kind, tokens in self.pools]
+        return torch.stack(pools, dim=1)
+
+    def features(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+        """Put each layer's pools and the context layers' in a row: [layers, F]."""
+        pooled = self.pooled(model, prompt)
+        context = [pooled[i] for i in json.loads(self.metadata.get("context_layers", "[]"))]
+        return torch.stack([torch.cat([own, *context]).flatten() for own in pooled])
+
+    def p_full(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+        """Give the probability of FULL in each layer: [layers]."""
+        features = self.features(model, prompt)
+        logits = [self.logits(layer, row) for layer, row in enumerate(features)]
+        return torch.softmax(torch.stack(logits), dim=-1)[:, FULL]
+
+    def logits(self, layer: int, features: torch.Tensor) -> torch.Tensor:
+        """Apply one layer's network. features: [..., F]. Returns: [..., 2]."""
 
         def dense(name: str, x: torch.Tensor) -> torch.Tensor:
             prefix = f"layers.{layer}.{name}"
             return linear(x, self.tensors[f"{prefix}.weight"], self.tensors[f"{prefix}.bias"])
 
-        features = dense("features.2", silu(dense("features.0", pooled.float())))
-        hidden = silu(dense("head.2", silu(dense("head.0", features))))
+        hidden = dense("features.2", silu(dense("features.0", features.float())))
+        hidden = silu(dense("head.2", silu(dense("head.0", hidden))))
         return dense("head.4", hidden)
-
-    def p_full(self, layer: int, pooled: torch.Tensor) -> float:
-        """Give the probability of FULL for one pooled vector [head_dim]."""
-        return float(torch.softmax(self.logits(layer, pooled), dim=-1)[FULL])
-
-
-def pooled_positions(
-    start: int,
-    end: int,
-    prompt_len: int,
-    pool_tokens: int,
-    has_sum: torch.Tensor,
-    pool_prefix: bool = True,
-) -> list[int]:
-    """List the positions whose queries a prefill chunk pools, a position per time it counts.
-
-    Args:
-        start: first position this step computes.
-        end: one past the last position this step computes.
-        prompt_len: the request's prompt, tokens.
-        pool_tokens: tokens pooled at an end of what is known of the prompt.
-        has_sum: [start or more] bool; whether an earlier position was computed as a prompt token
-            of the request that computed it.
-        pool_prefix: whether the first tokens are pooled, beside the latest.
-    Returns: list[int]: positions below `end`, possibly with repeats.
-    """
-    known_end = min(end, prompt_len)
-    ranges = [range(max(0, known_end - pool_tokens), known_end)]
-    if pool_prefix:
-        ranges.append(range(0, min(pool_tokens, known_end)))
-    positions: list[int] = []
-    for wanted in ranges:
-        earlier_stop = min(wanted.stop, start)
-        if wanted.start < earlier_stop:
-            # Edges round outward to granules, though never past what was computed before.
-            low = wanted.start // GRANULE_TOKENS * GRANULE_TOKENS
-            high = -(-earlier_stop // GRANULE_TOKENS) * GRANULE_TOKENS
-            positions += [p for p in range(low, min(high, start)) if has_sum[p]]
-        positions += range(max(wanted.start, start), wanted.stop)
-    return positions

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from .reference_attention import Phase, SparsePattern, masked_attention
-from .reference_router import FULL, SPARSE, ReferenceRouter, pooled_positions
 
 _ATTENTION_NAME = "flux_reference"
 
@@ -28,15 +28,11 @@ class History:
         tokens: n token ids.
         keys: per layer [K, n, H], after RoPE.
         values: per layer [K, n, H].
-        features: per layer [n, H], queries before RoPE, averaged over heads.
-        has_sum: [n] bool; computed as a prompt token of the request that computed it.
     """
 
     tokens: list[int]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
-    features: list[torch.Tensor]
-    has_sum: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -49,8 +45,6 @@ class History:
             self.tokens[:count],
             [k[:, :count] for k in self.keys],
             [v[:, :count] for v in self.values],
-            [f[:count] for f in self.features],
-            self.has_sum[:count],
         )
 
 
@@ -63,8 +57,6 @@ class StepRecord:
         length: tokens computed.
         phase: whether the sparse pattern was exact or widened to blocks.
         routes: per layer FULL or SPARSE.
-        p_full: [layers] P(FULL), or None where no router was asked.
-        pooled: [layers, H] pooled query features, or None likewise.
         margins: [length] of XAttention: the least margin of a position's block choices, over
             layers and heads; infinite where nothing was chosen.
     """
@@ -73,8 +65,6 @@ class StepRecord:
     length: int
     phase: Phase
     routes: list[int]
-    p_full: torch.Tensor | None = None
-    pooled: torch.Tensor | None = None
     margins: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,30 +79,10 @@ class _Step:
     history: History
     pattern: SparsePattern
     prompt_len: int
-    router: ReferenceRouter | None  # None: nothing to pool in this step
-    threshold: float
-    decide: bool  # take the router's routes, rather than only note its P(FULL)
 
-    def add_features(self, layer: int, query: torch.Tensor) -> None:
-        """Keep a layer's pre-RoPE queries [q, N, H] and route the layer by them."""
-        past = self.history.features[layer]
-        self.history.features[layer] = torch.cat([past, query.mean(dim=1)])
-        if self.router is None:
-            return
-        start = self.record.start
-        positions = pooled_positions(
-            start,
-            start + self.record.length,
-            self.prompt_len,
-            self.router.pool_tokens,
-            self.history.has_sum,
-            self.router.pool_prefix,
-        )
-        pooled = self.history.features[layer][positions].mean(dim=0)
-        p_full = self.router.p_full(layer, pooled)
-        self.record.pooled[layer], self.record.p_full[layer] = pooled, p_full
-        if self.decide:
-            self.record.routes[layer] = FULL if p_full >= self.threshold else SPARSE
+
+class _Probe:
+    """Tokens that only attend to those before them; nothing is kept."""
 
 
 def _attend(
@@ -129,6 +99,14 @@ def _attend(
     if unknown or attention_mask is not None:
         raise NotImplementedError(f"the reference has no attention with {unknown or 'a mask'}")
     step, layer = module.reference_model.current_step, module.layer_idx
+    if isinstance(step, _Probe):
+        attended = scaled_dot_product_attention(
+            *(t.float() for t in (query, key, value)),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return attended.transpose(1, 2).to(query.dtype), None
     history = step.history
     history.keys[layer] = torch.cat([history.keys[layer], key[0]], dim=1)
     history.values[layer] = torch.cat([history.values[layer], value[0]], dim=1)
@@ -171,7 +149,8 @@ class StepModel:
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", config.hidden_size // self.num_heads)
         self.vocab_size = config.vocab_size
-        self.current_step: _Step | None = None
+        self.current_step: _Step | _Probe | None = None
+        self._queries: list[torch.Tensor] = []
         for layer, block in enumerate(self.model.base_model.layers):
             attention = block.self_attn
             attention.reference_model = self  # the attention function's way to the running step
@@ -179,18 +158,30 @@ class StepModel:
             source.register_forward_hook(self._capture(layer))
 
     def _capture(self, layer: int) -> Any:
-        """Make the hook that hands a layer's pre-RoPE queries to the running step."""
+        """Make the hook that keeps a layer's queries before RoPE, averaged over heads."""
 
         def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            length = self.current_step.record.length
-            if output.shape[:2] != (1, length):
-                raise NotImplementedError(
-                    f"queries: expected [1, {length}, ...], got {output.shape}"
-                )
-            query = output.view(length, self.num_heads, self.head_dim)
-            self.current_step.add_features(layer, query)
+            if layer == 0:
+                self._queries = []
+            query = output.reshape(output.shape[1], self.num_heads, self.head_dim)
+            self._queries.append(query.float().mean(dim=1))
 
         return hook
+
+    @torch.inference_mode()
+    def probe(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Run tokens at any ascending positions, each attending to those before it.
+
+        Returns: [layers, tokens, H] queries before RoPE, averaged over heads.
+        """
+        self.current_step = _Probe()
+        self.model.base_model(
+            input_ids=torch.tensor([list(tokens)]),
+            position_ids=torch.tensor([list(positions)]),
+            use_cache=False,
+        )
+        self.current_step = None
+        return torch.stack(self._queries)
 
     def empty_history(self) -> History:
         """Give the history of no tokens."""
@@ -199,8 +190,7 @@ class StepModel:
             return [torch.empty(shape) for _ in range(self.num_layers)]
 
         kv_shape = (self.num_kv_heads, 0, self.head_dim)
-        no_sums = torch.empty(0, dtype=torch.bool)
-        return History([], empty(*kv_shape), empty(*kv_shape), empty(0, self.head_dim), no_sums)
+        return History([], empty(*kv_shape), empty(*kv_shape))
 
     @torch.inference_mode()
     def step(
@@ -211,9 +201,7 @@ class StepModel:
         phase: Phase,
         pattern: SparsePattern,
         prompt_len: int,
-        routes: Sequence[int] | None = None,
-        router: ReferenceRouter | None = None,
-        threshold: float = 0.5,
+        routes: Sequence[int],
     ) -> tuple[torch.Tensor, History, StepRecord]:
         """Compute the next tokens of a sequence; `history` itself stays as it is.
 
@@ -223,38 +211,17 @@ class StepModel:
             phase: "prefill" (exact) or "decode" (sinks and window widened to whole blocks).
             pattern: what SPARSE means.
             prompt_len: prompt tokens of the request that computes this.
-            routes: per layer; None lets the router decide.
-            router: gives P(FULL) per layer; with `routes` it is only noted.
-            threshold: FULL where P(FULL) is at least this.
+            routes: per layer.
         Returns: hidden states [q, hidden], the longer history, what was done.
         """
-        if routes is None and router is None:
-            raise ValueError("routes, router: expected at least one of them")
         start, length = len(history), len(tokens)
-        undecided = [SPARSE] * self.num_layers
-        record = StepRecord(start, length, phase, list(undecided if routes is None else routes))
-        if router is not None:
-            record.p_full = torch.full((self.num_layers,), float("nan"))
-            record.pooled = torch.full((self.num_layers, self.head_dim), float("nan"))
-        positions = torch.arange(start, start + length)
-        grown = History(
-            history.tokens + list(tokens),
-            list(history.keys),
-            list(history.values),
-            list(history.features),
-            torch.cat([history.has_sum, positions < prompt_len]),
-        )
-        self.current_step = _Step(
-            record=record,
-            history=grown,
-            pattern=pattern,
-            prompt_len=prompt_len,
-            router=router,
-            threshold=threshold,
-            decide=routes is None,
-        )
+        record = StepRecord(start, length, phase, list(routes))
+        grown = History(history.tokens + list(tokens), list(history.keys), list(history.values))
+        self.current_step = _Step(record, grown, pattern, prompt_len)
         output = self.model.base_model(
-            input_ids=torch.tensor([list(tokens)]), position_ids=positions[None], use_cache=False
+            input_ids=torch.tensor([list(tokens)]),
+            position_ids=torch.arange(start, start + length)[None],
+            use_cache=False,
         )
         self.current_step = None
         return output.last_hidden_state[0], grown, record

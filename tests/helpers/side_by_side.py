@@ -10,9 +10,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from .engine import Answer
 from .metrics import parse, total
 from .rank_log import RankLog
-from .tensor_parallel import RankedAnswer, RankedEngine
+from .tensor_parallel import RankedEngine
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Served:
         unrouted: flux_unrouted_rows_total, which the first rank counts for all; 0 without flux.
     """
 
-    answers: list[RankedAnswer]
+    answers: list[Answer]
     logs: list[RankLog] | None
     unrouted: float
 

@@ -1,8 +1,8 @@
 """One model on one rank and on several: the same requests, each rank's routes, and comparisons.
 
-Requests do not see each other, and a layer's route changes only what later layers read. So where
-two engines' routes of a request differ once in layer l, because P(FULL) was near the threshold, its
-layers after l are no longer comparable, in that chunk and in those after it; the others are.
+A probe attends to everything, so a layer's P(FULL) does not depend on other layers' routes: where
+one route of a request differs between engines, because P(FULL) was near the threshold, its others
+are still comparable.
 """
 
 import os
@@ -50,18 +50,6 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@dataclass
-class RankedAnswer(Answer):
-    """An answer of a `RankedEngine`.
-
-    Attributes:
-        decisions: the routes and P(FULL), by layer, that each chunk of the prompt got; empty
-            without flux.
-    """
-
-    decisions: list[tuple[list[int], list[float]]] = field(default_factory=list)
-
-
 class RankedEngine(Engine):
     """An engine whose workers, one a rank, log what their route tables hold.
 
@@ -87,37 +75,34 @@ class RankedEngine(Engine):
         with _environment(_ENVIRONMENT):
             super().__init__(model, flux, **arguments)
         self._is_logged, self.has_flux = self.has_flux, False  # its reader knows one rank
+        if self._is_logged:
+            self.llm.collective_rpc("begin_rank_log")
 
-    def _log_routes(self) -> None:
-        self.llm.collective_rpc("begin_rank_log")
-
-    def generate(self, *arguments: Any, **keywords: Any) -> list[RankedAnswer]:
+    def generate(self, *arguments: Any, **keywords: Any) -> list[Answer]:
         """Answer prompts together, greedily; `rank_logs` then has what each rank did."""
         if self._is_logged:
             self.llm.collective_rpc("take_rank_log")
         self.rank_logs = None
         return super().generate(*arguments, **keywords)
 
-    def _answer(self, output: Any) -> RankedAnswer:
-        answer = RankedAnswer(**vars(super()._answer(output)))
+    def _answer(self, output: Any) -> Answer:
+        answer = super()._answer(output)
         if not self._is_logged:
             return answer
         if self.rank_logs is None:
             self.rank_logs = self.llm.collective_rpc("take_rank_log")
         name = next(n for n in self._steps if n.rsplit("-", 1)[0] == output.request_id)
         for step in self.rank_logs[0].steps:
-            if name in step.request_ids:
-                row = step.request_ids.index(name)
-                answer.step_routes.append(step.routes[row].tolist())
-                if step.decided[row]:
-                    answer.routes = step.routes[row].tolist()
-                    answer.p_full = step.p_full[row].tolist()
-                    answer.decisions.append((answer.routes, answer.p_full))
+            row = step.request_ids.index(name) if name in step.request_ids else None
+            if row is not None and step.decided[row]:
+                assert answer.routes is None, f"{name} was routed twice"
+                answer.routes = step.routes[row].tolist()
+                answer.p_full = step.p_full[row].tolist()
         return answer
 
 
 def assert_ranks_alike(logs: Sequence[RankLog]) -> str:
-    """Check that all ranks took the same routes, bit by bit, and that no decode row had none.
+    """Check that all ranks took the same routes, bit by bit, and that none was missing.
 
     Returns: str: what was compared.
     """
@@ -130,60 +115,47 @@ def assert_ranks_alike(logs: Sequence[RankLog]) -> str:
             assert step.routes.tobytes() == expected.routes.tobytes(), place
             # Routes follow from it: were it not equal, equal routes would be luck.
             assert step.p_full.tobytes() == expected.p_full.tobytes(), place
-            decode = step.routes[~step.is_prefill]
-            assert (decode != UNDECIDED).all(), f"{place}: a decode row without a route"
-            routes += decode.size + step.routes[step.decided].size
-        assert not log.unrouted, f"rank {rank}: {log.unrouted} unrouted rows"
+            routed = step.routes[step.is_long]
+            assert (routed != UNDECIDED).all(), f"{place}: a row without a route"
+            routes += routed.size
     return f"{routes} routes of {len(logs)} ranks and {len(first.steps)} steps bitwise equal"
 
 
 @dataclass
 class RouteComparison:
-    """The decisions of two engines on the same chunks of the same prompts.
+    """The decisions of two engines on the same prompts.
 
     Attributes:
         compared: decisions whose P(FULL) is clear of the threshold, hence equal.
         near: decisions within `NEAR_THRESHOLD` of it.
-        differing: those of them that differ.
-        passed_over: decisions after a difference, in later layers.
-        worst: largest difference of P(FULL), of all but those passed over.
-        parted: prompts with a difference, by index.
+        worst: largest difference of P(FULL).
+        parted: prompts with a different route, by index.
     """
 
     compared: int = 0
     near: int = 0
-    differing: int = 0
-    passed_over: int = 0
     worst: float = 0.0
     parted: set[int] = field(default_factory=set)
 
 
-def compare_routes(ones: Sequence[RankedAnswer], others: Sequence[RankedAnswer]) -> RouteComparison:
+def compare_routes(ones: Sequence[Answer], others: Sequence[Answer]) -> RouteComparison:
     """Check the routes of the second engine wherever the first's P(FULL) is clear."""
     found = RouteComparison()
     for index, (one, other) in enumerate(zip(ones, others, strict=True)):
-        chunks = [[s for s in answer.steps if s[2] == "prefill"] for answer in (one, other)]
-        assert chunks[0] == chunks[1], f"prompt {index} was cut otherwise: {chunks}"
-        comparable = len(one.routes)
-        pairs = zip(one.decisions, other.decisions, strict=True)
-        for chunk, ((routes, p_full), (other_routes, other_p_full)) in enumerate(pairs):
-            assert np.isfinite(p_full).all()
-            found.passed_over += len(routes) - comparable
-            for layer in range(len(routes)):
-                if layer >= comparable:
-                    break
-                place = f"prompt {index}, chunk {chunk}, layer {layer}: P(FULL) {p_full[layer]:.4f}"
-                place += f" and {other_p_full[layer]:.4f}"
-                is_near = abs(p_full[layer] - THRESHOLD) <= NEAR_THRESHOLD
-                found.near += is_near
-                found.compared += not is_near
-                found.worst = max(found.worst, abs(p_full[layer] - other_p_full[layer]))
-                if routes[layer] != other_routes[layer]:
-                    assert is_near, place
-                    found.differing += 1
-                    found.passed_over += comparable - layer - 1
-                    found.parted.add(index)
-                    comparable = layer + 1
+        assert (one.routes is None) == (other.routes is None), f"prompt {index}"
+        if one.routes is None:
+            continue
+        assert np.isfinite(one.p_full).all()
+        columns = zip(one.routes, other.routes, one.p_full, other.p_full, strict=True)
+        for layer, (route, rival, p_full, rival_p_full) in enumerate(columns):
+            is_near = abs(p_full - THRESHOLD) <= NEAR_THRESHOLD
+            found.near += is_near
+            found.compared += not is_near
+            found.worst = max(found.worst, abs(p_full - rival_p_full))
+            if route != rival:
+                place = f"prompt {index}, layer {layer}"
+                assert is_near, f"{place}: P(FULL) {p_full:.4f} and {rival_p_full:.4f}"
+                found.parted.add(index)
     return found
 
 

@@ -21,7 +21,7 @@ from .models import (
     _random_router_tensors,
     random_prompt,
 )
-from .reference_router import pooled_positions
+from .reference_router import ReferenceRouter
 
 POOL_TOKENS = 48
 
@@ -105,9 +105,18 @@ def write_fitted_router(
     pooled = torch.stack([_pooled_features(model, prompt) for prompt in prompts])
     del model
     generator = torch.Generator().manual_seed(seed)
-    tensors = _random_router_tensors(config.num_hidden_layers, config.head_dim, generator)
+    size = config.head_dim
+    widths = tuple(factor * size for factor in (8, 2, 4, 1))
+    tensors = _random_router_tensors(config.num_hidden_layers, size, widths, generator)
     tensors = _calibrate(tensors, pooled, gain)
-    metadata = {
+    metadata = _metadata(config, sink_tokens, window_tokens)
+    path = folder / "flux_router.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    return path
+
+
+def _metadata(config: LlamaConfig, sink_tokens: int, window_tokens: int) -> dict[str, str]:
+    return {
         "format_version": "1",
         "base_model": "wide-random",
         "num_layers": str(config.num_hidden_layers),
@@ -118,23 +127,20 @@ def write_fitted_router(
         "sparse_pattern": "streaming",
         "provenance": "{}",
     }
-    path = folder / "flux_router.safetensors"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
-    return path
 
 
 @torch.inference_mode()
 def _pooled_features(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
-    """Pool each layer's queries before RoPE, the prompt in one chunk. Returns: [layers, d]."""
-    rows = pooled_positions(
-        0, len(prompt), len(prompt), POOL_TOKENS, torch.zeros(0, dtype=torch.bool)
-    )
+    """Pool each layer's queries before RoPE as a probe does. Returns: [layers, d]."""
+    router = ReferenceRouter({}, _metadata(model.config, 0, 1))
+    positions = router.positions(len(prompt))
     pooled: list[torch.Tensor] = []
 
     def keep(size: int) -> Callable:
         def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            queries = output[0, rows].float().unflatten(-1, (-1, size))
-            pooled.append(queries.mean(dim=(0, 1)).cpu())
+            queries = output[0].float().unflatten(-1, (-1, size)).mean(dim=1)
+            ends = torch.cat([queries[:POOL_TOKENS], queries[-POOL_TOKENS:]])
+            pooled.append(ends.mean(dim=0).cpu())
 
         return hook
 
@@ -142,8 +148,15 @@ def _pooled_features(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
         layer.self_attn.q_proj.register_forward_hook(keep(model.config.head_dim))
         for layer in model.model.layers
     ]
-    # Without the head: its logits of all positions are of no use.
-    model.model(torch.tensor([prompt], device=model.device), use_cache=False)
+    causal = torch.ones(len(positions), len(positions), dtype=torch.bool).tril()
+    # Without the head: its logits of all positions are of no use. A gap between positions would
+    # pass for packed sequences, were no mask given.
+    model.model(
+        torch.tensor([[prompt[position] for position in positions]], device=model.device),
+        position_ids=torch.tensor([positions], device=model.device),
+        attention_mask=causal[None, None].to(model.device),
+        use_cache=False,
+    )
     for hook in hooks:
         hook.remove()
     return torch.stack(pooled)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from flux_vllm.router.checkpoint import RouterInfo, write_router
-from flux_vllm.router.model import LayerRouter
 
 CPU = torch.device("cpu")
 L, H = 4, 32
@@ -29,6 +28,8 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             uses_mrope=False,
             is_mm_prefix_lm=False,
             rswa_window=None,
+            supports_multimodal_inputs=False,
+            enable_prompt_embeds=False,
             get_total_num_hidden_layers=lambda: L,
             get_head_size=lambda: H,
         ),
@@ -37,7 +38,11 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             use_ubatching=False,
+            data_parallel_size=1,
+            is_moe_model=False,
         ),
+        "scheduler": SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=2048),
+        "device": SimpleNamespace(device_type="cpu"),
         "cache": SimpleNamespace(
             cache_dtype="auto",
             kv_offloading_size=None,
@@ -46,7 +51,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             block_size=32,
         ),
     }
-    root = {"kv_transfer_config": None, "speculative_config": None}
+    root = {"kv_transfer_config": None, "speculative_config": None, "lora_config": None}
     for name, value in changes.items():
         part, _, field = name.partition("__")
         if part == "root":
@@ -58,8 +63,6 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         **root,
         additional_config={"flux": flux or {}},
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
-        device_config=SimpleNamespace(device_type="cpu"),
         load_config=SimpleNamespace(download_dir=None),
     )
 
@@ -73,7 +76,8 @@ def write(folder: Path, num_layers: int = L, head_dim: int = H, **info: Any) -> 
         "sink_tokens": 64,
         "window_tokens": 256,
     }
-    return write_router(folder, LayerRouter(num_layers, head_dim), RouterInfo(**entries | info))
+    router_info = RouterInfo(**entries | info)
+    return write_router(folder, router_info.make_router(), router_info)
 
 
 def make_attention(
@@ -143,3 +147,8 @@ class Model(nn.Module):
                 layer.self_attn.rotary_emb = rope
             layer.self_attn.attn = attention
             self.layers.append(layer)
+
+
+def runner_of(model: nn.Module) -> SimpleNamespace:
+    """Stand in for vLLM's model runner."""
+    return SimpleNamespace(get_model=lambda: model)

@@ -172,21 +172,20 @@ class RunnerV2:
         }
         return InputBatch(**fields)
 
-    def step(self, reqs: list[Req], padded_rows: int = 0) -> Batch:
-        return compat.batch_from_v2(self.batch(reqs, padded_rows), self.states)
+    def step(self, reqs: list[Req], padded_rows: int = 0, is_warmup: bool = False) -> Batch:
+        return compat.batch_from_v2(self.batch(reqs, padded_rows), self.states, is_warmup)
 
 
-def rows_of(context: Batch) -> dict[str, tuple[int, int, int, bool, bool]]:
-    """Give (prompt, computed, scheduled, is_prefill, completes_prompt) by request."""
+def rows_of(context: Batch) -> dict[str, tuple[int, int, int, bool]]:
+    """Give (prompt, computed, scheduled, is_prefill) by request."""
     for column in (context.prompt_lens, context.computed, context.scheduled):
         assert column.dtype == np.int64
-    assert context.is_prefill.dtype == context.completes_prompt.dtype == np.bool_
+    assert context.is_prefill.dtype == np.bool_
     columns = (
         context.prompt_lens,
         context.computed,
         context.scheduled,
         context.is_prefill,
-        context.completes_prompt,
     )
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return dict(zip(context.request_ids, rows, strict=True))

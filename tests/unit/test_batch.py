@@ -4,7 +4,7 @@ Oracle: each request's place in its life, written down by hand. The batches are 
 `step_batches.py`, which says what of them is vLLM's and what is not. All of this file runs again in
 a process that imports vLLM 0.33's Python files (fetched once by `tools/vllm_sources.py`) instead of
 the installed 0.32. Pinned: a one-token prompt tail is prefill; a resumed request's outputs are
-prefill while they are recomputed, and complete no prompt; rows are never known by their place.
+prefill while they are recomputed; rows are never known by their place.
 """
 
 import os
@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from flux_vllm.batch import Batch
-from flux_vllm.router.features import PromptSpan
 from tests.unit.step_batches import Req, RunnerV1, RunnerV2, rows_of
 
 pytestmark = pytest.mark.vllm
@@ -26,29 +25,28 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 OTHER_VERSION = "0.33.0"
 IN_OTHER = "FLUX_TEST_OTHER_VLLM"  # set in the process that runs this file on OTHER_VERSION
 
-# (request, is_prefill, completes_prompt)
-LIVES: dict[str, tuple[Req, bool, bool]] = {
-    "whole-prompt": (Req("a", 40, 0, 40), True, True),
-    "one-token-prompt": (Req("a", 1, 0, 1), True, True),
-    "first-chunk": (Req("a", 100, 0, 64), True, False),
-    "middle-chunk": (Req("a", 100, 33, 30), True, False),
-    "last-chunk": (Req("a", 100, 64, 36), True, True),
-    "one-token-tail": (Req("a", 65, 64, 1), True, True),
-    "one-token-chunk": (Req("a", 65, 20, 1), True, False),
-    "prefix-hit": (Req("a", 100, 48, 52), True, True),
-    "prefix-hit-first-chunk": (Req("a", 100, 48, 20), True, False),
-    "first-decode": (Req("a", 40, 40, 1, outputs=1), False, False),
-    "decode": (Req("a", 40, 57, 1, outputs=18), False, False),
-    "speculative-decode": (Req("a", 40, 57, 4, outputs=18, drafts=3), False, False),
-    "resumed-prompt-part": (Req("a", 40, 0, 30, outputs=9, resumed=True), True, False),
-    "resumed-past-prompt": (Req("a", 40, 30, 15, outputs=9, resumed=True), True, True),
-    "resumed-outputs-part": (Req("a", 40, 42, 3, outputs=9, resumed=True), True, False),
-    "resumed-outputs-rest": (Req("a", 40, 42, 7, outputs=9, resumed=True), True, False),
-    "resumed-all": (Req("a", 40, 0, 49, outputs=9, resumed=True), True, True),
+# (request, is_prefill)
+LIVES: dict[str, tuple[Req, bool]] = {
+    "whole-prompt": (Req("a", 40, 0, 40), True),
+    "one-token-prompt": (Req("a", 1, 0, 1), True),
+    "first-chunk": (Req("a", 100, 0, 64), True),
+    "middle-chunk": (Req("a", 100, 33, 30), True),
+    "last-chunk": (Req("a", 100, 64, 36), True),
+    "one-token-tail": (Req("a", 65, 64, 1), True),
+    "one-token-chunk": (Req("a", 65, 20, 1), True),
+    "prefix-hit": (Req("a", 100, 48, 52), True),
+    "prefix-hit-first-chunk": (Req("a", 100, 48, 20), True),
+    "first-decode": (Req("a", 40, 40, 1, outputs=1), False),
+    "decode": (Req("a", 40, 57, 1, outputs=18), False),
+    "speculative-decode": (Req("a", 40, 57, 4, outputs=18, drafts=3), False),
+    "resumed-prompt-part": (Req("a", 40, 0, 30, outputs=9, resumed=True), True),
+    "resumed-past-prompt": (Req("a", 40, 30, 15, outputs=9, resumed=True), True),
+    "resumed-outputs-part": (Req("a", 40, 42, 3, outputs=9, resumed=True), True),
+    "resumed-outputs-rest": (Req("a", 40, 42, 7, outputs=9, resumed=True), True),
+    "resumed-all": (Req("a", 40, 0, 49, outputs=9, resumed=True), True),
     "resumed-prefix-hit-in-outputs": (
         Req("a", 40, 48, 12, outputs=20, resumed=True),
         True,
-        False,
     ),
 }
 
@@ -58,8 +56,8 @@ def runner(request: pytest.FixtureRequest) -> RunnerV1 | RunnerV2:
     return request.param()
 
 
-def expected(req: Req, is_prefill: bool, completes: bool) -> tuple:
-    return req.prompt, req.computed, req.scheduled, is_prefill, completes
+def expected(req: Req, is_prefill: bool) -> tuple:
+    return req.prompt, req.computed, req.scheduled, is_prefill
 
 
 def test_version() -> None:
@@ -73,11 +71,11 @@ def test_version() -> None:
 class TestOneRow:
     @pytest.mark.parametrize("name", LIVES)
     def test_place_in_its_life(self, runner, name: str) -> None:
-        req, is_prefill, completes = LIVES[name]
+        req, is_prefill = LIVES[name]
         runner.add(req)
         runner.settle()
         found = rows_of(runner.step([req]))
-        assert found == {"a": expected(req, is_prefill, completes)}
+        assert found == {"a": expected(req, is_prefill)}
 
     def test_newest_token_of_a_resumed_request(self, runner) -> None:
         """V2 knows that it is recomputed; V1 takes it for the decode step that it also is."""
@@ -85,13 +83,7 @@ class TestOneRow:
         runner.add(req)
         runner.settle()
         is_prefill = isinstance(runner, RunnerV2)
-        assert rows_of(runner.step([req])) == {"a": expected(req, is_prefill, False)}
-
-    def test_not_warmup(self, runner) -> None:
-        req = Req("cmpl-_warmup_0_", 40, 0, 40)
-        runner.add(req)
-        runner.settle()
-        assert not runner.step([req]).is_warmup
+        assert rows_of(runner.step([req])) == {"a": expected(req, is_prefill)}
 
 
 class TestBatches:
@@ -101,10 +93,10 @@ class TestBatches:
         names += ["resumed-past-prompt", "prefix-hit"]
         reqs, rows = [], {}
         for name in names:
-            req, is_prefill, completes = LIVES[name]
+            req, is_prefill = LIVES[name]
             req = Req(**{**req.__dict__, "name": name})
             reqs.append(req)
-            rows[name] = expected(req, is_prefill, completes)
+            rows[name] = expected(req, is_prefill)
         return reqs, rows
 
     @pytest.mark.parametrize("reverse", [False, True], ids=["in-order", "reversed"])
@@ -145,7 +137,7 @@ class TestBatches:
         newcomer = Req("new", 33, 0, 33)
         runner.add(newcomer)
         runner.settle()
-        rows["new"] = expected(newcomer, True, True)
+        rows["new"] = expected(newcomer, True)
         assert rows_of(runner.step([newcomer, *left])) == rows
 
     def test_swapped_rows(self) -> None:
@@ -181,9 +173,9 @@ class TestBatches:
         runner.add(back)
         runner.settle()
         assert rows_of(runner.step([other, third, back])) == {
-            "a": expected(back, True, True),
-            "b": expected(other, False, False),
-            "c": expected(third, True, True),
+            "a": expected(back, True),
+            "b": expected(other, False),
+            "c": expected(third, True),
         }
 
     def test_arrays_are_copies(self, runner) -> None:
@@ -201,18 +193,12 @@ class TestBatches:
 
 
 class TestWarmup:
-    def test_vllms_own_names(self) -> None:
-        """Every request that V2's warm-up makes is known by its name."""
-        from vllm.v1.worker.gpu import warmup
-
-        source = Path(warmup.__file__).read_text()
-        names = set(re.findall(r'[fr]?"(_[a-z0-9_]*warmup[a-z0-9_]*)', source))
-        assert {"_warmup_", "_v2_mixed_warmup"} <= names
-        for name in names - {"_warmup_encoder"}:  # of a cached image, not of a request
-            runner = RunnerV2()
-            req = Req(f"{name}0_", 40, 0, 40)
-            runner.add(req)
-            assert runner.step([req]).is_warmup, name
+    @pytest.mark.parametrize("is_warmup", [False, True])
+    def test_is_what_the_worker_says(self, is_warmup: bool) -> None:
+        runner = RunnerV2()
+        req = Req("a", 40, 0, 40)
+        runner.add(req)
+        assert runner.step([req], is_warmup=is_warmup).is_warmup == is_warmup
 
 
 class TestBatch:
@@ -226,21 +212,9 @@ class TestBatch:
             is_prefill=numbers[:, 0] < numbers[:, 2],
         )
 
-    def test_completes_prompt(self) -> None:
-        rows = [(0, 9, 9), (0, 8, 9), (8, 1, 9), (9, 1, 9), (0, 12, 9), (9, 3, 9), (10, 1, 9)]
-        found = self.make(*rows).completes_prompt.tolist()
-        assert found == [True, False, True, False, True, False, False]
-
-    def test_spans(self) -> None:
-        spans = self.make((3, 4, 9), (9, 1, 9)).spans()
-        assert spans == [PromptSpan(3, 4, 9), PromptSpan(9, 1, 9)]
-        assert all(type(value) is int for s in spans for value in (s.computed, s.known_end))
-
     def test_no_rows(self) -> None:
         context = self.make()
         assert len(context) == 0
-        assert context.spans() == []
-        assert context.completes_prompt.shape == (0,)
 
     def test_lengths_must_agree(self) -> None:
         with pytest.raises(AssertionError, match="scheduled: one entry a request expected"):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 
 from flux_vllm import compat
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.routing.prompts import Prompt
 
 pytestmark = pytest.mark.vllm
 
@@ -194,7 +195,7 @@ class TestFluxEngine:
         )
         with (
             mock.patch("flux_vllm.startup.attach", order.attach),
-            mock.patch("flux_vllm.startup.reserve_side_tables", order.reserve),
+            mock.patch("flux_vllm.startup.reserve_buffers", order.reserve),
             mock.patch("flux_vllm.compat.hook_worker", order.hook),
         ):
             order.measure.return_value = 1000
@@ -202,7 +203,7 @@ class TestFluxEngine:
         runtime = order.attach.return_value
         assert found is order.reserve.return_value
         assert order.mock_calls == [
-            mock.call.attach("model", worker.vllm_config, worker.device),
+            mock.call.attach(worker.model_runner, worker.vllm_config, worker.device),
             mock.call.hook(worker, runtime),
             mock.call.measure(worker),
             mock.call.reserve(1000, worker, runtime),
@@ -229,6 +230,55 @@ class TestFluxEngine:
         assert found == files[:1]
 
 
+def new_request(name: str, tokens: list[int] | None, computed: int = 0, **changes: Any) -> Any:
+    """Make vLLM's own NewRequestData."""
+    from vllm.v1.core.sched.output import NewRequestData
+
+    fields = {
+        "req_id": name,
+        "prompt_token_ids": tokens,
+        "mm_features": [],
+        "sampling_params": None,
+        "pooling_params": None,
+        "block_ids": ([1],),
+        "num_computed_tokens": computed,
+        "lora_request": None,
+    }
+    return NewRequestData(**fields | changes)
+
+
+class TestPrompts:
+    def test_token_ids(self) -> None:
+        found = compat.prompt_of(new_request("a", [4, 5, 6], lora_request="adapter"))
+        assert found == Prompt("a", 3, [4, 5, 6], "adapter")
+
+    def test_prompt_of_a_resumed_request_leaves_its_outputs_out(self) -> None:
+        found = compat.prompt_of(new_request("a", [4, 5, 6], prefill_token_ids=[4, 5, 6, 7, 8]))
+        assert (found.length, found.tokens) == (3, [4, 5, 6])
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"prompt_embeds": np.zeros((3, 8))},
+            {"prompt_token_ids": None, "prompt_embeds": np.zeros((3, 8))},
+            {"mm_features": ["an image"]},
+        ],
+        ids=["mixed", "embeddings", "image"],
+    )
+    def test_what_is_no_token_ids(self, changes: dict) -> None:
+        found = compat.prompt_of(new_request("a", [4, 5, 6], **changes))
+        assert (found.length, found.tokens) == (3, None)
+
+    def test_context_ends(self) -> None:
+        cached = SimpleNamespace(req_ids=["b", "c"], num_computed_tokens=[40, 7])
+        output = SimpleNamespace(
+            scheduled_new_reqs=[new_request("a", [1] * 50, computed=32)],
+            scheduled_cached_reqs=cached,
+            num_scheduled_tokens={"c": 4, "a": 18, "b": 1},
+        )
+        assert compat.context_ends(output) == {"a": 50, "b": 41, "c": 11}
+
+
 class FakeBatch:
     """The part of V1's InputBatch that the hooks read; test_batch.py has the real one."""
 
@@ -244,6 +294,11 @@ class TestWorkerHooks:
     def make(self, runner: Any) -> tuple[Any, mock.Mock, list[str]]:
         events: list[str] = []
         runtime = mock.Mock()
+        runtime.has_open_prompts, runtime.is_warming_up = True, False
+        runtime.admit.side_effect = lambda prompts: events.append(
+            f"admit {[prompt.request_id for prompt in prompts]}"
+        )
+        runtime.decide_due.side_effect = lambda ends: events.append(f"decide {ends}")
         runtime.finish.side_effect = lambda ids: events.append(f"finish {sorted(ids)}")
         runtime.begin_step.side_effect = lambda context: events.append(
             f"begin {context.request_ids}"
@@ -253,6 +308,7 @@ class TestWorkerHooks:
         worker = SimpleNamespace(model_runner=runner, events=events)
         worker.execute_model = lambda output: runner.execute(output)
         worker.sample_tokens = lambda grammar: events.append(f"sample {grammar}")
+        worker.compile_or_warm_up_model = lambda: events.append(f"warm {runtime.is_warming_up}")
         compat.hook_worker(worker, runtime)
         return worker, runtime, events
 
@@ -270,20 +326,65 @@ class TestWorkerHooks:
         runner.execute = execute
         return runner
 
-    OUTPUT = SimpleNamespace(finished_req_ids={"z"}, num_scheduled_tokens={"a": 9})
+    OUTPUT = SimpleNamespace(
+        finished_req_ids={"z"},
+        num_scheduled_tokens={"a": 9},
+        scheduled_new_reqs=[new_request("a", [5] * 12, computed=3)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+    )
+    BEFORE: ClassVar[list[str]] = ["finish ['z']", "admit ['a']", "decide {'a': 12}"]
 
     def test_order_of_a_step(self) -> None:
         worker, _, events = self.make(self.runner_v1())
         assert worker.execute_model(self.OUTPUT) is None
         assert worker.sample_tokens("grammar") is None
-        assert events == ["finish ['z']", "begin ('a',)", "sample grammar", "end"]
+        assert events == [*self.BEFORE, "begin ('a',)", "sample grammar", "end"]
+
+    def test_nothing_open_nothing_decided(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        runtime.has_open_prompts = False
+        worker.execute_model(self.OUTPUT)
+        assert events == [*self.BEFORE[:2], "begin ('a',)"]
+
+    def test_error_in_a_probe_abandons_the_step(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        runtime.decide_due.side_effect = KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            worker.execute_model(self.OUTPUT)
+        assert events == [*self.BEFORE[:2], "abandon"]
+
+    def test_warm_up_is_known_while_it_lasts(self) -> None:
+        worker, runtime, events = self.make(self.runner_v1())
+        worker.compile_or_warm_up_model()
+        assert events == ["warm True"]
+        assert runtime.is_warming_up is False
+
+    @pytest.mark.parametrize(
+        ("arguments", "captured"),
+        [({}, 1), ({"profile_only": False}, 1), ({"profile_only": True}, 0)],
+    )
+    def test_probe_is_captured_after_vllms_graphs(self, arguments, captured) -> None:
+        runner = self.runner_v1()
+        runner.capture_model = mock.Mock(return_value=77)
+        original = runner.capture_model
+        _, runtime, _ = self.make(runner)
+        runtime.probe.capture.side_effect = lambda: original.assert_called_once_with(**arguments)
+        assert runner.capture_model(**arguments) == 77
+        assert runtime.probe.capture.call_count == captured
+
+    def test_policy_without_a_probe(self) -> None:
+        runner = self.runner_v1()
+        runner.capture_model = lambda: 77
+        _, runtime, _ = self.make(runner)
+        runtime.probe = None
+        assert runner.capture_model() == 77
 
     def test_step_without_tokens_ends_at_once(self) -> None:
         runner = self.runner_v1()
         worker, _, events = self.make(runner)
         runner.execute = lambda output: "nothing to sample"
         assert worker.execute_model(self.OUTPUT) == "nothing to sample"
-        assert events == ["finish ['z']", "end"]
+        assert events == [*self.BEFORE, "end"]
 
     def test_error_in_sampling_abandons_the_step(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
@@ -315,7 +416,7 @@ class TestWorkerHooks:
         runner.execute = fail
         with pytest.raises(KeyboardInterrupt):
             worker.execute_model(self.OUTPUT)
-        assert events == ["finish ['z']", "begin ('a',)", "abandon"]
+        assert events == [*self.BEFORE, "begin ('a',)", "abandon"]
 
     def test_collective_rpc(self) -> None:
         worker, runtime, _ = self.make(self.runner_v1())

@@ -7,6 +7,7 @@ first. `test_compat.py` runs the wrappers themselves.
 
 import ast
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,37 @@ SIGNATURES = {
     ("v1/worker/cpu_worker.py", "CPUWorker", "determine_available_memory"): ["self"],
     ("v1/worker/gpu_worker.py", "Worker", "execute_model"): ["self", "scheduler_output"],
     ("v1/worker/gpu_worker.py", "Worker", "sample_tokens"): ["self", "grammar_output"],
+    ("v1/worker/gpu_worker.py", "Worker", "compile_or_warm_up_model"): ["self"],
+    ("v1/worker/cpu_worker.py", "CPUWorker", "compile_or_warm_up_model"): ["self"],
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner", "capture_model"): ["self"],
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner", "get_model"): ["self"],
+    ("v1/worker/gpu/model_runner.py", "GPUModelRunner", "get_model"): ["self"],
+    ("v1/worker/lora_model_runner_mixin.py", "LoRAModelRunnerMixin", "_set_active_loras"): [
+        "self",
+        "prompt_lora_mapping",
+        "token_lora_mapping",
+        "lora_requests",
+        "mapping_type",
+    ],
+    ("forward_context.py", None, "set_forward_context"): [
+        "attn_metadata",
+        "vllm_config",
+        "num_tokens",
+        "num_tokens_across_dp",
+        "cudagraph_runtime_mode",
+        "batch_descriptor",
+        "ubatch_slices",
+        "slot_mapping",
+        "skip_compiled",
+        "is_padding",
+    ],
+    ("model_executor/layers/attention/attention.py", None, "unified_kv_cache_update"): [
+        "key",
+        "value",
+        "layer_name",
+    ],
+    ("compilation/cudagraph_pool.py", None, "capture_pool"): ["pool", "vllm_config"],
+    ("distributed/parallel_state.py", None, "graph_capture"): ["device"],
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner", "_is_uniform_decode"): [
         "max_num_scheduled_tokens",
         "uniform_decode_query_len",
@@ -74,6 +106,7 @@ CALLS = {
         "_determine_batch_execution_and_padding",
         "_is_uniform_decode",
     ): {"force_uniform_decode"},
+    ("v1/worker/gpu/cudagraph_utils.py", None, "capture_model"): {"profile_only"},
     ("v1/worker/gpu/model_runner.py", "execute_model", "prepare_attn"): set(),
     ("v1/worker/gpu/model_runner.py", "execute_model", "gather_batch_req_state"): set(),
     ("model_executor/model_loader/default_loader.py", None, "filter_duplicate_safetensors_files"): (
@@ -94,12 +127,16 @@ MEMBERS = {
         "get_total_num_hidden_layers",
         "get_head_size",
         "served_model_name",
+        "supports_multimodal_inputs",
+        "enable_prompt_embeds",
     },
     ("config/parallel.py", "ParallelConfig"): {
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
         "pipeline_parallel_size",
         "use_ubatching",
+        "data_parallel_size",
+        "is_moe_model",
     },
     ("config/cache.py", "CacheConfig"): {
         "kv_offloading_size",
@@ -112,6 +149,27 @@ MEMBERS = {
         "additional_config",
         "kv_transfer_config",
         "speculative_config",
+        "lora_config",
+    },
+    ("config/compilation.py", "CompilationConfig"): {"cudagraph_mode", "static_forward_context"},
+    ("v1/core/sched/output.py", "NewRequestData"): {
+        "req_id",
+        "prompt_token_ids",
+        "prompt_embeds",
+        "mm_features",
+        "lora_request",
+        "num_computed_tokens",
+    },
+    ("v1/core/sched/output.py", "CachedRequestData"): {"req_ids", "num_computed_tokens"},
+    ("v1/core/sched/output.py", "SchedulerOutput"): {
+        "scheduled_new_reqs",
+        "scheduled_cached_reqs",
+        "num_scheduled_tokens",
+        "finished_req_ids",
+    },
+    ("model_executor/offloader/base.py", "BaseOffloader"): {
+        "sync_prev_onload",
+        "join_after_forward",
     },
     ("config/attention.py", "AttentionConfig"): {"backend"},
     ("v1/worker/gpu/model_runner.py", "BatchReqState"): {"has_prefill", "decode_graph_eligible"},
@@ -206,6 +264,15 @@ class TestVllmIsAsWeKnowIt:
         file, class_name = place
         found = attributes(members(parsed(version, file).body)[class_name])
         assert names <= found, names - found
+
+    def test_tokens_and_positions_are_of_the_dtypes_that_a_probe_gives(self, version: str) -> None:
+        """Compiled models do not check what they get."""
+        for file in ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/input_batch.py"):
+            source = (package(version) / file).read_text()
+            for name, dtype in (("input_ids", "int32"), ("positions", "int64")):
+                made = re.search(rf"self\.{name} = [^=]*?dtype=torch\.(\w+)", source)
+                assert made is not None
+                assert made[1] == dtype
 
     def test_build_takes_the_scheduled_tokens(self, version: str) -> None:
         function = find(

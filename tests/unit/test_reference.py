@@ -194,31 +194,25 @@ def test_second_turn_reads_what_decode_wrote(family: Path, model: ReferenceModel
         return _keys_by_definition(p, MIXED[layer], phase, PATTERN)
 
     _assert_logprobs(second, _eager_logprobs(family, second.tokens, see))
-    assert second.history.has_sum.tolist() == [True] * 90 + [False] * 22 + [True] * 28 + [False]
 
 
 def test_preempted_request_keeps_its_routes(
     family: Path, model: ReferenceModel, router: ReferenceRouter
 ) -> None:
-    request = Request(model, random_prompt(100, seed=7), PATTERN, router=router)
-    request.replay([(0, 64), (0, 64), (64, 36), *((100 + t, 1) for t in range(9))])
-    routes, p_full, before = list(request.routes), request.p_full, list(request.output_tokens)
-    decided = len(request.steps)
-    # Ten tokens are out and nine computed: all 110 come again, then one more is decoded.
-    request.replay([(0, 70), (70, 40, "prefill"), (110, 1)])
+    request = Request(model, random_prompt(200, seed=7), PATTERN, router=router)
+    request.replay([(0, 128), (0, 128), (128, 72), *((200 + t, 1) for t in range(9))])
+    routes, before = list(request.routes), list(request.output_tokens)
+    # Ten tokens are out and nine computed: all 210 come again, then one more is decoded.
+    request.replay([(0, 170), (170, 40, "prefill"), (210, 1)])
     assert request.output_tokens[:10] == before
-    assert all(s.routes == routes and s.p_full is None for s in request.steps[decided:])
-    assert request.p_full is p_full
-    assert request.history.has_sum.tolist() == [True] * 100 + [False] * 11
-    assert request.steps[0].routes == request.steps[1].routes
-    torch.testing.assert_close(request.steps[0].pooled, request.steps[1].pooled)
+    assert all(step.routes == routes for step in request.steps)
 
     def see(layer: int, p: int) -> set[int]:
-        return _keys_by_definition(p, routes[layer], "prefill" if p < 110 else "decode", PATTERN)
+        return _keys_by_definition(p, routes[layer], "prefill" if p < 210 else "decode", PATTERN)
 
     expected = _eager_logprobs(family, request.tokens, see)
     last = torch.stack(request.output_logprobs[10:])
-    torch.testing.assert_close(last, expected[109:111], rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(last, expected[209:211], rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -287,17 +281,8 @@ def test_greedy_decoding_does_not_repeat_itself(model: ReferenceModel) -> None:
 
 
 def test_routes_vary_from_prompt_to_prompt(model: ReferenceModel, router: ReferenceRouter) -> None:
-    p_full = torch.stack(
-        [
-            model.run(
-                random_prompt(80 + 50 * i, seed=100 + i),
-                pattern=PATTERN,
-                router=router,
-                score_prompt=False,
-            ).p_full
-            for i in range(16)
-        ]
-    )
+    prompts = [random_prompt(80 + 50 * i, seed=100 + i) for i in range(16)]
+    p_full = torch.stack([router.p_full(model, prompt) for prompt in prompts])
     share = (p_full >= 0.5).float().mean(dim=0)
     assert ((share > 0.1) & (share < 0.9)).all()
     assert ((p_full - 0.5).abs() > 0.01).float().mean() > 0.9

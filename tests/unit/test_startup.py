@@ -17,8 +17,8 @@ from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.router.state import QuerySums
-from tests.unit.startup_fakes import CPU, H, L, make_config, write
+from flux_vllm.router_file import find_router
+from tests.unit.startup_fakes import CPU, H, L, make_config, runner_of, write
 
 pytestmark = pytest.mark.vllm
 
@@ -66,7 +66,7 @@ class TestFeatures:
         config = make_config(tmp_path, **changes)
         check = {
             "front-end": startup.check_front_end,
-            "worker": lambda given: startup.attach(nn.Module(), given, CPU),
+            "worker": lambda given: startup.attach(runner_of(nn.Module()), given, CPU),
         }[where]
         with pytest.raises(UnsupportedConfigurationError) as error:
             check(config)
@@ -165,7 +165,7 @@ class TestRouter:
         config = make_config(Path("org/Served"), model__revision=revision)
         config.load_config.download_dir = str(tmp_path)
         startup.check_front_end(config)
-        _, info = startup._read_router(FluxConfig(), config)
+        _, info = find_router(FluxConfig(), config)
         assert info is not None
         assert info.window_tokens == (512 if revision == "v2" else 256)
 
@@ -232,29 +232,34 @@ class TestMeanOverRanks:
         assert startup._mean_over_ranks(tensor).tolist() == expected
 
 
-class TestMemory:
-    """The KV cache that fits into what is left, and its query sums, fit into what there was."""
+class TestProbe:
+    """What an extra forward of one prompt's tokens cannot be combined with."""
 
-    @pytest.mark.parametrize("available", [10**7, 123_456_789, 2**33])
-    @pytest.mark.parametrize(
-        ("block", "kv_heads", "itemsize"), [(16, 8, 2), (128, 2, 4), (32, 1, 1)]
-    )
-    def test_sums_fit(self, available: int, block: int, kv_heads: int, itemsize: int) -> None:
-        page = block * 2 * kv_heads * H * itemsize
-        spec = SimpleNamespace(page_size_bytes=page, block_size=block)
-        worker = SimpleNamespace(
-            get_kv_cache_spec=lambda: {str(i): spec for i in range(L)}, device=CPU
-        )
-        runtime = SimpleNamespace(router=LayerRouter(L, H))
-        left = startup.reserve_side_tables(available, worker, runtime)
-        blocks = left // (L * page)
-        one = QuerySums(L, 1, block, H, CPU)
-        sums = blocks * (one.sums.nbytes + one.counts.nbytes)
-        assert blocks * L * page + sums <= available
-        assert (blocks + 1) * (L * page + sums / blocks) > 0.99 * available
+    EXPERTS = {"parallel__data_parallel_size": 2, "parallel__is_moe_model": True}
 
-    def test_without_a_router_nothing_is_taken(self) -> None:
-        spec = SimpleNamespace(page_size_bytes=4096, block_size=16)
-        worker = SimpleNamespace(get_kv_cache_spec=lambda: {"0": spec}, device=CPU)
-        runtime = SimpleNamespace(router=None)
-        assert startup.reserve_side_tables(12345, worker, runtime) == 12345
+    def test_data_parallel_mixture_of_experts(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        with pytest.raises(UnsupportedConfigurationError, match="run every forward together"):
+            startup.check_front_end(make_config(tmp_path, **self.EXPERTS))
+        startup.check_front_end(make_config(tmp_path, {"policy": "full"}, **self.EXPERTS))
+
+    def test_data_parallel_dense_model(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        startup.check_front_end(make_config(tmp_path, parallel__data_parallel_size=2))
+
+    @pytest.mark.parametrize(("budget", "refused"), [(255, True), (256, False)])
+    def test_budget_of_a_step(self, tmp_path: Path, budget: int, refused: bool) -> None:
+        """On a GPU: kernels and workspaces are made for as many tokens as a step may have."""
+        write(tmp_path)
+        changes = {"scheduler__max_num_batched_tokens": budget, "device__device_type": "cuda"}
+        config = make_config(tmp_path, **changes)
+        if refused:
+            with pytest.raises(UnsupportedConfigurationError, match="at least 256, .* found 255"):
+                startup.check_front_end(config)
+        else:
+            startup.check_front_end(config)
+        startup.check_front_end(make_config(tmp_path, **changes | {"device__device_type": "cpu"}))
+
+
+def test_memory_on_the_cpu_is_vllms(tmp_path: Path) -> None:
+    assert startup.reserve_buffers(12345, SimpleNamespace(device=CPU), None) == 12345

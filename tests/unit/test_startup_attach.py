@@ -18,6 +18,7 @@ from flux_vllm.attention_backend.rope_use import change_after_rope, rotates_alwa
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.metrics import directory
 from flux_vllm.patterns.base import make_pattern
+from flux_vllm.router.inputs import Pool, RouterInputs
 from tests.unit.startup_fakes import (
     CPU,
     H,
@@ -27,10 +28,13 @@ from tests.unit.startup_fakes import (
     SometimesScaling,
     make_attention,
     make_config,
+    runner_of,
     write,
 )
 
 pytestmark = pytest.mark.vllm
+
+INPUTS = RouterInputs(pools=(Pool("tail", 8),))
 
 
 @pytest.fixture(autouse=True)
@@ -67,31 +71,40 @@ class TestAttach:
     def test_all_layers(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
         attentions = self.attentions()
-        runtime = startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        runtime = startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 1, 2, 3)
         for index, attention in enumerate(attentions):
             binding = attention.impl.binding
             assert binding.layer == index
             assert binding.runtime is runtime
-            assert binding.rotary is attentions[0].impl.binding.rotary  # one table for all
         assert (runtime.sink_tokens, runtime.window_tokens) == (64, 256)
-        assert runtime.router.num_layers == L
+        assert len(runtime.probe._rotations) == 1  # one table for all
         assert len(runtime.table.settled_prompt_len) == 8
 
     def test_sliding_window_layers_stay_unrouted(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
         attentions = self.attentions(self.WINDOWED)
-        runtime = startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+        runtime = startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 2, 3)
         assert attentions[1].impl.binding is None
         assert [a.impl.binding.layer for a in attentions if a.impl.binding] == [0, 2, 3]
+        assert runtime.probe._metadata[attentions[1].layer_name].mean_query is None
+        assert runtime.probe._is_routed.tolist() == [True, False, True, True]
+
+    def test_context_layer_with_a_sliding_window(self, tmp_path: Path, rope: Any) -> None:
+        """It gets no route, and every router looks at its queries."""
+        write(tmp_path, context_layers=(1,), pools=("tail:8",))
+        attentions = self.attentions(self.WINDOWED)
+        runtime = startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
+        assert attentions[1].impl.binding is None
+        assert runtime.probe._metadata[attentions[1].layer_name].mean_query.shape == (256, H)
+        assert runtime.probe._rotations[0].layers.tolist() == [0, 1, 2, 3]
 
     def test_static_on_a_sliding_window_layer(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
+        model = Model(self.attentions(self.WINDOWED), rope)
         with pytest.raises(FluxConfigError) as error:
-            startup.attach(
-                Model(self.attentions(self.WINDOWED), rope), make_config(tmp_path, flux), CPU
-            )
+            startup.attach(runner_of(model), make_config(tmp_path, flux), CPU)
         assert str(error.value) == (
             "flux config: expected sparse_layers with full attention in the model, found [1], "
             "which keep a sliding window of the model's own; remove them"
@@ -101,19 +114,23 @@ class TestAttach:
         write(tmp_path)
         attentions = self.attentions(dict.fromkeys(range(L), 128))
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected layers with full attention in Model, found none; "
             "serve it without --attention-backend flux"
         )
 
+    def test_fixed_policies_need_no_rope(self, tmp_path: Path) -> None:
+        config = make_config(tmp_path, {"policy": "full"})
+        startup.attach(runner_of(Model(self.attentions(), None)), config, CPU)
+
     def test_no_rope(self, tmp_path: Path) -> None:
         write(tmp_path)
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(Model(self.attentions(), None), make_config(tmp_path), CPU)
+            startup.attach(runner_of(Model(self.attentions(), None)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer, "
-            "found none in model.layers.3.self_attn.attn (SelfAttention); serve this model without "
+            "found none in model.layers.0.self_attn.attn (SelfAttention); serve this model without "
             "--attention-backend flux"
         )
 
@@ -121,7 +138,7 @@ class TestAttach:
         write(tmp_path)
         attentions = [*self.attentions()[:3], make_attention(3, backend="CPU_ATTN")]
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected all attention layers to use it, found "
             "model.layers.3.self_attn.attn on CPU_ATTN; serve this model without "
@@ -133,7 +150,7 @@ class TestAttach:
         write(tmp_path)
         attentions = [*self.attentions()[:3], make_attention(3, cls="ChunkedLocalAttention")]
         with pytest.raises(UnsupportedConfigurationError) as error:
-            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
         assert str(error.value) == (
             "--attention-backend flux: expected plain causal attention in every layer, found "
             "ChunkedLocalAttention in model.layers.3.self_attn.attn; serve this model without "
@@ -142,29 +159,30 @@ class TestAttach:
 
     def test_rope_that_cannot_be_undone(self, tmp_path: Path) -> None:
         write(tmp_path)
+        model = Model(self.attentions(), nn.Linear(2, 2))
         with pytest.raises(UnsupportedConfigurationError, match=r"found Linear \(no single table"):
-            startup.attach(Model(self.attentions(), nn.Linear(2, 2)), make_config(tmp_path), CPU)
+            startup.attach(runner_of(model), make_config(tmp_path), CPU)
 
     def test_head_dim_of_one_layer(self, tmp_path: Path, rope: Any) -> None:
         """A model whose layers differ is told by the layers themselves."""
         write(tmp_path)
         attentions = [*self.attentions()[:3], make_attention(3, head_size=2 * H)]
         with pytest.raises(RouterCheckpointError, match="expected head_dim 64 .* found 32"):
-            startup.attach(Model(attentions, rope), make_config(tmp_path), CPU)
+            startup.attach(runner_of(Model(attentions, rope)), make_config(tmp_path), CPU)
 
     def test_pattern_of_the_router_or_the_configuration(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path, sparse_pattern="triangle")
         model = Model(self.attentions(), rope)
-        pattern = startup.attach(model, make_config(tmp_path), CPU).pattern
+        pattern = startup.attach(runner_of(model), make_config(tmp_path), CPU).pattern
         assert pattern == make_pattern("triangle", 64, 256, {"tail_tokens": 128})
         flux = {"sparse_pattern": "xattention", "pattern_options": {"stride": 8}}
-        pattern = startup.attach(model, make_config(tmp_path, flux), CPU).pattern
+        pattern = startup.attach(runner_of(model), make_config(tmp_path, flux), CPU).pattern
         assert pattern == make_pattern("xattention", 64, 256, {"stride": 8, "threshold": 0.9})
 
     def test_fixed_policies_hold_no_router(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
         config = make_config(tmp_path, {"policy": "full"})
-        assert startup.attach(Model(self.attentions(), rope), config, CPU).router is None
+        assert startup.attach(runner_of(Model(self.attentions(), rope)), config, CPU).probe is None
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -175,12 +193,12 @@ class TestNumbers:
         return Model([make_attention(i) for i in range(L)], rope)
 
     def test_no_front_end_no_numbers(self, tmp_path: Path, model: Model) -> None:
-        assert startup.attach(model, make_config(tmp_path), CPU).reporter is None
+        assert startup.attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
 
     def test_first_rank_counts(self, tmp_path: Path, model: Model, monkeypatch) -> None:
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
         config = make_config(tmp_path, {"threshold": 0.25})
-        assert startup.attach(model, config, CPU).reporter is not None
+        assert startup.attach(runner_of(model), config, CPU).reporter is not None
         info = directory.FluxCollector(str(tmp_path)).collect()
         (sample,) = next(m for m in info if m.name == "flux_router_info").samples
         assert sample.value == 1
@@ -192,8 +210,8 @@ class TestNumbers:
             "sparse_pattern": "streaming",
             "sink_tokens": "64",
             "window_tokens": "256",
-            "pool_tokens": "48",
-            "pool_prefix": "true",
+            "probe": "128+128",
+            "pools": "ends:48",
         }
 
     def test_other_ranks_do_not(self, tmp_path: Path, model: Model, monkeypatch) -> None:
@@ -201,14 +219,18 @@ class TestNumbers:
 
         monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
         monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
-        assert startup.attach(model, make_config(tmp_path), CPU).reporter is None
+        assert startup.attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
+
+
+def probed(model: nn.Module) -> list[Any]:
+    return startup._probed_layers(startup._attention_layers(model), INPUTS, CPU)
 
 
 def test_conditional_rotation_is_refused(rope: Any) -> None:
     """Queries that were never rotated would be rotated back: Exaone4, Cohere2, Llama4."""
     model = Model([make_attention(0)], rope, SometimesRotating)
     with pytest.raises(UnsupportedConfigurationError, match="SometimesRotating, which applies"):
-        startup._routed_layers(model)
+        probed(model)
 
 
 @pytest.mark.parametrize(
@@ -232,14 +254,14 @@ def test_queries_scaled_after_rope_are_refused(rope: Any, monkeypatch) -> None:
     """Rotating back would leave a temperature in: Ministral's, Llama4's."""
     model = Model([make_attention(0)], rope, SometimesScaling)
     with pytest.raises(UnsupportedConfigurationError) as error:
-        startup._routed_layers(model)
+        probed(model)
     assert str(error.value) == (
         "--attention-backend flux: expected queries that reach attention as RoPE made them, found "
         "`query = query * positions.log()` after it in SometimesScaling, which a router cannot see "
         "through; serve this model without --attention-backend flux"
     )
     monkeypatch.setattr(SometimesScaling, "do_scaling", False)
-    assert len(startup._routed_layers(model)) == 1
+    assert len(probed(model)) == 1
 
 
 @pytest.mark.parametrize(

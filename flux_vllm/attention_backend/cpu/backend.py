@@ -6,6 +6,7 @@ embedded default: correct everywhere, no claim of speed.
 """
 
 import torch
+from torch.nn import functional
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -21,7 +22,7 @@ from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
 from flux_vllm.attention_backend.cpu.pages import learn_page_layout
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.router.state import QuerySums
+from flux_vllm.routing.probe import ProbeMetadata
 
 compat.install_worker_hooks()
 
@@ -65,13 +66,10 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         context = self.vllm_config.compilation_config.static_forward_context
         self._layers = bound_layers(context, self.layer_names)
-        for index, layer in enumerate(self._layers):
-            layer.impl.group_index = index
+        for layer in self._layers:
             layer.impl.page_layout = learn_page_layout(
                 self.isa, self.block_size, self.head_dim, self.dtype
             )
-        self._sums: QuerySums | None = None
-        self._sums_of: tuple[int, int] | None = None
 
     def build(
         self,
@@ -85,8 +83,8 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if not self._layers:
             return metadata
         runtime = self._layers[0].impl.binding.runtime
-        if runtime.current is not None:
-            metadata.flux = CpuRoutes(runtime, metadata, self, self._query_sums(runtime.router))
+        if runtime.current is not None and runtime.config.policy != "full":
+            metadata.flux = CpuRoutes(runtime, metadata, self)
         return metadata
 
     def schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
@@ -114,31 +112,12 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             kv_cache_dtype=self.kv_cache_dtype,
         )
 
-    def _query_sums(self, router: object) -> QuerySums | None:
-        """Return the side tables of the KV cache now bound; a new cache gets new ones."""
-        if router is None:
-            return None
-        kv_cache = self._layers[0].kv_cache
-        bound = (kv_cache.data_ptr(), kv_cache.shape[0])
-        if self._sums is None or self._sums_of != bound:
-            self._sums = QuerySums(
-                len(self._layers),
-                kv_cache.shape[0],
-                self.block_size,
-                self.head_dim,
-                kv_cache.device,
-            )
-            self._sums_of = bound
-        return self._sums
-
 
 class FluxCPUImpl(CPUAttentionBackendImpl):
-    """Routes the requests of the batch in one layer, then attends."""
+    """Attends each request of the batch under its route in one layer."""
 
     binding: LayerBinding | None = None
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
-    group_index: int
-    """Index among the routed layers of its KV cache group."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -165,17 +144,19 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        attn_metadata: CPUAttentionMetadata | ProbeMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; shapes as in vLLM's `CPUAttentionBackendImpl.forward`."""
+        if isinstance(attn_metadata, ProbeMetadata):
+            attn_metadata.keep(query)
+            return self._attend_probe(query, key, value, output)
         routes: CpuRoutes | None = None if attn_metadata is None else attn_metadata.flux
         rest = (output_scale, output_block_scale)
         if routes is None or self.binding is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
-        routes.route(self.binding, self.group_index, query)
         plan = routes.plan(self.binding.layer)
         if plan.kernel is not None:  # else every row is a SPARSE prefill
             if plan.tokens is None:
@@ -191,4 +172,24 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
             prefill.attend(
                 query[rows], kv_cache, self.page_layout, self.scale, output[rows].view(shape)
             )
+        return output
+
+    def _attend_probe(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend one causal sequence without a KV cache: query [T, N, H], key and value [T, K, H].
+
+        A layer's own sliding window counts the sequence's tokens, which are not all neighbours.
+        """
+        distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
+        window = self.sliding_window if self.sliding_window > 0 else len(query)
+        attended = functional.scaled_dot_product_attention(
+            query[None].transpose(1, 2),
+            key[None].transpose(1, 2),
+            value[None].transpose(1, 2),
+            attn_mask=(distance >= 0) & (distance < window),
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        output.view(query.shape).copy_(attended[0].transpose(0, 1))
         return output

@@ -7,11 +7,9 @@ import numpy as np
 import torch
 
 from flux_vllm.attention_backend.cpu.views import compact_view
-from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.patterns.base import Chunk, CpuPrefill
 from flux_vllm.router.route import Route
-from flux_vllm.router.state import QuerySums
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.runtime import FluxRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
@@ -40,7 +38,6 @@ class CpuRoutes:
         runtime: of this worker; its current batch is this one.
         metadata: vLLM's for the batch; lives as long as this.
         builder: of this KV cache group.
-        sums: query sums of the group; None for policies that need none.
     """
 
     def __init__(
@@ -48,14 +45,12 @@ class CpuRoutes:
         runtime: FluxRuntime,
         metadata: "CPUAttentionMetadata",
         builder: "FluxCPUMetadataBuilder",
-        sums: QuerySums | None,
     ) -> None:
         assert runtime.current is not None
         self._runtime = runtime
         self._current = runtime.current
         self._metadata = metadata
         self._builder = builder
-        self._sums = sums
         batch = self._current.batch
         self._starts = np.concatenate([[0], np.cumsum(batch.scheduled)])
         # Up to so many tokens both routes see the same keys, so the kernel may do either.
@@ -75,48 +70,9 @@ class CpuRoutes:
         )
         self._plans: dict[bytes, LayerPlan] = {}
         self._prefills: dict[int, CpuPrefill] = {}
-        self._sum_plan = None
-        if sums is not None:
-            assert runtime.info is not None
-            self._sum_plan = sums.begin_step(
-                batch.spans(),
-                self._current.to_route,
-                self._current.slots,
-                metadata.slot_mapping,
-                metadata.block_table,
-                runtime.info.pool_tokens,
-                runtime.info.pool_prefix,
-            )
-            self._positions = self._prompt_positions()
-            if not len(self._positions):
-                sums.reset_layers(self._sum_plan)
-                self._sum_plan = None
-
-    def _prompt_positions(self) -> torch.Tensor:
-        parts = [
-            torch.arange(span.computed, max(span.computed, span.known_end))
-            for span in self._current.batch.spans()
-        ]
-        return torch.cat(parts)
-
-    def route(self, binding: LayerBinding, group_index: int, query: torch.Tensor) -> None:
-        """Update one layer's query sums and decide the open routes.
-
-        Args:
-            binding: the layer.
-            group_index: its index in the group's query sums.
-            query: [tokens, N, H] after RoPE.
-        """
-        plan = self._sum_plan
-        if plan is None or self._sums is None:
-            return
-        mean_query = binding.mean_query(query, plan.tokens, self._positions)
-        pooled = self._sums.update_and_pool(group_index, plan, mean_query)
-        if len(plan.routed_slots):
-            self._runtime.decide(binding.layer, plan.routed_slots, pooled)
 
     def plan(self, layer: int) -> LayerPlan:
-        """Split the rows of one layer by their routes, which are decided by now."""
+        """Split the rows of one layer by their routes."""
         routes = self._runtime.table.routes[:, layer].numpy()[self._current.slots]
         sparse = (routes == Route.SPARSE) & self._routes_differ
         key = sparse.tobytes()

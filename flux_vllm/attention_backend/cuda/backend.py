@@ -1,8 +1,8 @@
 """The CUDA backend: vLLM's FlashAttention backend, steered by routes on the device.
 
-Decode of mixed routes is one attention call a layer over the views of `cuda_views`, in CUDA graphs
-or out of them. A batch with prefill rows routes them layer by layer, then attends in two passes
-that the device assigns rows to. Nothing here waits for the device.
+Decode of mixed routes is one attention call a layer over the views of `views.py`, in CUDA graphs or
+out of them. A batch with prefill rows attends in two passes, and the device assigns rows to them by
+the route table: the host never knows the routes. Nothing here waits for the device.
 """
 
 import functools
@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -31,14 +32,14 @@ from flux_vllm.attention_backend.cuda.calls import (
     split_cache,
     workspace_nbytes,
 )
-from flux_vllm.attention_backend.cuda.routing import GroupPooling, PromptRouting
 from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.patterns.base import CudaPrefill
 from flux_vllm.router.route import Route
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.probe import ProbeMetadata
+from flux_vllm.routing.runtime import FluxRuntime
 
 compat.install_worker_hooks()
 
@@ -108,10 +109,6 @@ class CudaRoutes:
     by_vllm: bool = False
     """Whether vLLM's own call serves the batch: all rows are prefill within the SPARSE pattern's
     reach, where both routes attend alike, and its kernel is the one that we would call."""
-    prompt: PromptRouting | None = None
-    """None in a step without prompt tokens, and for fixed policies."""
-    pooling: GroupPooling | None = None
-    """Where the queries of `prompt` go."""
     sparse_prefill: CudaPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
 
@@ -119,7 +116,7 @@ class CudaRoutes:
 class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     """Adds a CudaRoutes to vLLM's metadata, as `metadata.flux`."""
 
-    # Full graphs replay decode only: a prefill row is routed by Python.
+    # Full graphs replay decode only: the passes of prefill rows are chosen in Python.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     # vLLM would reuse another group's metadata with only the tables swapped: stale views.
     supports_update_block_table = False
@@ -128,15 +125,11 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         self.supports_draft_decode_metadata_update = False
         context = self.vllm_config.compilation_config.static_forward_context
-        # In the order in which they run: the last one may decide for all.
         self._layers = bound_layers(context, self.layer_names)
         for index, layer in enumerate(self._layers):
             layer.impl.group_index = index
         self._views: ViewBuffers | None = None
-        self._pooling: GroupPooling | None = None
-        self._bound: tuple[int, int] | None = None
         self._capacity = most_rows(self.vllm_config)
-        self._max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
 
     def build(
         self,
@@ -182,10 +175,6 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             )
         if not routes.has_prefill:
             routes.plans = self._layers[0].impl._kernels.plan(views, metadata)
-        if current is not None:
-            routes.pooling = self._group_pooling(runtime)
-            if routes.pooling is not None:
-                routes.prompt = routes.pooling.begin_step(current, metadata)
 
     def _plan_passes(self, routes: CudaRoutes, runtime: FluxRuntime, batch: Batch) -> None:
         """Say which passes the layers of a batch may need."""
@@ -225,26 +214,9 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             )
         return self._views
 
-    def _group_pooling(self, runtime: FluxRuntime) -> GroupPooling | None:
-        """Return the side tables of the KV cache now bound; a new cache gets new ones."""
-        if runtime.router is None:
-            return None
-        kv_cache = self._layers[0].kv_cache
-        bound = (kv_cache.data_ptr(), kv_cache.shape[0])
-        if self._pooling is None or self._bound != bound:
-            self._pooling = GroupPooling(
-                [layer.impl.binding for layer in self._layers],
-                kv_cache,
-                self.block_size,
-                self._capacity,
-                self._max_tokens,
-            )
-            self._bound = bound
-        return self._pooling
-
 
 class FluxCUDAImpl(FlashAttentionImpl):
-    """Routes the requests of the batch in one layer, then attends."""
+    """Attends each request of the batch under its route in one layer."""
 
     binding: LayerBinding | None = None
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
@@ -280,23 +252,18 @@ class FluxCUDAImpl(FlashAttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: FlashAttentionMetadata | None,
+        attn_metadata: FlashAttentionMetadata | ProbeMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; shapes as in vLLM's `FlashAttentionImpl.forward`."""
+        if isinstance(attn_metadata, ProbeMetadata):
+            attn_metadata.keep(query)
+            return self._attend_probe(query, key, value, attn_metadata.cu_seqlens, output)
         routes: CudaRoutes | None = None
         if attn_metadata is not None and self.binding is not None:
             routes = attn_metadata.flux
-        if routes is not None:
-            assert attn_metadata is not None
-            tokens, index = attn_metadata.num_actual_tokens, self.group_index
-            if query.shape[0] != tokens:  # a slice costs the host more than the question
-                query = query[:tokens]
-            if routes.prompt is not None:
-                assert routes.pooling is not None
-                routes.pooling.route(index, query, attn_metadata, routes.views, routes.prompt)
         if routes is None or routes.by_vllm:
             # For a step of ours the same FA3 call, with the work planned ahead.
             return super().forward(
@@ -304,6 +271,9 @@ class FluxCUDAImpl(FlashAttentionImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         assert attn_metadata is not None
+        tokens, index = attn_metadata.num_actual_tokens, self.group_index
+        if query.shape[0] != tokens:  # a slice costs the host more than the question
+            query = query[:tokens]
         keys, values = split_cache(kv_cache, self.head_size)
         out = output[:tokens].view(query.shape)
         rows = routes.views.layer_rows(attn_metadata.seq_lens.shape[0])[index]
@@ -320,6 +290,36 @@ class FluxCUDAImpl(FlashAttentionImpl):
             routes.sparse_prefill.attend(call, self._kernels)
         return output
 
+    def _attend_probe(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend one causal sequence without a KV cache: query [T, N, H], key and value [T, K, H].
+
+        A layer's own sliding window counts the sequence's tokens, which are not all neighbours.
+        Host sync: none. CUDA graph: safe.
+        """
+        tokens = query.shape[0]
+        fa_utils.flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=output.view(query.shape),
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=tokens,
+            max_seqlen_k=tokens,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=None if self.sliding_window is None else list(self.sliding_window),
+            fa_version=self.vllm_flash_attn_version,
+        )
+        return output
+
 
 def most_rows(vllm_config: Any) -> int:
     """Return the most rows of a batch, padding for CUDA graphs included."""
@@ -327,13 +327,13 @@ def most_rows(vllm_config: Any) -> int:
     return max(vllm_config.scheduler_config.max_num_seqs, largest_graph)
 
 
-def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> int:
-    """Return the memory of all builders' buffers that does not grow with the KV cache.
+def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> int:
+    """Return the memory of all builders' buffers, one builder a KV cache group.
 
     Args:
         runtime: of the worker.
         vllm_config: of the engine.
-        specs: vLLM's KV cache spec of each layer.
+        groups: vLLM's KVCacheGroupSpec of each group.
     """
     if runtime.config.policy == "full":
         return 0
@@ -345,13 +345,13 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, specs: list[Any]) -> in
         model.max_model_len,
         model.get_head_size() * model.dtype.itemsize,
     )
-    shapes = {(spec.num_kv_heads, spec.head_size) for spec in specs}
-    total += max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)
-    for block_size in {spec.block_size for spec in specs}:
+    shapes = set()
+    for group in groups:
+        context = vllm_config.compilation_config.static_forward_context
+        layers = bound_layers(context, group.layer_names)
+        shapes |= {(layer.num_kv_heads, layer.head_size) for layer in layers}
         # vLLM rounds a table's width up to whole 128 tokens.
-        width = -(-model.max_model_len // block_size) + 128
-        total += ViewBuffers.nbytes(rows, width, len(runtime.routed_layers))
-        if runtime.router is not None:
-            tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            total += GroupPooling.fixed_nbytes(runtime, rows, tokens)
-    return total
+        width = -(-model.max_model_len // group.kv_cache_spec.block_size) + 128
+        if layers:
+            total += ViewBuffers.nbytes(rows, width, len(layers))
+    return total + max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)

@@ -21,7 +21,7 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
 )
 from flux_vllm.attention_backend.kernels.triton_prefill import SUPPORTED_HEAD_DIMS, attend_prefill
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.runtime import FluxRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import (

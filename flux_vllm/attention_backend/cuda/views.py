@@ -15,7 +15,7 @@ from flux_vllm.attention_backend.kernels.decode_plan import (
     write_decode_plans,
 )
 from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,6 @@ class ViewBuffers:
         self.seqused_k = zeros(layers, capacity)
         self.full_seqused_q = zeros(layers, capacity)
         self.sparse_seqused_q = zeros(layers, capacity)
-        self.unrouted = zeros(1, dtype=torch.int64)
         self._plans = zeros(layers, plan_width(capacity))
         self._columns = torch.tensor(layer_columns, dtype=torch.int32, device=device)
         self._slots = torch.full((capacity,), -1, dtype=torch.int64, device=device)
@@ -132,7 +131,6 @@ class ViewBuffers:
             self.seqused_k,
             self.full_seqused_q,
             self.sparse_seqused_q,
-            self.unrouted,
             **self._sizes,
         )
 

@@ -20,7 +20,7 @@ from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
 from flux_vllm.attention_backend.kernels.head_pages import HeadPages, head_pages, page_tokens
 from flux_vllm.attention_backend.kernels.tiles import power_of_two
-from flux_vllm.router.state import to_device
+from flux_vllm.transfer import to_device
 
 _BLOCK = tl.constexpr(BLOCK_TOKENS)
 SLICE_NBYTES = 256 << 20

@@ -18,7 +18,6 @@ from flux_vllm.router.route import Route
 
 _SPARSE = tl.constexpr(int(Route.SPARSE))
 _FULL = tl.constexpr(int(Route.FULL))
-_UNDECIDED = tl.constexpr(int(Route.UNDECIDED))
 
 
 def write_decode_views(
@@ -35,7 +34,6 @@ def write_decode_views(
     seqused_k: torch.Tensor,
     full_seqused_q: torch.Tensor,
     sparse_seqused_q: torch.Tensor,
-    unrouted: torch.Tensor,
     *,
     block_size: int,
     sink_tokens: int,
@@ -53,7 +51,7 @@ def write_decode_views(
         query_start_loc: [R + 1] int32.
         slots: [R] int64 or int32: each row's slot in the route table, -1 for padding.
         is_prefill: [R] int8 or bool: the row computes prompt tokens, its route is not used.
-        routes: [U, all layers of the model] int8 of `Route` values.
+        routes: [U, all layers of the model] int8 of `Route` values; UNDECIDED attends FULL.
         layer_columns: [L] int32: the columns of `routes` that are wanted.
         table2: [2C, M'] int32, out: real rows from 0, compacted rows from C; only the entries
             that a row's length covers are written.
@@ -61,12 +59,9 @@ def write_decode_views(
         kv_batch_idx: [L, C] int32, out: r or C + r.
         seqused_k: [L, C] int32, out: keys that row r reads in a layer.
         full_seqused_q: [L, C] int32, out: queries of row r in the full pass of a batch with
-            prefill rows; decode rows of either route are in it. `decide_routes` rewrites the
-            entries of rows that are routed in this step.
+            prefill rows; decode rows of either route are in it.
         sparse_seqused_q: [L, C] int32, out: queries of row r in the sparse pass: those of SPARSE
             prefill rows longer than `sparse_beyond_tokens`.
-        unrouted: [1] int64 counter: decode rows with an UNDECIDED route are added (they attend
-            FULL).
         block_size: tokens a block.
         sink_tokens: first tokens attended under SPARSE.
         window_tokens: latest tokens attended under SPARSE, the query's own included.
@@ -97,7 +92,6 @@ def write_decode_views(
         seqused_k,
         full_seqused_q,
         sparse_seqused_q,
-        unrouted,
         layer_columns.shape[0],
         width,
         capacity,
@@ -130,7 +124,6 @@ def _views_kernel(
     seqused_k,
     full_seqused_q,
     sparse_seqused_q,
-    unrouted,
     num_layers,
     width,
     capacity,
@@ -184,6 +177,3 @@ def _views_kernel(
         tl.store(seqused_k + entry, tl.where(compact, compact_len, seq_len), mask=wanted)
         tl.store(full_seqused_q + entry, tl.where(apart, 0, queries), mask=wanted)
         tl.store(sparse_seqused_q + entry, tl.where(apart, queries, 0), mask=wanted)
-        missing = tl.max((route == _UNDECIDED).to(tl.int32), axis=0)
-        if (missing > 0) & ~prefills:
-            tl.atomic_add(unrouted, missing.to(tl.int64))

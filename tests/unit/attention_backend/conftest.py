@@ -12,7 +12,7 @@ from tests.helpers.interpreter_runs import InterpreterRuns
 
 HERE = Path(__file__).parent
 COLLECTING = "test_kernels_in_the_interpreter"
-LONGEST = ("test_kernels_patterns.py", "test_kernels_at_once.py")
+LONGEST = ("test_kernels_patterns.py",)
 RUNS = pytest.StashKey[InterpreterRuns]()
 
 

@@ -4,6 +4,7 @@ Oracle: `flux_vllm.attention_backend.naive`, by the rule of test_kernels_cases. 
 worker runs larger batches (tests/gpu/test_backend_batches.py).
 """
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -92,10 +93,42 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     taken = used[0].out.nbytes + used[0].lse.nbytes
     assert (taken == 0) == (max(splits) == 1)
     config = engine_config(folder, shape)
-    specs = [SimpleNamespace(block_size=16, num_kv_heads=kv_heads, head_size=64)]
-    stated = cuda.fixed_nbytes(worker.runtime, config, specs)
+    groups = [_group(f"layers.{index}" for index in range(LAYERS))]
+    stated = cuda.fixed_nbytes(worker.runtime, config, groups)
     monkeypatch.setattr(cuda, "workspace_nbytes", lambda *_: 0)
-    assert stated - cuda.fixed_nbytes(worker.runtime, config, specs) == taken
+    assert stated - cuda.fixed_nbytes(worker.runtime, config, groups) == taken
+
+
+def _group(names: Iterable[str]) -> SimpleNamespace:
+    """Stands in for vLLM's KVCacheGroupSpec."""
+    return SimpleNamespace(layer_names=list(names), kv_cache_spec=SimpleNamespace(block_size=16))
+
+
+def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None:
+    """vLLM makes a builder a KV cache group, and splits a model's layers into several."""
+    from flux_vllm.attention_backend.cuda import backend as cuda
+    from tests.helpers.cuda_backend import BackendWorker, engine_config
+
+    shape, folder = Shape(), tmp_path_factory.getbasetemp()
+    batch = make_batch([Row(1, 40, SPARSE, False)], shape, "cpu")
+    worker = BackendWorker(folder, batch, "triton")
+    worker.step(batch)
+    views = worker.builder._views
+    tensors = [tensor for tensor in vars(views).values() if isinstance(tensor, torch.Tensor)]
+    held = sum(tensor.nbytes for tensor in tensors) - views._columns.nbytes
+    monkeypatch.setattr(cuda, "workspace_nbytes", lambda *_: 0)
+    config = engine_config(folder, shape)
+    one, two = (
+        cuda.fixed_nbytes(worker.runtime, config, groups)
+        for groups in (
+            [_group(["layers.0", "layers.1"])],
+            [_group(["layers.0"]), _group(["layers.1"])],
+        )
+    )
+    width, rows = views.table.shape[1], views.capacity
+    stated_width = 8192 // 16 + 128  # vLLM's table, as wide as it may be
+    assert one == held + 8 * rows * (stated_width - width)
+    assert one < two < 2 * one
 
 
 def test_head_dim_without_kernels_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:

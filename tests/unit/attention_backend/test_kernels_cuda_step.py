@@ -1,9 +1,9 @@
 """The CUDA backend's step, from Batch to attention output, in Triton's interpreter.
 
 Builder and implementation are the real ones, on the Triton kernels; only what they inherit from
-vLLM's constructors is set by hand. Oracles: the tests' own masked attention (float32) and, for the
-routes, the reference router over pooled queries; steps mix prefill chunks, decode rows, requests
-in new rows, and a dummy batch.
+vLLM's constructors is set by hand, and a probe's answers are written down. Oracle: the tests' own
+masked attention (float32); steps mix prefill chunks, decode rows, requests in new rows, those whose
+routes are still open, and a dummy batch.
 """
 
 import itertools
@@ -18,11 +18,10 @@ from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
-from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.prompts import Prompt
+from flux_vllm.routing.runtime import FluxRuntime
 from tests.helpers.reference_attention import SparsePattern, masked_attention
-from tests.helpers.reference_router import pooled_positions
 
 pytestmark = [
     pytest.mark.vllm,
@@ -32,16 +31,20 @@ pytestmark = [
 ]
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 4, 2, 64, 16
-SINK_TOKENS, WINDOW_TOKENS, POOL_TOKENS = 20, 24, 32
+SINK_TOKENS, WINDOW_TOKENS = 20, 24
 PATTERN = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
 PROMPTS = {"a": 66, "b": 21, "c": 90, "d": 20}
+FULL, SPARSE, OPEN = int(Route.FULL), int(Route.SPARSE), int(Route.UNDECIDED)
+ROUTES = {"a": [SPARSE, FULL, SPARSE], "c": [FULL, SPARSE, SPARSE]}
+"""Of the prompts that are longer than sinks and window."""
 
 
-class _NoRotation:
-    """A rotary inverse that changes nothing, so that queries are their own features."""
+class _WrittenProbe:
+    """Stands in for PromptProbe: routes by request."""
 
-    rotary_dim, interleaved, attention_scaling = HEAD_DIM, False, 1.0
-    inv_freq = torch.zeros(HEAD_DIM // 2)
+    def decide(self, prompt: Prompt) -> None:
+        self.routes = torch.tensor(ROUTES[prompt.request_id], dtype=torch.int8)
+        self.full_probability = self.routes.float()
 
 
 class _Server:
@@ -56,18 +59,14 @@ class _Server:
             lambda device: SimpleNamespace(multi_processor_count=4),
         )
         monkeypatch.setattr("flux_vllm.attention_backend.kernels.fa3.is_available", lambda: False)
-        self.router = LayerRouter(LAYERS, HEAD_DIM).requires_grad_(False)
-        for name in self.router.shapes:
-            self.router.linear(name)[0].mul_(3)
         static = policy == "static"
         self.runtime = FluxRuntime(
             FluxConfig(policy=policy, sparse_layers=[0] if static else None),
-            None if static else self.router,
             RouterInfo(
                 base_model="",
                 num_layers=LAYERS,
                 head_dim=HEAD_DIM,
-                pool_tokens=POOL_TOKENS,
+                pool_tokens=32,
                 sink_tokens=SINK_TOKENS,
                 window_tokens=WINDOW_TOKENS,
             ),
@@ -75,8 +74,8 @@ class _Server:
             tuple(range(LAYERS)),
             2,
             torch.device("cpu"),
-            lambda pooled: pooled,
         )
+        self.runtime.probe = None if static else _WrittenProbe()
         blocks = sum(-(-(n + 8) // BLOCK_SIZE) for n in PROMPTS.values()) + 1
         shape = (blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
         self.caches = [torch.full(shape, float("nan")) for _ in range(LAYERS)]
@@ -87,30 +86,33 @@ class _Server:
         }
         self.builder = FluxCUDAMetadataBuilder.__new__(FluxCUDAMetadataBuilder)
         self.layers = []
-        rotaries = [_NoRotation(), _NoRotation()]
         for index, cache in enumerate(self.caches):
             impl = FluxCUDAImpl.__new__(FluxCUDAImpl)
             impl.num_heads, impl.num_kv_heads, impl.head_size = HEADS, KV_HEADS, HEAD_DIM
             impl.scale, impl.vllm_flash_attn_version = HEAD_DIM**-0.5, 2
-            impl.binding = LayerBinding(self.runtime, index, rotaries[index // 2])
+            impl.binding = LayerBinding(self.runtime, index)
             impl.group_index = index
             self.layers.append(SimpleNamespace(impl=impl, kv_cache=cache))
         self.builder._layers = self.layers
         self.builder.block_size, self.builder.device = BLOCK_SIZE, torch.device("cpu")
-        self.builder._views = self.builder._pooling = self.builder._bound = None
-        self.builder._capacity, self.builder._max_tokens = 6, 1000
+        self.builder._views, self.builder._capacity = None, 6
         self.history = {name: [[] for _ in range(LAYERS)] for name in PROMPTS}
 
     def add_routes(self, metadata: SimpleNamespace) -> None:
         """Do what the builder does with vLLM's metadata."""
-        metadata.flux = self.builder._begin_step(self.runtime, metadata.block_table.shape[1])
-        self.builder._write_step(metadata.flux, self.runtime, metadata)
+        metadata.flux = self.builder._make_routes(self.runtime, metadata.block_table.shape[1])
+        self.builder._write_routes(metadata.flux, self.runtime, metadata)
 
-    def step(
-        self, rows: list[tuple[str, int, bool]], padding: int = 0, at_once: bool = False
-    ) -> None:
+    def step(self, rows: list[tuple[str, int, bool]], padding: int = 0) -> None:
         """Run one step of (request, tokens, is prefill) rows and check every layer."""
         computed = [len(self._queries(name)) for name, _, _ in rows]
+        self.runtime.admit(
+            Prompt(name, PROMPTS[name], [0])
+            for (name, _, _), count in zip(rows, computed, strict=True)
+            if not count
+        )
+        ends = {name: c + n for (name, n, _), c in zip(rows, computed, strict=True)}
+        self.runtime.decide_due(ends)
         self.runtime.begin_step(
             Batch(
                 tuple(name for name, _, _ in rows),
@@ -137,18 +139,12 @@ class _Server:
                 kept = self.history[name][index]
                 kept.append((query[part], key[part], value[part]))
                 route = int(self.runtime.table.routes[int(slots[row]), index])
-                # A step of short prompts decides after its last layer: either route will do.
-                self._check(name, index, count, route, prefill, out[part])
+                if self.runtime.fixed_routes is None:
+                    assert route == ROUTES.get(name, [OPEN] * LAYERS)[index]
+                self._check(
+                    name, index, count, FULL if route == OPEN else route, prefill, out[part]
+                )
                 start += count
-        self.runtime.do_deferred()
-        for row, (name, _, prefill) in enumerate(rows):
-            for index in range(LAYERS):
-                if prefill and self.runtime.router is not None:
-                    route = int(self.runtime.table.routes[int(slots[row]), index])
-                    assert route == self._expected_route(name, index, computed[row])
-        prompt = metadata.flux.prompt
-        found = prompt is not None and prompt.mean_query is not None
-        assert found == (at_once and self.runtime.router is not None)
         self.runtime.end_step()
 
     def _queries(self, name: str) -> torch.Tensor:
@@ -185,17 +181,6 @@ class _Server:
         pages = cache.transpose(1, 2)
         pages[slots // BLOCK_SIZE, slots % BLOCK_SIZE] = torch.cat([key, value], dim=-1)
 
-    def _expected_route(self, name: str, layer: int, computed: int) -> int:
-        features = torch.cat([query.mean(dim=1) for query, _, _ in self.history[name][layer]])
-        prompt_len, end = PROMPTS[name], len(features)
-        positions = pooled_positions(
-            computed, end, prompt_len, POOL_TOKENS, torch.arange(end) < prompt_len
-        )
-        pooled = features[positions].mean(dim=0, keepdim=True)
-        difference = self.router(layer, pooled)[0, 1] - self.router(layer, pooled)[0, 0]
-        assert abs(difference) > 1e-3, "a near tie: choose another seed"
-        return int(Route.FULL if difference >= 0 else Route.SPARSE)
-
     def _check(self, name, layer, count, route, prefill, out) -> None:
         keys, values = (
             torch.cat([entry[i] for entry in self.history[name][layer]]).transpose(0, 1)
@@ -217,16 +202,15 @@ class _Server:
 @pytest.mark.parametrize("policy", ["router", "static"])
 def test_steps(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server = _Server(policy, monkeypatch)
-    server.step([("a", 23, True), ("b", 21, True)], at_once=True)
+    server.step([("a", 23, True), ("b", 21, True)])
     server.step([("b", 1, False), ("c", 50, True), ("a", 42, True)])
     server.step([("a", 1, True), ("c", 39, True)])  # a prompt's one-token tail
     server.step([("c", 1, True), ("a", 1, False), ("b", 2, False)])
     server.step([("b", 1, False), ("a", 1, False), ("c", 1, False)], padding=1)
-    server.step([("b", 1, False), ("d", 20, True), ("a", 1, False)], at_once=True)
+    server.step([("b", 1, False), ("d", 20, True), ("a", 1, False)])
     server.step([("d", 1, False), ("b", 1, False)])
-    assert server.builder._views.unrouted.item() == 0
-    settled = {decision["request_id"] for decision in server.runtime.status()["recent"]}
-    assert settled == set(PROMPTS)
+    decided = {decision["request_id"] for decision in server.runtime.status()["recent"]}
+    assert decided == set(PROMPTS if policy == "static" else ROUTES)
     server.runtime.finish(PROMPTS)
     assert server.runtime.status()["live_requests"] == 0
 
@@ -245,4 +229,3 @@ def test_dummy_batch_attends_full(monkeypatch: pytest.MonkeyPatch) -> None:
     token = torch.full((1, KV_HEADS, HEAD_DIM), 0.5)
     server.history["a"][1].append((query, token, token))
     server._check("a", 1, 1, int(Route.FULL), False, out)
-    assert server.builder._views.unrouted.item() == 0

@@ -81,7 +81,6 @@ class Views:
         self.table2 = buffer(2 * self.capacity, width)
         self.compact_lens = buffer(self.capacity)
         self.per_layer = [buffer(layers, self.capacity) for _ in range(4)]
-        self.unrouted = torch.zeros(1, dtype=torch.int64, device=device)
         self.kv_batch_idx, self.seqused_k, self.full_seqused_q, self.sparse_seqused_q = (
             self.per_layer
         )
@@ -101,7 +100,6 @@ class Views:
             self.table2,
             self.compact_lens,
             *self.per_layer,
-            self.unrouted,
             block_size=batch.shape.block_size,
             sink_tokens=batch.shape.sink_tokens,
             window_tokens=batch.shape.window_tokens,
@@ -142,7 +140,6 @@ def test_write_decode_views_keeps_the_oracles_blocks(device: str, shape: Shape) 
         assert views.seqused_k[0, index] == (length if sparse else row.seq_len)
         assert views.full_seqused_q[0, index] == row.query_len
         assert views.sparse_seqused_q[0, index] == 0
-    assert views.unrouted.item() == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -184,8 +181,6 @@ def test_write_decode_views_by_layer(device: str) -> None:
     ]
     assert views.sparse_seqused_q[:, rows_used].tolist() == [[0] * 6, [0, 7, 0, 0, 0, 0], [0] * 6]
     assert views.seqused_k[0, 1:3].tolist() == [90, S + W]
-    # Row 0 lacks one layer's route, row 3 another's; a prefill row without one is routed later.
-    assert views.unrouted.item() == 2
 
 
 def run_decode(

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.errors import UnsupportedConfigurationError
 
@@ -153,6 +152,11 @@ def positions_of(inverse: RotaryInverse) -> torch.Tensor:
     return torch.cat([torch.arange(0, last, 13), torch.tensor([last, 1, 0])])
 
 
+def undo(inverse: RotaryInverse, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    cos, sin = map(torch.from_numpy, inverse.rows(positions.numpy()))
+    return inverse.undo(query, cos, sin)
+
+
 class TestInverse:
     def test_rotated_and_back(self, case) -> None:
         rope = make_rope(*case[:2], torch.float32)
@@ -163,7 +167,7 @@ class TestInverse:
         rotated, _ = rope.forward_native(positions, query.clone(), query.clone())
         # Nothing to rotate at position 0 alone: elsewhere the rotation must be there to undo.
         assert (rotated - query)[positions > 0].abs().amax(dim=1).min() > 0.01
-        back = inverse(rotated, positions)
+        back = undo(inverse, rotated, positions)
         assert back.dtype == torch.float32
         torch.testing.assert_close(back, query, rtol=0, atol=2e-6)
 
@@ -176,7 +180,8 @@ class TestInverse:
         rotated, _ = rope.forward_native(
             positions, query.bfloat16(), query.bfloat16()
         )  # as the model does it
-        torch.testing.assert_close(inverse(rotated.float(), positions), query, rtol=0, atol=0.05)
+        back = undo(inverse, rotated.float(), positions)
+        torch.testing.assert_close(back, query, rtol=0, atol=0.05)
 
     def test_same_inverse_whatever_the_table(self, case) -> None:
         """cos and sin are computed in float32, not read from the module's table."""
@@ -198,15 +203,6 @@ class TestInverse:
         assert torch.equal(table, copy)
         assert dict(rope.named_buffers())["cos_sin_cache"] is table
 
-    def test_position_times_frequency(self, case) -> None:
-        """Kernels that compute the angle themselves get the same rotation."""
-        inverse = RotaryInverse(make_rope(*case[:2], torch.float32), H, CPU)
-        assert inverse.inv_freq is not None
-        angle = torch.arange(len(inverse.cos))[:, None] * inverse.inv_freq
-        scale = inverse.attention_scaling
-        torch.testing.assert_close(angle.cos() / scale, inverse.cos, rtol=0, atol=5e-4)
-        torch.testing.assert_close(angle.sin() / scale, inverse.sin, rtol=0, atol=5e-4)
-
     @pytest.mark.parametrize("name", ["default", "gptj", "partial", "yarn-mscale"])
     def test_mean_over_heads_after_the_cpu_kernel(self, name: str) -> None:
         """What the backend does: average 5 heads after RoPE, then rotate the mean back."""
@@ -217,16 +213,25 @@ class TestInverse:
         rotated, key = query.clone(), torch.randn(40, H)
         rope.forward_cpu(positions, rotated, key)  # in place
         assert (rotated - query).abs().max() > 0.1
-        tokens = torch.tensor([3, 4, 5, 17, 39])
-        binding = LayerBinding(runtime=None, layer=0, rotary=inverse)  # type: ignore[arg-type]
-        mean = binding.mean_query(rotated.view(40, 5, H), tokens, positions[tokens])
-        expected = query.view(40, 5, H)[tokens].mean(dim=1)
-        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-5)
+        mean = undo(inverse, rotated.view(40, 5, H).mean(dim=1), positions)
+        torch.testing.assert_close(mean, query.view(40, 5, H).mean(dim=1), rtol=0, atol=1e-5)
 
-    def test_no_tokens(self) -> None:
+    def test_many_layers_at_once(self) -> None:
         inverse = RotaryInverse(make_rope({}, {}, torch.float32), H, CPU)
-        empty = torch.empty(0, H)
-        assert inverse(empty, torch.empty(0, dtype=torch.int64)).shape == (0, H)
+        positions = torch.tensor([0, 5, 1000])
+        query = torch.randn(4, 3, H)
+        together = undo(inverse, query, positions)
+        for layer in range(4):
+            assert torch.equal(together[layer], undo(inverse, query[layer], positions))
+
+    def test_positions_beyond_the_table_count_as_its_last(self) -> None:
+        """vLLM serves such positions where it is told to, with whatever answers."""
+        inverse = RotaryInverse(make_rope({}, {}, torch.float32), H, CPU)
+        last = len(inverse.cos) - 1
+        query = torch.randn(1, H).expand(3, H)
+        back = undo(inverse, query, torch.tensor([last, last + 1, 10**6]))
+        assert torch.equal(back[1], back[0])
+        assert torch.equal(back[2], back[0])
 
 
 class TestRefused:

@@ -15,7 +15,7 @@ from benchmarks import (
 )
 from benchmarks.provenance import provenance
 from benchmarks.row_file import RowFile, time_limit
-from benchmarks.serve_cases import PLANS, Prefill, Row, Shape, default_chunk, longest_context
+from benchmarks.serve_cases import PLANS, Prefill, Row, default_chunk, longest_context
 
 CONFIG = {
     "num_hidden_layers": 32,
@@ -180,22 +180,3 @@ def test_word_tokenizer_gives_a_word_a_token(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 300
     # vLLM refuses more characters than this a token.
     assert len(text) <= len(ids) * max(len(word) for word in tokenizer.get_vocab())
-
-
-@pytest.mark.vllm
-def test_memory_grows_with_ranks_and_shrinking_keys() -> None:
-    import torch
-
-    from benchmarks.memory_cost import side_tables, weights_nbytes
-
-    assert weights_nbytes(CONFIG) == pytest.approx(2 * 8.03e9, rel=0.001)
-    assert Shape.of(CONFIG).kv_heads == 8
-
-    def percent(ranks: int, dtype: torch.dtype) -> float:
-        return side_tables(CONFIG, ranks, dtype, 140, 3, 256)["percent"]
-
-    one = percent(1, torch.bfloat16)
-    # 257 bytes of sums and count a granule of 16 tokens, a layer; beside 4 KiB a token of K and V.
-    assert 257 / 16 / 4096 < one / 100 < 0.015
-    assert one < percent(2, torch.bfloat16) < percent(8, torch.bfloat16)
-    assert one < percent(1, torch.float8_e4m3fn)

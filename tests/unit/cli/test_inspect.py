@@ -56,7 +56,7 @@ def test_inspect_describes(of: str, router: Path, capsys: pytest.CaptureFixture[
     for expected in (
         "tiny",
         "5, head_dim 8",
-        "first and last 96 tokens",
+        "ends:96 of the prompt's first 128 and last 128 tokens",
         "the first 64 and the latest 512 tokens",
         "steps",
         "300",
@@ -72,7 +72,7 @@ def test_inspect_tells_a_router_of_the_latest_tokens_alone(
     layers, info = read_router(router)
     write_router(router, layers, dataclasses.replace(info, pool_prefix=False))
     assert main(["inspect", str(router)]) == 0
-    assert "looks at      the prompt's last 96 tokens\n" in capsys.readouterr().out
+    assert "looks at      tail:96 of the prompt's first 128 and" in capsys.readouterr().out
 
 
 def test_inspect_fits(router: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

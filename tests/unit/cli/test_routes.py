@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flux_vllm.cli import main, routes
-from flux_vllm.runtime import RouteDecision
+from flux_vllm.routing.runtime import RouteDecision
 
 DECISION = RouteDecision(
     request_id="0", prompt_tokens=3412, routes=[1, 0, -1], full_probability=[0.875, 0.25, math.nan]

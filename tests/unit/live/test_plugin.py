@@ -120,7 +120,7 @@ def test_unknown_request(client: TestClient, name: str) -> None:
     answer = client.get(f"/v1/flux/requests/{name}")
     assert answer.status_code == 404
     message = answer.json()["error"]["message"]
-    assert "expected the id of a request whose prompt is complete" in message
+    assert "expected the id of a request whose routes were decided" in message
     assert "found no routes for" in message
 
 

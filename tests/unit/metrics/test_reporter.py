@@ -149,9 +149,10 @@ class TestRandomSteps:
                 computed = draw.choice([0, 0, 16, 40, 130, 250])
                 scheduled = draw.choice([1, 1, 2, 30, 90])
                 prompt = draw.choice([computed, computed + scheduled, computed + 200])
-                choices = [OPEN, SPARSE, FULL] if computed >= prompt else [SPARSE, FULL]
+                is_long = computed + scheduled > sum(setup.pattern[:2])
+                choices = [OPEN, SPARSE, FULL]
                 layer_routes = [draw.choice(choices) for _ in LAYERS]
-                done = computed < prompt <= computed + scheduled and draw.random() < 0.8
+                done = OPEN not in layer_routes and draw.random() < 0.5
                 rows.append((computed, scheduled, prompt))
                 routes.append(layer_routes)
                 decided.append(done)
@@ -163,7 +164,7 @@ class TestRandomSteps:
                     ratios.append(layer_routes.count(SPARSE) / len(LAYERS))
                     for layer, route in zip(LAYERS, layer_routes, strict=True):
                         decisions[layer, "full" if route == FULL else "sparse"] += 1
-                unrouted += phase == "decode" and OPEN in layer_routes
+                unrouted += is_long and OPEN in layer_routes
             setup.record(rows, routes, decided)
         found = setup.scrape()
         for (what, phase), count in tokens.items():
@@ -202,6 +203,7 @@ class TestStart:
             "flux_context_tokens_total": 2,
             "flux_unrouted_rows_total": 1,
             "flux_nonfinite_router_rows_total": 1,
+            "flux_unread_prompts_total": 1,
         }
 
     def test_info(self, one: Setup) -> None:
@@ -238,9 +240,13 @@ class TestWhatCounts:
         assert all(v == 0 for k, v in found.items() if k[0] == "flux_route_decisions_total")
         assert one.tokens("context", "prefill") == 3 * 5050
 
-    def test_prefill_rows_are_never_unrouted(self, one: Setup) -> None:
-        one.record([(0, 100, 400)], [[OPEN] * 3], [False])
+    def test_short_rows_need_no_route(self, one: Setup) -> None:
+        """Up to S + W = 160 tokens."""
+        one.record([(0, 160, 160), (159, 1, 9)], [[OPEN] * 3] * 2, [False] * 2)
         assert one.scrape()[("flux_unrouted_rows_total",)] == 0
+        one.record([(0, 161, 161), (160, 1, 9)], [[OPEN] * 3] * 2, [False] * 2)
+        one.reporter.flush()
+        assert one.scrape()[("flux_unrouted_rows_total",)] == 2
 
     def test_one_unrouted_row_counts_once(self, one: Setup) -> None:
         """Rows, not layers."""
@@ -259,9 +265,9 @@ class TestWhatCounts:
 class TestNonfiniteRouter:
     NAN = float("nan")
 
-    def count(self, one: Setup, probability: list[list[float]], is_warmup: bool = False) -> float:
+    def count(self, one: Setup, probability: list[list[float]], unread: int = 0) -> float:
         values = np.array(probability, dtype=np.float32).reshape(-1, len(LAYERS))
-        one.reporter.record_probabilities(make_step([(0, 9, 9)], is_warmup), values)
+        one.reporter.record_probes(values, unread)
         return one.scrape()[("flux_nonfinite_router_rows_total",)]
 
     def test_finite_rows_do_not_count(self, one: Setup) -> None:
@@ -272,8 +278,9 @@ class TestNonfiniteRouter:
         assert self.count(one, rows) == 2
         assert self.count(one, rows[:1]) == 3
 
-    def test_warmup_does_not_count(self, one: Setup) -> None:
-        assert self.count(one, [[self.NAN] * 3], is_warmup=True) == 0
+    def test_prompts_that_no_router_could_read(self, one: Setup) -> None:
+        assert self.count(one, [[0.1, 0.2, 0.3]], unread=2) == 0
+        assert one.scrape()[("flux_unread_prompts_total",)] == 2
 
     def test_step_that_decided_nothing(self, one: Setup) -> None:
         assert self.count(one, []) == 0

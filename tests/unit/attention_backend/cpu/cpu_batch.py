@@ -10,8 +10,8 @@ import torch
 from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
 from flux_vllm.batch import Batch
 from flux_vllm.router.route import Route
-from flux_vllm.router.state import QuerySums
-from flux_vllm.runtime import FluxRuntime
+from flux_vllm.routing.prompts import Prompt
+from flux_vllm.routing.runtime import FluxRuntime
 from tests.helpers.reference_attention import SparsePattern, masked_attention
 
 N, K, H = 4, 2, 32
@@ -119,9 +119,13 @@ class CpuBatch:
                 first = max(row.computed - W + 1, 0) // BLOCK
                 self.cache[blocks[-(-S // BLOCK) : first].long()] = float("nan")
 
-    def step(self, runtime: FluxRuntime, sums: QuerySums | None = None) -> CpuRoutes:
+    def step(self, runtime: FluxRuntime) -> CpuRoutes:
+        names = [f"r{index}" for index in range(len(self.rows))]
+        runtime.admit(
+            Prompt(name, row.prompt, None) for name, row in zip(names, self.rows, strict=True)
+        )
         runtime.begin_step(make_context(self.rows))
-        return CpuRoutes(runtime, self.metadata, self.builder, sums)
+        return CpuRoutes(runtime, self.metadata, self.builder)
 
     def expected(self, layer: int) -> torch.Tensor:
         parts = []

@@ -1,7 +1,6 @@
-"""The CPU backend's classes: what they refuse, what they say of themselves, whose sums they use.
+"""The CPU backend's classes: what they refuse, and what they say of themselves.
 
-Oracle: the messages, and vLLM's own base classes. Pinned: a KV cache bound anew (vLLM binds a small
-one first to measure memory) gets new query sums, since the old ones describe other blocks.
+Oracle: the messages, and vLLM's own base classes.
 """
 
 from collections.abc import Callable
@@ -114,27 +113,3 @@ class TestBackend:
 
         builder = backend.get_builder_cls()
         assert builder._cudagraph_support == AttentionCGSupport.NEVER
-
-
-class TestQuerySums:
-    def test_follow_the_kv_cache(self) -> None:
-        from flux_vllm.attention_backend.cpu.backend import FluxCPUMetadataBuilder
-
-        builder = FluxCPUMetadataBuilder.__new__(FluxCPUMetadataBuilder)
-        caches = [torch.zeros(n, 2, 32, 2 * H) for n in (3, 9, 9)]
-        layer = SimpleNamespace(kv_cache=caches[0])
-        builder._layers = [layer, SimpleNamespace()]
-        builder._sums = builder._sums_of = None
-        builder.block_size, builder.head_dim = 32, H
-        found = []
-        for cache in caches:
-            layer.kv_cache = cache
-            sums = builder._query_sums(router=object())
-            assert sums is builder._query_sums(router=object())
-            assert sums.sums.shape == (2, cache.shape[0] * 2, H)
-            assert not sums.sums.any()
-            assert not sums.counts.any()
-            sums.counts[:] = 5
-            found.append(sums)
-        assert len({id(sums) for sums in found}) == 3
-        assert builder._query_sums(router=None) is None

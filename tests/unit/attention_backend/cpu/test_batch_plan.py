@@ -16,14 +16,10 @@ import torch
 from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
 from flux_vllm.attention_backend.cpu.pages import learn_page_layout
 from flux_vllm.attention_backend.layer import LayerBinding
-from flux_vllm.attention_backend.rotary import RotaryInverse
 from flux_vllm.config import FluxConfig
-from flux_vllm.router.checkpoint import RouterInfo
-from flux_vllm.router.model import LayerRouter
-from flux_vllm.router.route import full_probability
-from flux_vllm.router.state import QuerySums
-from flux_vllm.runtime import FluxRuntime
-from tests.helpers.reference_router import pooled_positions
+from flux_vllm.routing.probe import ProbeMetadata
+from flux_vllm.routing.runtime import FluxRuntime
+from tests.helpers.reference_attention import SparsePattern, masked_attention
 from tests.unit.attention_backend.cpu.cpu_batch import (
     ALL_SPARSE,
     BLOCK,
@@ -74,22 +70,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_runtime(config: FluxConfig, **router: Any) -> FluxRuntime:
+def fixed_runtime() -> FluxRuntime:
     return FluxRuntime(
-        config,
-        router.get("router"),
-        router.get("info"),
+        FluxConfig(policy="static", sparse_layers=(0,), sink_tokens=S, window_tokens=W),
+        None,
         num_layers=LAYERS,
         routed_layers=tuple(range(LAYERS)),
         max_requests=4,
         device=CPU,
-        reduce_mean=lambda tensor: tensor,
     )
-
-
-def fixed_runtime() -> FluxRuntime:
-    config = FluxConfig(policy="static", sparse_layers=(0,), sink_tokens=S, window_tokens=W)
-    return make_runtime(config)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +128,7 @@ class TestAttention:
             runtime.table.routes[int(slot)] = torch.tensor(row.routes, dtype=torch.int8)
         for layer in (2, 0, 1):
             impl = make_impl()
-            impl.binding = LayerBinding(runtime, layer, None)
-            impl.group_index = layer
+            impl.binding = LayerBinding(runtime, layer)
             impl.page_layout = learn_page_layout("vec", BLOCK, H, torch.float32)
             found = attend(batch, impl, step, layer)
             torch.testing.assert_close(found, batch.expected(layer), rtol=0, atol=ATOL)
@@ -159,7 +147,7 @@ class TestAttention:
     def test_warm_up_without_a_step_is_vllms(self, make_impl: Callable) -> None:
         batch = CpuBatch([Row(0, 150, 150, (FULL,) * 3)])
         impl = make_impl()
-        impl.binding = LayerBinding(fixed_runtime(), 0, None)
+        impl.binding = LayerBinding(fixed_runtime(), 0)
         found = attend(batch, impl, None, 0)
         torch.testing.assert_close(found, batch.expected(0), rtol=0, atol=ATOL)
 
@@ -209,90 +197,27 @@ class TestPlans:
         assert third.sparse_prefills[0][0] == slice(200, 500)
 
 
-@pytest.fixture(scope="module")
-def rope() -> Any:
-    """A rotary embedding of vLLM's."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.rotary_embedding import get_rope
+class TestProbe:
+    @pytest.mark.parametrize("window", [None, 1, 7, 40, 41, 100])
+    def test_causal_attention_without_a_cache(self, window: int | None, make_impl) -> None:
+        """A window counts the tokens of the probe; a cache of NaN is not looked at."""
+        tokens = 41
+        query, key, value = (torch.randn(tokens, heads, H) for heads in (N, K, K))
+        kept = torch.full((tokens, H), float("nan"))
+        metadata = ProbeMetadata(torch.tensor([0, tokens], dtype=torch.int32), kept)
+        output = torch.full((tokens, N, H), float("nan"))
+        cache = torch.full((2, K, BLOCK, 2 * H), float("nan"))
+        impl = make_impl(sliding_window=window)
+        assert impl.forward(None, query, key, value, cache, metadata, output) is output
+        pattern = SparsePattern(0, window or tokens, 1)
+        q_NTH, k_KTH, v_KTH = (t.transpose(0, 1) for t in (query, key, value))
+        expected = masked_attention(q_NTH, k_KTH, v_KTH, 0.3, SPARSE, "prefill", pattern)
+        torch.testing.assert_close(output, expected, rtol=0, atol=ATOL)
+        torch.testing.assert_close(kept, query.mean(dim=1), rtol=0, atol=1e-6)
 
-    with set_current_vllm_config(VllmConfig()):
-        return get_rope(H, 512, rope_parameters={"rope_theta": 1e4}, dtype=torch.float32)
-
-
-class TestRouting:
-    """P(FULL) of each layer against the router's network over positions pooled one by one."""
-
-    POOL = 24
-    PROMPT = 150
-
-    @pytest.fixture(params=[True, False], ids=["both-ends", "latest-alone"])
-    def runtime(self, request: pytest.FixtureRequest) -> FluxRuntime:
-        info = RouterInfo(
-            base_model="",
-            num_layers=LAYERS,
-            head_dim=H,
-            pool_tokens=self.POOL,
-            pool_prefix=request.param,
-            sink_tokens=S,
-            window_tokens=W,
-        )
-        router = LayerRouter(LAYERS, H).requires_grad_(False)
-        for parameter in router.parameters():
-            parameter.mul_(4)
-        return make_runtime(FluxConfig(threshold=0.4), router=router, info=info)
-
-    @pytest.mark.parametrize("chunks", [[150], [64, 86], [49, 50, 51], [100, 49, 1]], ids=str)
-    def test_probability_by_definition(self, runtime, rope, chunks: list[int]) -> None:
-        sums = QuerySums(LAYERS, 60, BLOCK, H, CPU)
-        inverse = RotaryInverse(rope, H, CPU)
-        before = torch.randn(LAYERS, self.PROMPT, N, H)  # queries before RoPE
-        blocks = torch.tensor([[9, 4, 7, 5, 11, 59]], dtype=torch.int32)
-        start = 0
-        for chunk in chunks:
-            batch = CpuBatch([Row(start, chunk, self.PROMPT)])
-            # One cache through all chunks: the same blocks each time.
-            positions = torch.arange(start, start + chunk)
-            batch.metadata.block_table = blocks
-            batch.metadata.slot_mapping = blocks[0].long()[positions // BLOCK] * BLOCK + (
-                positions % BLOCK
-            )
-            step = batch.step(runtime, sums)
-            for layer in range(LAYERS):
-                flat = before[layer, start : start + chunk].flatten(1)
-                after, _ = rope.forward_native(positions, flat.clone(), flat.clone())
-                binding = LayerBinding(runtime, layer, inverse)
-                step.route(binding, layer, after.view(chunk, N, H))
-            end = start + chunk
-            slot = int(runtime.current.slots[0])
-            pooled = pooled_positions(
-                start,
-                end,
-                self.PROMPT,
-                self.POOL,
-                torch.ones(start, dtype=torch.bool),
-                runtime.info.pool_prefix,
-            )
-            for layer in range(LAYERS):
-                mean = before[layer, pooled].mean(dim=(0, 1))[None]
-                expected = full_probability(runtime.router(layer, mean)).item()
-                found = runtime.table.full_probability[slot, layer].item()
-                assert found == pytest.approx(expected, abs=2e-3)  # sums are kept in bfloat16
-                assert int(runtime.table.routes[slot, layer]) == (found >= 0.4)
-            runtime.end_step()
-            start = end
-        assert runtime.table.settled_prompt_len[slot] == self.PROMPT
-
-    def test_settled_rows_are_not_routed_again(self, runtime, rope) -> None:
-        """A resumed request rebuilds its sums and keeps its routes."""
-        sums = QuerySums(LAYERS, 60, BLOCK, H, CPU)
-        (slot,) = runtime.table.acquire(["r0"])
-        runtime.table.settled_prompt_len[slot] = 100
-        runtime.table.routes[slot] = torch.tensor([0, 1, 0], dtype=torch.int8)
-        batch = CpuBatch([Row(0, 130, 100)])
-        step = batch.step(runtime, sums)
-        inverse = RotaryInverse(rope, H, CPU)
-        step.route(LayerBinding(runtime, 1, inverse), 1, batch.query)
-        assert runtime.table.routes[slot].tolist() == [0, 1, 0]
-        assert int(sums.counts.sum()) == 100
-        assert sums.sums[1].any()
-        assert not sums.sums[0].any()
+    def test_layer_that_no_router_looks_at(self, make_impl) -> None:
+        query, key = torch.randn(5, N, H), torch.randn(5, K, H)
+        metadata = ProbeMetadata(torch.tensor([0, 5], dtype=torch.int32), None)
+        output = torch.full((5, N, H), float("nan"))
+        make_impl().forward(None, query, key, key, None, metadata, output)
+        assert output.isfinite().all()

@@ -1,0 +1,1 @@
+"""From a request's prompt to the routes that its layers attend under."""

@@ -1,0 +1,105 @@
+"""vLLM's model, called beside its batches: no KV cache, no request, one forward of fixed shape.
+
+vLLM 0.32 and 0.33. `tests/unit/test_compat_sources.py` fails when vLLM's side of it changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class RunnerModelCall:
+    """The model of a vLLM model runner, V1 or V2.
+
+    Args:
+        runner: its model loaded.
+        vllm_config: the engine's.
+        device: of the model.
+    """
+
+    def __init__(self, runner: Any, vllm_config: Any, device: torch.device) -> None:
+        self._runner = runner
+        self._vllm_config = vllm_config
+        self._device = device
+        model_config = vllm_config.model_config
+        # Such a model is compiled for embeddings, and compiled code does not look at what it gets.
+        self._takes_embeddings = (
+            model_config.supports_multimodal_inputs or model_config.enable_prompt_embeds
+        )
+        self._has_adapters = vllm_config.lora_config is not None
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether one CUDA graph serves all requests, where the engine has any.
+
+        Not with LoRA, whose kernels are launched by the number of adapters in use.
+        """
+        mode = self._vllm_config.compilation_config.cudagraph_mode
+        return self._device.type == "cuda" and mode.name != "NONE" and not self._has_adapters
+
+    def __call__(
+        self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Run the model over tokens; see `ModelCall`.
+
+        Without a slot mapping vLLM writes no keys and values. Its own CUDA graphs stay aside: the
+        mode of a forward context is NONE unless it is said.
+        """
+        from vllm.forward_context import set_forward_context
+
+        model = self._runner.get_model()
+        embeddings = None
+        if self._takes_embeddings:
+            embeddings = model.embed_input_ids(token_ids)
+            if not getattr(model, "requires_raw_input_tokens", False):
+                token_ids = None  # type: ignore[assignment]
+        with set_forward_context(metadata, self._vllm_config, num_tokens=len(positions)):
+            model(
+                input_ids=token_ids,
+                positions=positions,
+                intermediate_tensors=None,
+                inputs_embeds=embeddings,
+            )
+
+    def use_adapter(self, adapter: Any, tokens: int) -> None:
+        """Switch to a LoRA adapter, or to none; the step's own forward switches again.
+
+        Args:
+            adapter: vLLM's LoRARequest, or None.
+            tokens: of the next call.
+        """
+        if not self._has_adapters:
+            return
+        number = 0 if adapter is None else adapter.lora_int_id
+        requests = set() if adapter is None else {adapter}
+        self._runner._set_active_loras((number,), (number,) * tokens, requests)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture work as a CUDA graph, as vLLM captures its own, into the pool of those.
+
+        The pool may be shared: a replay's intermediate values are used up before the next one of
+        any graph begins, and what stays lies outside of it.
+
+        Args:
+            work: calls the model on the same tensors each time.
+
+        Returns: the replay.
+        """
+        from vllm.compilation.cudagraph_pool import capture_pool
+        from vllm.distributed.parallel_state import graph_capture
+        from vllm.model_executor.offloader.base import get_offloader
+        from vllm.platforms import current_platform
+
+        graph = torch.cuda.CUDAGraph()
+        with graph_capture(device=self._device) as context:
+            for _ in range(2):  # compile, tune and allocate first
+                work()
+            get_offloader().sync_prev_onload()
+            with (
+                capture_pool(current_platform.get_global_graph_pool(), self._vllm_config) as pool,
+                torch.cuda.graph(graph, pool, stream=context.stream),
+            ):
+                work()
+                get_offloader().join_after_forward()
+        return graph.replay

@@ -1,0 +1,220 @@
+"""The probe: the model run once over a prompt's two ends, and every layer's route from what it saw.
+
+Nothing is read from the KV cache and nothing written to it. Each probe is a forward of one prompt
+and of one shape, padded at its end, so its numbers depend on the prompt alone: not on chunks,
+cached prefixes or the requests beside it.
+
+Dimension legend: L layers of the model, T tokens of a probe, P pools, N query heads, H head dim, D
+pairs of rotated dimensions, F features of a layer's router.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from flux_vllm.attention_backend.rotary import RotaryInverse
+from flux_vllm.router.inputs import RouterInputs
+from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.route import Route, choose_route, full_probability
+from flux_vllm.routing.prompts import Prompt
+from flux_vllm.transfer import upload
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeMetadata:
+    """What an attention layer gets in a probe, in the place of vLLM's metadata."""
+
+    cu_seqlens: torch.Tensor
+    """[2] int32: 0, T. One causal sequence without a KV cache."""
+    mean_query: torch.Tensor | None
+    """[T, H] float32: where the layer leaves its queries' mean over heads, after RoPE; None for a
+    layer whose queries no router looks at."""
+
+    def keep(self, query: torch.Tensor) -> None:
+        """Keep the mean over heads of a layer's queries [T, N, H]."""
+        if self.mean_query is not None:
+            torch.mean(query, 1, dtype=torch.float32, out=self.mean_query)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedLayer:
+    """One attention layer of the model."""
+
+    name: str
+    """vLLM's."""
+    index: int
+    is_routed: bool
+    """False for a layer with a sliding window of its own."""
+    rotary: RotaryInverse | None
+    """None where no router looks at the layer's queries."""
+
+
+class ModelCall(Protocol):
+    """vLLM's model, called beside its batches."""
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether one CUDA graph serves all requests."""
+
+    def __call__(
+        self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Run the model over tokens at positions; only its attention layers see the result.
+
+        Args:
+            metadata: what each attention layer gets, by name.
+            token_ids: [T] int32.
+            positions: [T] int64.
+        """
+
+    def use_adapter(self, adapter: object | None, tokens: int) -> None:
+        """Switch to a LoRA adapter for the next call, which has so many tokens."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture work that calls the model as a CUDA graph, and return its replay."""
+
+
+class PromptProbe:
+    """Decides all routes of a prompt.
+
+    Args:
+        inputs: what the routers look at.
+        router: all layers' routers, on the device.
+        threshold: FULL where P(FULL) is at least this.
+        layers: of the model.
+        model: runs it.
+        reduce_mean: mean of a tensor over tensor-parallel ranks.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        inputs: RouterInputs,
+        router: LayerRouter,
+        threshold: float,
+        layers: Sequence[ProbedLayer],
+        model: ModelCall,
+        reduce_mean: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self._inputs = inputs
+        self._router = router
+        self._threshold = threshold
+        self._model = model
+        self._reduce_mean = reduce_mean
+        tokens, num_layers = inputs.probe.tokens, router.num_layers
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # A captured graph reads and writes these, so they stay where they are.
+        self._token_ids = zeros(tokens, dtype=torch.int32)  # the dtypes of vLLM's own buffers:
+        self._positions = zeros(tokens, dtype=torch.int64)  # compiled code does not check them
+        self._weights = zeros(len(inputs.pools), tokens)
+        self._mean_query = zeros(num_layers, tokens, router.head_dim)
+        self._rotations = _rotations(layers, zeros, tokens)
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        self._metadata = {
+            layer.name: ProbeMetadata(
+                cu_seqlens, None if layer.rotary is None else self._mean_query[layer.index]
+            )
+            for layer in layers
+        }
+        self._is_routed = zeros(num_layers, dtype=torch.bool)
+        self._is_routed[[layer.index for layer in layers if layer.is_routed]] = True
+        self.routes = zeros(num_layers, dtype=torch.int8)
+        """[L] int8: the routes of the latest prompt; UNDECIDED for layers that are not routed."""
+        self.full_probability = zeros(num_layers)
+        """[L] float32: P(FULL), NaN for layers that are not routed."""
+        self._replay: Callable[[], None] | None = None
+
+    @property
+    def pooled_queries(self) -> torch.Tensor:
+        """[L, P, H] float32: what the latest probe pooled on this rank, for tests."""
+        return self._weights @ self._mean_query
+
+    @torch.inference_mode()
+    def decide(self, prompt: Prompt) -> None:
+        """Probe a prompt of token ids; its routes are in `routes` and `full_probability` then.
+
+        Host sync: none.
+        """
+        self._load(prompt)
+        if self._replay is not None:
+            self._replay()
+            return
+        self._model.use_adapter(prompt.adapter, len(self._token_ids))
+        self._run()
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the whole of a probe as one CUDA graph, where the model's call allows that."""
+        if self._model.can_be_captured:
+            self._load(Prompt("", 1, [0]))
+            self._replay = self._model.capture(self._run)
+
+    def _load(self, prompt: Prompt) -> None:
+        """Write a prompt's ends into the buffers; padding is token 0 at position 0."""
+        assert prompt.tokens is not None
+        chosen = self._inputs.probe.positions(prompt.length)
+        positions = np.zeros(len(self._token_ids), dtype=np.int64)
+        positions[: len(chosen)] = chosen
+        token_ids = np.zeros(len(positions), dtype=np.int32)
+        token_ids[: len(chosen)] = [prompt.tokens[position] for position in chosen.tolist()]
+        upload(token_ids, self._token_ids)
+        upload(positions, self._positions)
+        upload(self._inputs.weights(prompt.length), self._weights)
+        for rotation in self._rotations:
+            for rows, buffer in zip(
+                rotation.rotary.rows(positions), (rotation.cos, rotation.sin), strict=True
+            ):
+                upload(rows, buffer)
+
+    def _run(self) -> None:
+        """Run the model and decide; the same kernels on the same addresses each time."""
+        self._model(self._metadata, self._token_ids, self._positions)
+        for rotation in self._rotations:
+            layers = rotation.layers
+            self._mean_query[layers] = rotation.rotary.undo(
+                self._mean_query[layers], rotation.cos, rotation.sin
+            )
+        pooled = self._reduce_mean(self._weights @ self._mean_query)
+        features = self._inputs.assemble(pooled)
+        # One request: [L, 1, F].
+        probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]
+        routes = choose_route(probability, self._threshold)
+        self.routes.copy_(torch.where(self._is_routed, routes, int(Route.UNDECIDED)))
+        self.full_probability.copy_(torch.where(self._is_routed, probability, float("nan")))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotation:
+    """A rotary embedding, the layers that use it, and its rows for the probe at hand."""
+
+    rotary: RotaryInverse
+    layers: torch.Tensor
+    """int64: indices of layers."""
+    cos: torch.Tensor
+    """[T, D] float32."""
+    sin: torch.Tensor
+
+
+def _rotations(
+    layers: Sequence[ProbedLayer], zeros: Callable[..., torch.Tensor], tokens: int
+) -> list[_Rotation]:
+    by_rotary: dict[int, list[ProbedLayer]] = {}
+    for layer in layers:
+        if layer.rotary is not None:
+            by_rotary.setdefault(id(layer.rotary), []).append(layer)
+    rotations = []
+    for group in by_rotary.values():
+        rotary = group[0].rotary
+        assert rotary is not None
+        pairs = (tokens, rotary.rotary_dim // 2)
+        indices = zeros(len(group), dtype=torch.int64)
+        indices[:] = torch.tensor([layer.index for layer in group])
+        rotations.append(_Rotation(rotary, indices, zeros(*pairs), zeros(*pairs)))
+    return rotations

@@ -1,0 +1,74 @@
+"""A batch's rows with their slots in the route table, and what was decided on its way to the host.
+
+Dimension legend: R rows of the batch, P rows whose routes were decided for it, L layers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flux_vllm.batch import Batch
+from flux_vllm.routing.route_table import RouteTable
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedBatch:
+    """A Batch with the route table's view of its rows."""
+
+    batch: Batch
+    slots: np.ndarray
+    """[R] int64."""
+    is_new: np.ndarray
+    """[R] bool: requests that got their slot for this batch."""
+    decided: np.ndarray
+    """[R] bool: requests whose routes were decided for this batch, P of them."""
+    probed: np.ndarray
+    """[R] bool: those among them whose routes a router chose."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingReadback:
+    """A batch that was launched, with the routes decided for it on their way to the host."""
+
+    rows: RoutedBatch
+    routes: torch.Tensor | None
+    """[P, L] int8 on the host, valid once the event has passed; None where P is 0."""
+    full_probability: torch.Tensor | None
+    """[P, L] float32 on the host, likewise."""
+    event: torch.cuda.Event | None
+    """None where the values are there at once."""
+
+    @classmethod
+    def read(
+        cls, rows: RoutedBatch, table: RouteTable, fixed_routes: list[int] | None
+    ) -> "PendingReadback":
+        """Start copying what was decided, unless it is known; returns at once."""
+        event = routes = probability = None
+        decided = int(rows.decided.sum())
+        if decided and fixed_routes is not None:
+            routes = torch.tensor(fixed_routes, dtype=torch.int8).expand(decided, -1)
+            probability = torch.full((decided, table.num_layers), float("nan"))
+        elif decided:
+            routes, probability = table.of_slots(rows.slots[rows.decided])
+            if table.device.type != "cpu":
+                routes, probability = _to_host(routes), _to_host(probability)
+                event = torch.cuda.Event()
+                event.record()
+            else:
+                routes, probability = routes.clone(), probability.clone()
+        return cls(rows, routes, probability, event)
+
+    def is_ready(self) -> bool:
+        """Say whether the values have arrived."""
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        """Wait until the values have arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

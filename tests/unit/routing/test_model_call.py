@@ -1,0 +1,130 @@
+"""How a model runner's model is called beside its batches.
+
+Oracle: calls recorded by fakes of vLLM's parts. The real ones run in tests/e2e
+(test_router_routes.py) on the CPU and in tests/gpu (test_probe.py) on a GPU.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from flux_vllm.routing.model_call import RunnerModelCall
+
+pytestmark = pytest.mark.vllm
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TOKENS, POSITIONS = torch.tensor([5, 6, 0], dtype=torch.int32), torch.tensor([0, 90, 0])
+
+
+def config(mode: str = "FULL_AND_PIECEWISE", lora: bool = False, **model: bool) -> Any:
+    flags = {"supports_multimodal_inputs": False, "enable_prompt_embeds": False}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**flags | model),
+        lora_config=object() if lora else None,
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
+    )
+
+
+def call(model: Any, vllm_config: Any) -> mock.Mock:
+    """Call a model. Returns: what set_forward_context was called with."""
+    runner = SimpleNamespace(get_model=lambda: model)
+    with mock.patch("vllm.forward_context.set_forward_context") as context:
+        RunnerModelCall(runner, vllm_config, CPU)({"layer": "metadata"}, TOKENS, POSITIONS)
+    return context
+
+
+def test_tokens_without_slots_or_graphs() -> None:
+    model, vllm_config = mock.Mock(), config()
+    context = call(model, vllm_config)
+    # No slot mapping: nothing is written. No mode: no graph of vLLM's.
+    context.assert_called_once_with({"layer": "metadata"}, vllm_config, num_tokens=3)
+    model.assert_called_once_with(
+        input_ids=TOKENS, positions=POSITIONS, intermediate_tensors=None, inputs_embeds=None
+    )
+
+
+@pytest.mark.parametrize("flag", ["supports_multimodal_inputs", "enable_prompt_embeds"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_model_that_is_compiled_for_embeddings(flag: str, raw: bool) -> None:
+    model = mock.Mock(requires_raw_input_tokens=raw)
+    call(model, config(**{flag: True}))
+    model.embed_input_ids.assert_called_once_with(TOKENS)
+    model.assert_called_once_with(
+        input_ids=TOKENS if raw else None,
+        positions=POSITIONS,
+        intermediate_tensors=None,
+        inputs_embeds=model.embed_input_ids.return_value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "number"), [(SimpleNamespace(lora_int_id=7), 7), (None, 0)], ids=["one", "none"]
+)
+def test_adapter(adapter: Any, number: int) -> None:
+    class Hashable(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    given = None if adapter is None else Hashable(**vars(adapter))
+    runner = mock.Mock()
+    RunnerModelCall(runner, config(lora=True), CPU).use_adapter(given, 4)
+    wanted = set() if given is None else {given}
+    runner._set_active_loras.assert_called_once_with((number,), (number,) * 4, wanted)
+
+
+def test_engine_without_adapters() -> None:
+    runner = mock.Mock()
+    RunnerModelCall(runner, config(), CPU).use_adapter(None, 4)
+    runner._set_active_loras.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "lora", "can"),
+    [
+        (CUDA, "FULL_AND_PIECEWISE", False, True),
+        (CUDA, "NONE", False, False),  # --enforce-eager
+        (CUDA, "FULL", True, False),
+        (CPU, "FULL", False, False),
+    ],
+)
+def test_can_be_captured(device: torch.device, mode: str, lora: bool, can: bool) -> None:
+    assert RunnerModelCall(mock.Mock(), config(mode, lora), device).can_be_captured == can
+
+
+def test_capture_as_vllm_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice before, so that nothing is compiled or allocated for the first time within."""
+    events: list[str] = []
+
+    @contextmanager
+    def noted(name: str, value: Any = None) -> Iterator[Any]:
+        events.append(f"+{name}")
+        yield value
+        events.append(f"-{name}")
+
+    offloader = SimpleNamespace(
+        sync_prev_onload=lambda: events.append("sync"),
+        join_after_forward=lambda: events.append("join"),
+    )
+    stream, graph = object(), SimpleNamespace(replay=object())
+
+    def captured(found: Any, pool: Any, stream: Any) -> Any:
+        assert (found, pool, stream) == (graph, "pool", context.stream)
+        return noted("graph")
+
+    context = SimpleNamespace(stream=stream)
+    parallel, pools = "vllm.distributed.parallel_state", "vllm.compilation.cudagraph_pool"
+    monkeypatch.setattr(f"{parallel}.graph_capture", lambda device: noted("ranks", context))
+    monkeypatch.setattr(f"{pools}.capture_pool", lambda pool, config: noted("pool", "pool"))
+    monkeypatch.setattr("vllm.model_executor.offloader.base.get_offloader", lambda: offloader)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: "global")
+    monkeypatch.setattr("vllm.platforms.current_platform", platform, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    model_call = RunnerModelCall(mock.Mock(), config(), CUDA)
+    assert model_call.capture(lambda: events.append("work")) is graph.replay
+    within = ["+pool", "+graph", "work", "join", "-graph", "-pool"]
+    assert events == ["+ranks", "work", "work", "sync", *within, "-ranks"]
