@@ -249,8 +249,11 @@ def test_always_sparse_layers_stay_so(tmp_path: Path, dtype: torch.dtype) -> Non
     assert found.always_sparse == (0, 2)
     router = router.to(dtype)
     features = 1e3 * torch.randn(100, INFO.head_dim, dtype=dtype)
+    features[7] = float("nan")
+    together = router.forward_all(features.expand(INFO.num_layers, -1, -1))
     for layer in range(INFO.num_layers):
         probability = full_probability(router(layer, features))
+        assert torch.equal(probability.isnan(), full_probability(together[layer]).isnan())
         routes = choose_route(probability, 1e-6)
         if layer in (0, 2):
             assert (probability == 0).all()
