@@ -5,11 +5,13 @@ Oracle: the same engine without `free_kv`; for memory, the formula of docs/KV_ME
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.router.checkpoint import read_router, write_router
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.free_kv import PoisonedEngine
@@ -196,3 +198,19 @@ def test_all_layers_sparse_is_one_group(tiny_model):
             engine.worker.flux_fix_routes([0])
     with Engine(tiny_model, flux, block_size=BLOCK_SIZE) as engine:
         assert answers == _answers(engine)
+
+
+def test_router_with_layers_that_are_always_sparse(tiny_model, tmp_path):
+    """Those give keys back; the fourth is routed for each request, and keeps them."""
+    router, info = read_router(tiny_model)
+    write_router(tmp_path, router, replace(info, always_sparse=(0, 1, 3)))
+    flux = {"router": str(tmp_path)}
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+    with PoisonedEngine(tiny_model, flux | {"free_kv": True}, **arguments) as engine:
+        answers = engine.generate(PROMPTS, TOKENS)
+        assert engine.freed
+    assert {(a.routes[0], a.routes[1], a.routes[3]) for a in answers} == {(0, 0, 0)}
+    with Engine(tiny_model, flux, **arguments) as engine:
+        for answer, expected in zip(answers, engine.generate(PROMPTS, TOKENS), strict=True):
+            assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
+            assert answer.routes == expected.routes
