@@ -57,7 +57,10 @@ def _vllm_groups(num_layers: int, clusters: Clusters) -> list[tuple[bool, int]]:
     """Ask vLLM: (freed, layers) of each group."""
     from types import SimpleNamespace
 
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+    try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+    except ImportError:  # vLLM 0.32
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     from flux_vllm.kv.register import register
     from flux_vllm.kv.spec import FluxSpec
