@@ -138,7 +138,8 @@ def defects() -> stat.Panel:
     panel = stat.Panel().title("Should be 0, in the time range").datasource(SOURCE).height(8)
     for ref, name, legend in (
         ("A", "flux_unrouted_rows_total", "rows without a route"),
-        ("B", "flux_nonfinite_router_rows_total", "rows with non-finite logits"),
+        ("B", "flux_nonfinite_router_rows_total", "requests with non-finite logits"),
+        ("C", "flux_unread_prompts_total", "prompts that are no token ids"),
     ):
         expression = f"sum(increase({name}{{{CHOSEN}}}[$__range]))"
         panel = panel.with_target(query(expression, legend, ref).instant())

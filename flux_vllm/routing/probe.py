@@ -131,11 +131,6 @@ class PromptProbe:
         """[L] float32: P(FULL), NaN for layers that are not routed."""
         self._replay: Callable[[], None] | None = None
 
-    @property
-    def pooled_queries(self) -> torch.Tensor:
-        """[L, P, H] float32: what the latest probe pooled on this rank, for tests."""
-        return self._weights @ self._mean_query
-
     @torch.inference_mode()
     def decide(self, prompt: Prompt) -> None:
         """Probe a prompt of token ids; its routes are in `routes` and `full_probability` then.

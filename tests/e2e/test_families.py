@@ -70,5 +70,6 @@ def test_routes_and_outputs(name: str, tmp_path: Path) -> None:
 def test_transformers_own_code_is_refused(tmp_path: Path) -> None:
     """vLLM has no Glm of its own and runs transformers', where RoPE cannot be seen."""
     write_tiny_model(tmp_path, GlmConfig, layers=2)
+    write_random_router(tmp_path, num_layers=2, head_dim=32)
     with pytest.raises(UnsupportedConfigurationError, match="found transformers' GlmAttention"):
-        Engine(tmp_path, {"policy": "full"})
+        Engine(tmp_path, {})

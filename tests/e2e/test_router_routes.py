@@ -99,15 +99,8 @@ def test_short_prompt_is_probed_once_its_text_is_long(engine: Engine, reference_
 def test_pooled_queries_are_those_of_transformers(engine, reference, reference_router) -> None:
     for length in (5, 130, 255, 256, 257, 1500):
         prompt = random_prompt(length, seed=length)
-        engine.runtime.probe.decide(_prompt(prompt))
         expected = reference_router.pooled(reference, prompt)
-        torch.testing.assert_close(engine.runtime.probe.pooled_queries, expected, rtol=0, atol=1e-4)
-
-
-def _prompt(tokens: list[int]):
-    from flux_vllm.routing.prompts import Prompt
-
-    return Prompt("probed by the test", len(tokens), tokens)
+        torch.testing.assert_close(engine.probe(prompt)[0], expected, rtol=0, atol=1e-4)
 
 
 def test_a_probe_writes_no_key_and_no_value(engine: Engine) -> None:
@@ -116,7 +109,7 @@ def test_a_probe_writes_no_key_and_no_value(engine: Engine) -> None:
     caches = [layer.kv_cache for layer in context.values()]
     before = [cache.clone() for cache in caches]
     assert all(cache.any() for cache in caches)
-    engine.runtime.probe.decide(_prompt(random_prompt(700, seed=2)))
+    engine.probe(random_prompt(700, seed=2))
     for cache, copy in zip(caches, before, strict=True):
         assert torch.equal(cache.view(torch.uint8), copy.view(torch.uint8))
 
@@ -224,9 +217,8 @@ def test_router_that_looks_at_more(tiny_model, reference, tmp_path) -> None:
     with Engine(tiny_model, {"router": str(path)}, block_size=BLOCK_SIZE) as engine:
         answers = engine.generate([random_prompt(n, seed=n) for n in (161, 250, 400, 900)], 8)
         for answer in answers:
-            engine.runtime.probe.decide(_prompt(answer.prompt))
             expected = router.pooled(reference, answer.prompt)
-            found = engine.runtime.probe.pooled_queries
+            found = engine.probe(answer.prompt)[0]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     for answer in answers:
         _check(answer, reference, router)

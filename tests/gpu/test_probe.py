@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flux_vllm.routing.prompts import Prompt
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.models import (
     random_prompt,
@@ -60,15 +59,6 @@ def _bits(answer: Answer) -> tuple:
     return tuple(answer.routes), tuple(answer.p_full)
 
 
-def _probe(engine: Engine, tokens: list[int]) -> list[torch.Tensor]:
-    """Probe a prompt. Returns: pooled queries, P(FULL) and routes."""
-    probe = engine.runtime.probe
-    probe.decide(Prompt("probed by the test", len(tokens), tokens))
-    found = probe.pooled_queries, probe.full_probability, probe.routes
-    torch.cuda.synchronize()
-    return [tensor.clone() for tensor in found]
-
-
 def test_is_captured(engine: Engine) -> None:
     assert engine.runtime.probe._replay is not None
 
@@ -99,7 +89,7 @@ def test_short_prompt_is_probed_once_its_text_is_long(engine: Engine) -> None:
     (short,) = engine.generate([prompt], 8)
     assert short.routes is None
     (long,) = engine.generate([prompt], 40)
-    _, p_full, routes = _probe(engine, prompt)
+    _, p_full, routes = engine.probe(prompt)
     assert _bits(long) == (tuple(routes.tolist()), tuple(p_full.tolist()))
 
 
@@ -120,9 +110,9 @@ def test_captured_equals_eager(engine: Engine) -> None:
     replay = probe._replay
     for length in LENGTHS:
         prompt = random_prompt(length, seed=length)
-        captured = _probe(engine, prompt)
+        captured = engine.probe(prompt)
         probe._replay = None
-        eager = _probe(engine, prompt)
+        eager = engine.probe(prompt)
         probe._replay = replay
         worst = (captured[0] - eager[0]).abs().max()
         print(f"\n{length} tokens: pooled queries differ by at most {worst:.2e}", flush=True)
@@ -136,7 +126,7 @@ def test_a_probe_writes_no_key_and_no_value(engine: Engine) -> None:
     caches = [layer.kv_cache for layer in context.values() if hasattr(layer, "kv_cache")]
     before = [cache.clone() for cache in caches]
     assert all(cache.any() for cache in caches)
-    _probe(engine, random_prompt(700, seed=2))
+    engine.probe(random_prompt(700, seed=2))
     for cache, copy in zip(caches, before, strict=True):
         assert torch.equal(cache, copy)
 
@@ -148,6 +138,6 @@ def test_pooled_queries_are_those_of_transformers(files, engine: Engine) -> None
         prompt = random_prompt(length, seed=length)
         expected = router.pooled(exact, prompt)
         allowed = (router.pooled(plain, prompt) - expected).square().mean().sqrt()
-        found = (_probe(engine, prompt)[0].cpu() - expected).square().mean().sqrt()
+        found = (engine.probe(prompt)[0].cpu() - expected).square().mean().sqrt()
         print(f"\n{length} tokens: r.m.s. error {found:.2e}, plain bfloat16 {allowed:.2e}")
         assert found <= 2 * allowed

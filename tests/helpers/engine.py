@@ -143,6 +143,18 @@ class Engine:
         """Empty the prefix cache."""
         assert self.llm.reset_prefix_cache()
 
+    def probe(self, tokens: Sequence[int]) -> tuple[Any, Any, Any]:
+        """Probe a prompt without a request.
+
+        Returns: pooled queries before RoPE [layers, pools, H], P(FULL) [layers], routes [layers].
+        """
+        from flux_vllm.routing.prompts import Prompt
+
+        probe = self.runtime.probe
+        probe.decide(Prompt("probed by a test", len(tokens), list(tokens)))
+        pooled = probe._weights @ probe._mean_query
+        return pooled, probe.full_probability.clone(), probe.routes.clone()
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
