@@ -88,6 +88,19 @@ class Engine:
         """Time a decode step, the mean of so many; all requests must decode in each."""
         return self._call("step_seconds", steps, batch)
 
+    def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
+        """Answer more requests than fit at once, all there from the beginning.
+
+        Args:
+            context: tokens of each prompt.
+            requests: how many.
+            tokens: that each gets.
+
+        Returns: `most_running` requests at once, `seconds`, `tokens_per_second`, and
+            `tokens_per_second_at_most`, of the steps in which nearly the most rows decoded.
+        """
+        return self._call("answer_load", context, requests, tokens)
+
     def stop(self, names: Sequence[str]) -> None:
         """End requests."""
         self._call("stop", names)
@@ -242,6 +255,28 @@ class _Driver:
             if len(outputs) != batch:
                 raise RuntimeError(f"expected {batch} rows to decode, found {len(outputs)}")
         return (time.perf_counter() - begin) / steps
+
+    def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
+        for number in range(requests):
+            prompt = {"prompt_token_ids": self._random_prompt(context)}
+            self._core.add_request(f"load-{number}", prompt, _sampling(tokens))
+        scheduler = self._core.engine_core.engine_core.scheduler
+        steps: list[tuple[int, float]] = []
+        most_running = 0
+        while self._core.has_unfinished_requests():
+            begin = time.perf_counter()
+            rows = len(self._core.step())
+            steps.append((rows, time.perf_counter() - begin))
+            most_running = max(most_running, len(scheduler.running))
+        seconds = sum(taken for _, taken in steps)
+        most = max(rows for rows, _ in steps)
+        full = [(rows, taken) for rows, taken in steps if rows >= 0.9 * most]
+        return {
+            "most_running": most_running,
+            "seconds": seconds,
+            "tokens_per_second": requests * tokens / seconds,
+            "tokens_per_second_at_most": sum(r for r, _ in full) / sum(t for _, t in full),
+        }
 
     def stop(self, names: Sequence[str]) -> None:
         self._core.abort_request(list(names))

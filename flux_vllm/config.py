@@ -41,6 +41,8 @@ class FluxConfig:
     """Of the sparse pattern, each with a default of its own."""
     kernels: str | None = None
     """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
+    free_kv: bool = False
+    """Whether layers that are SPARSE for every request give their KV blocks back meanwhile."""
 
     def __post_init__(self) -> None:
         _check_type("router", self.router, str, "a path")
@@ -63,6 +65,13 @@ class FluxConfig:
         _check_type("pattern_options", self.pattern_options, Mapping, expected)
         if self.kernels is not None and self.kernels not in KERNELS:
             raise _error("kernels", f"one of {list(KERNELS)}", self.kernels)
+        if not isinstance(self.free_kv, bool):
+            raise _error("free_kv", "true or false", self.free_kv)
+        if self.free_kv and self.policy == "full":
+            raise FluxConfigError(
+                'flux config: expected a policy with SPARSE layers together with "free_kv", found '
+                "policy 'full', which reads every key again; drop \"free_kv\" or change the policy"
+            )
         self._check_sparse_layers()
 
     def _check_sparse_layers(self) -> None:

@@ -32,6 +32,12 @@ IMPORTS_VLLM = (
     "flux_vllm/cli/serve.py",
     "flux_vllm/hooks/front_end.py",
     "flux_vllm/hooks/worker.py",
+    "flux_vllm/kv/check.py",
+    "flux_vllm/kv/coordinator.py",
+    "flux_vllm/kv/manager.py",
+    "flux_vllm/kv/register.py",
+    "flux_vllm/kv/spec.py",
+    "flux_vllm/kv/worker.py",
     "flux_vllm/plugin.py",
     "flux_vllm/routing/model_call.py",
     "flux_vllm/startup/attach.py",
@@ -192,8 +198,8 @@ def test_package_imports_nothing_of_the_checkout() -> None:
 
 def test_what_serves_does_not_import_what_shows_it() -> None:
     served = _files(
-        *(f"flux_vllm/{name}" for name in ("attention_backend", "hooks", "metrics", "patterns")),
-        *(f"flux_vllm/{name}" for name in ("router", "routing", "startup")),
+        *(f"flux_vllm/{name}" for name in ("attention_backend", "hooks", "kv", "metrics")),
+        *(f"flux_vllm/{name}" for name in ("patterns", "router", "routing", "startup")),
     )
     foreign = _importing(served, "flux_vllm.cli", "flux_vllm.live", "flux_vllm.importer")
     assert not foreign, f"{foreign}; arrows point from what users see inward"

@@ -50,8 +50,8 @@ def two_digits(expression: str) -> str:
 
 
 def quantile(share: float, metric: str) -> str:
-    """Write a quantile of one of vLLM's histograms."""
-    rate = f"rate(vllm:{metric}_bucket{{{CHOSEN}}}[$__rate_interval])"
+    """Write a quantile of a histogram."""
+    rate = f"rate({metric}_bucket{{{CHOSEN}}}[$__rate_interval])"
     return f"histogram_quantile({share}, sum by (le) ({rate}))"
 
 
@@ -146,6 +146,19 @@ def defects() -> stat.Panel:
     return panel.span(THIRD)
 
 
+def memory_panels() -> list:
+    """Make the panels of `free_kv`."""
+    freed = f"sum(rate(flux_kv_blocks_freed_total{{{CHOSEN}}}[$__rate_interval]))"
+    held = (
+        query(quantile(share, "flux_request_kv_bytes"), f"p{100 * share:g}", ref)
+        for ref, share in (("A", 0.5), ("B", 0.95))
+    )
+    return [
+        lines("KV blocks given back a second", "short", query(freed, "by living requests")),
+        lines("KV memory a request held at its end", "bytes", *held),
+    ]
+
+
 def server_panels() -> list:
     """Make the panels of vLLM's own metrics."""
     panels = []
@@ -154,7 +167,7 @@ def server_panels() -> list:
         ("Time per output token", "request_time_per_output_token_seconds"),
     ):
         targets = [
-            query(quantile(share, metric), f"p{100 * share:g}", ref)
+            query(quantile(share, f"vllm:{metric}"), f"p{100 * share:g}", ref)
             for ref, share in (("A", 0.5), ("B", 0.95), ("C", 0.99))
         ]
         panels.append(lines(title, "s", *targets))
@@ -204,7 +217,11 @@ def build() -> str:
         variable = variable.query(f"label_values({labels_of}, {key})").multi(True)
         variable = variable.include_all(True).all_value(".+")
         board = board.with_variable(variable.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED))
-    for title, panels in (("Routes", route_panels()), ("Server", server_panels())):
+    for title, panels in (
+        ("Routes", route_panels()),
+        ("KV memory", memory_panels()),
+        ("Server", server_panels()),
+    ):
         board = board.with_row(dashboard.Row(title))
         for panel in panels:
             board = board.with_panel(panel)

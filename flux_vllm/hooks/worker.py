@@ -14,6 +14,7 @@ from flux_vllm.hooks.rows import (
     prompt_of,
 )
 from flux_vllm.hooks.wrap import wrap, wrap_object
+from flux_vllm.kv.worker import cluster_kv_cache
 from flux_vllm.router.place import ROUTER_FILE_NAME
 from flux_vllm.selection import uses_flux
 from flux_vllm.startup.attach import attach
@@ -33,6 +34,7 @@ def install() -> None:
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         classes.append(CPUWorker)
+    wrap(Worker, "get_kv_cache_spec", _cluster_layers)
     for worker_class in classes:
         if "determine_available_memory" in vars(worker_class):
             wrap(worker_class, "determine_available_memory", _attach_then_measure)
@@ -41,6 +43,13 @@ def install() -> None:
 def _leave_router_out(original: Callable, files: list[str], *args: Any, **kwargs: Any) -> list[str]:
     """vLLM reads every safetensors file of a model's folder that has no index; ours is no shard."""
     return original([f for f in files if Path(f).name != ROUTER_FILE_NAME], *args, **kwargs)
+
+
+def _cluster_layers(original: Callable, self: Any) -> Any:
+    """vLLM groups layers by their specs; the runner is asked again when graphs are profiled."""
+    if uses_flux(self.vllm_config):
+        cluster_kv_cache(self)
+    return original(self)
 
 
 def _attach_then_measure(original: Callable, self: Any) -> int:

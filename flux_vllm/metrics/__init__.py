@@ -1,1 +1,1 @@
-"""Numbers for operators: counted in the worker, shown on the API server's `/metrics`."""
+"""Numbers for operators: counted in worker and scheduler, shown on the API server's `/metrics`."""

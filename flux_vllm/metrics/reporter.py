@@ -24,7 +24,7 @@ _ATTENDED = "Keys attended to, summed over queries and routed layers."
 _CONTEXT = "Keys full attention would have attended to, summed likewise."
 _UNROUTED = "Rows longer than sinks and window without a route; anything but 0 is a defect."
 _NONFINITE = "Requests whose router logits were not finite, FULL there; anything but 0 is a defect."
-_UNREAD = "Requests whose prompt no router could read (embeddings, images): FULL in all layers."
+_UNREAD = "Requests whose prompt no router could read (embeddings, images): FULL where that may be."
 _INFO = "The router in use and its configuration; always 1."
 
 

@@ -35,6 +35,11 @@ class SparsePattern(ABC):
 
     @property
     @abstractmethod
+    def is_local(self) -> bool:
+        """Whether no SPARSE prefill query ever reads a key between sinks and window."""
+
+    @property
+    @abstractmethod
     def reach(self) -> int:
         """Tokens of context up to which SPARSE prefill sees every key, as FULL does."""
 

@@ -17,6 +17,11 @@ class Pattern(SparsePattern):
     name: ClassVar[str] = "streaming"
 
     @property
+    def is_local(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def reach(self) -> int:
         """The sinks and the window of the last query."""
         return self.sink_tokens + self.window_tokens

@@ -30,6 +30,11 @@ class Pattern(streaming.Pattern):
         if type(self.tail_tokens) is not int or not 1 <= self.tail_tokens <= 2**30:
             raise option_error("tail_tokens", f"a whole number from 1 to {2**30}", self.tail_tokens)
 
+    @property
+    def is_local(self) -> bool:
+        """The prompt's last queries read everything."""
+        return False
+
     def tails(self, batch: Batch) -> np.ndarray:
         """Count each row's queries, at its end, that attend to everything: [R] int64."""
         begin = batch.prompt_lens - self.tail_tokens

@@ -43,6 +43,11 @@ class Pattern(SparsePattern):
             raise option_error("stride", "8 or 16", self.stride)
 
     @property
+    def is_local(self) -> bool:
+        """A query's blocks may lie anywhere."""
+        return False
+
+    @property
     def reach(self) -> int:
         """The first block and the second."""
         return 2 * BLOCK

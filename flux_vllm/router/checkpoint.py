@@ -32,7 +32,7 @@ _BOUNDS = {
     "sink_tokens": (0, 2**30),
     "window_tokens": (1, 2**30),
 }
-_LISTS = ("pools", "context_layers", "widths")
+_LISTS = ("pools", "context_layers", "widths", "always_sparse")
 """Fields that are written where they are not empty."""
 _MOST_ENTRIES = 1024
 _Entry = TypeVar("_Entry", str, int)
@@ -66,6 +66,8 @@ class RouterInfo:
     """Layers whose pooled queries every router sees beside its own layer's."""
     widths: tuple[int, ...] = ()
     """Outputs of a router's first four linear layers; empty: the paper's."""
+    always_sparse: tuple[int, ...] = ()
+    """Layers that are SPARSE for every request, whatever their routers' tensors say."""
     provenance: dict[str, object] = field(default_factory=dict)
     """How it was trained: time, versions, data, arguments."""
 
@@ -151,6 +153,7 @@ class RouterInfo:
             pools=_list(metadata, "pools", str, path),
             context_layers=_list(metadata, "context_layers", int, path),
             widths=_list(metadata, "widths", int, path),
+            always_sparse=_list(metadata, "always_sparse", int, path),
             **numbers,
         )
         info.check(path)
@@ -167,14 +170,16 @@ class RouterInfo:
             raise RouterCheckpointError(
                 f"{path}: the metadata make no inputs of a router: {error}; write the file again"
             ) from error
-        beyond = any(layer >= self.num_layers for layer in self.context_layers)
+        named = (*self.context_layers, *self.always_sparse)
+        beyond = any(layer >= self.num_layers for layer in named)
         sizes = (*self.widths, inputs.vectors * self.head_dim)
         fits = min(sizes) >= 1 and max(sizes) <= _MOST_INPUTS and len(self.widths) in (0, 4)
         if beyond or not fits:
             raise RouterCheckpointError(
-                f"{path}: expected context_layers below num_layers ({self.num_layers}), no or four "
-                f"widths, and sizes of at most {_MOST_INPUTS}, found context_layers "
-                f"{_shortened(self.context_layers)}, widths {_shortened(self.widths)} and "
+                f"{path}: expected context_layers and always_sparse below num_layers "
+                f"({self.num_layers}), no or four widths, and sizes of at most {_MOST_INPUTS}, "
+                f"found context_layers {_shortened(self.context_layers)}, always_sparse "
+                f"{_shortened(self.always_sparse)}, widths {_shortened(self.widths)} and "
                 f"{inputs.vectors} pooled vectors of {self.head_dim}; write the file again"
             )
 
@@ -257,6 +262,7 @@ def read_router(path: Path) -> tuple[LayerRouter, RouterInfo]:
         layer, linear, kind = _split(name)
         weight, bias = router.linear(linear)
         (weight if kind == "weight" else bias)[layer] = tensor.float()
+    router.make_sparse(info.always_sparse)
     return router, info
 
 

@@ -3,6 +3,8 @@
 Dimension legend: L layers, R requests, H head dim, F features (H in the paper).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -12,6 +14,8 @@ _LAYERS = ("features.0", "features.2", "head.0", "head.2", "head.4")
 # SiLU follows these; `features.2` hands its output to the head unchanged.
 _SILU_AFTER = ("features.0", "head.0", "head.2")
 _ROUTES = 2
+_NEVER = -1e4
+"""A logit whose probability is 0 in every floating-point format, beside one of 0."""
 
 
 def paper_widths(head_dim: int) -> tuple[int, int, int, int]:
@@ -45,6 +49,11 @@ class LayerRouter(nn.Module):
     Source: arXiv 2604.07394, section 3; sizes of the authors' published checkpoints.
     """
 
+    _always_sparse: torch.Tensor
+    """[L] bool."""
+    _never_full: torch.Tensor
+    """[2]: logits that make P(FULL) 0; columns as in `Route`."""
+
     def __init__(
         self, num_layers: int, head_dim: int, vectors: int = 1, widths: tuple[int, ...] = ()
     ) -> None:
@@ -59,10 +68,21 @@ class LayerRouter(nn.Module):
             bias = torch.empty(num_layers, out).uniform_(-bound, bound)
             self.register_parameter(_attr(name, "weight"), nn.Parameter(weight))
             self.register_parameter(_attr(name, "bias"), nn.Parameter(bias))
+        always_sparse = torch.zeros(num_layers, dtype=torch.bool)
+        self.register_buffer("_always_sparse", always_sparse, persistent=False)
+        never_full = torch.tensor([0.0, _NEVER])
+        self.register_buffer("_never_full", never_full, persistent=False)
 
     def linear(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the stacked weight [L, out, in] and bias [L, out] of one linear layer."""
         return getattr(self, _attr(name, "weight")), getattr(self, _attr(name, "bias"))
+
+    def make_sparse(self, layers: Iterable[int]) -> None:
+        """Let some layers' routers say SPARSE to everything, numbers that are not finite too.
+
+        At a threshold of 0 even P(FULL) = 0 is FULL.
+        """
+        self._always_sparse[list(layers)] = True
 
     def forward(self, layer: int, pooled_query_features: torch.Tensor) -> torch.Tensor:
         """Score one layer's requests.
@@ -80,7 +100,7 @@ class LayerRouter(nn.Module):
             x = functional.linear(x, weight[layer], bias[layer])
             if name in _SILU_AFTER:
                 x = functional.silu(x)
-        return x
+        return torch.where(self._always_sparse[layer], self._never_full, x)
 
     def forward_all(self, pooled_query_features: torch.Tensor) -> torch.Tensor:
         """Score every layer at once: [L, R, F] to router_logits [L, R, 2]."""
@@ -90,7 +110,7 @@ class LayerRouter(nn.Module):
             x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
             if name in _SILU_AFTER:
                 x = functional.silu(x)
-        return x
+        return torch.where(self._always_sparse[:, None, None], self._never_full, x)
 
 
 def _attr(name: str, kind: str) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
+from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.patterns import make_pattern
@@ -88,7 +89,7 @@ class FluxRuntime:
         self._probed: set[int] = set()
         self._pending: deque[PendingReadback] = deque()
         self._known_routes = np.empty((0, num_layers), dtype=np.int8)
-        self._full_routes = self._routes(())
+        self._unread_routes = self._routes(() if info is None else info.always_sparse)
         self.fixed_routes: list[int] | None = None
         """By layer of the model, for policies that need no router."""
         if not config.needs_router:
@@ -112,6 +113,11 @@ class FluxRuntime:
         """
         if self.config.needs_router:
             raise AssertionError("fix_routes: the policy is `router`")
+        if self.config.free_kv and self.fixed_routes is not None:
+            raise UnsupportedConfigurationError(
+                'flux_fix_routes: expected an engine without "free_kv", found one that has given '
+                'back keys of the layers that were SPARSE; start it without "free_kv"'
+            )
         self.fixed_routes = self._routes(sparse_layers)
         self.table.fix(self.fixed_routes)
         self._known_routes[:] = self.fixed_routes
@@ -160,8 +166,8 @@ class FluxRuntime:
         for prompt in self._open.take_due(context_ends):
             slot, _ = self.table.acquire(prompt.request_id)
             if prompt.tokens is None:
-                full = torch.tensor(self._full_routes, dtype=torch.int8)
-                self.table.write(slot, full, float("nan"))
+                routes = torch.tensor(self._unread_routes, dtype=torch.int8)
+                self.table.write(slot, routes, float("nan"))
             else:
                 assert self.probe is not None
                 self.probe.decide(prompt)

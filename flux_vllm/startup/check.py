@@ -14,6 +14,7 @@ from flux_vllm.errors import (
     RouterCheckpointError,
     UnsupportedConfigurationError,
 )
+from flux_vllm.kv.check import check_free_kv
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.inputs import RouterInputs
@@ -45,6 +46,8 @@ def check_configuration(vllm_config: Any) -> None:
         if config.needs_router:
             check_probe(info.inputs, vllm_config)
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
+    if config.free_kv:
+        check_free_kv(config, info, vllm_config)
 
 
 def check_features(vllm_config: Any) -> None:

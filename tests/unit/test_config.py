@@ -58,6 +58,9 @@ BAD_VALUES = [
     ({"kernels": "cutlass"}, "kernels", "one of ['fa3', 'triton']", "cutlass"),
     ({"kernels": True}, "kernels", "one of ['fa3', 'triton']", True),
     ({"kernels": ["fa3"]}, "kernels", "one of ['fa3', 'triton']", ["fa3"]),
+    ({"free_kv": 1}, "free_kv", "true or false", 1),
+    ({"free_kv": "true"}, "free_kv", "true or false", "true"),
+    ({"free_kv": None}, "free_kv", "true or false", None),
     ({**STATIC, "sparse_layers": 3}, "sparse_layers", LAYERS, 3),
     ({**STATIC, "sparse_layers": "0,1"}, "sparse_layers", LAYERS, "0,1"),
     ({**STATIC, "sparse_layers": {"0": 1}}, "sparse_layers", LAYERS, {"0": 1}),
@@ -91,6 +94,7 @@ class TestDefaults:
             "sparse_pattern": None,
             "pattern_options": None,
             "kernels": None,
+            "free_kv": False,
         }
 
     def test_frozen(self) -> None:
@@ -161,6 +165,14 @@ class TestContradictions:
             "then, found policy 'static' and sparse_layers None; add \"sparse_layers\""
         )
 
+    def test_free_kv_with_policy_full(self) -> None:
+        with pytest.raises(FluxConfigError) as error:
+            read({"policy": "full", "free_kv": True})
+        assert str(error.value) == (
+            'flux config: expected a policy with SPARSE layers together with "free_kv", found '
+            "policy 'full', which reads every key again; drop \"free_kv\" or change the policy"
+        )
+
 
 class TestLayers:
     @pytest.mark.parametrize(
@@ -213,6 +225,7 @@ class TestAdditionalConfig:
             "sparse_pattern": "streaming",
             "pattern_options": {"an_option": 0.5},
             "kernels": "triton",
+            "free_kv": True,
         }
         found = dataclasses.asdict(read(entries))
         assert found == {**entries, "sparse_layers": (1,)}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from training.prompts.drawing import Draw, Kind, Made, fill, finish, pick, pick_question
-from training.prompts.wordings_file import choose, phrases
+from training.prompts.wordings_file import choose, labels, phrases
 
 _LINE_CHARS = (40, 420)
 _RAW_SHARE = 0.45
@@ -37,8 +37,8 @@ def classify(draw: Draw) -> Made | None:
     examples = make(draw)
     if len(examples) < 8 or len({label for _, label in examples}) < 2:
         return None
-    labels = ", ".join(sorted({label for _, label in examples}))
-    text, answer = _shots(draw, "classify", examples, {"labels": labels})
+    names = ", ".join(sorted({label for _, label in examples}))
+    text, answer = _shots(draw, "classify", examples, {"labels": names})
     return finish(draw, text, reference=answer, max_new_tokens=24, raw_share=_RAW_SHARE)
 
 
@@ -62,7 +62,7 @@ def _fill_up(
 
 def _question_types(draw: Draw) -> list[tuple[str, str]]:
     """Written questions by the kind of answer they ask for."""
-    names: dict[str, str] = dict(phrases("answer_types", draw.language)[0])
+    names = labels("answer_types", draw.language)
 
     def one() -> tuple[str, str] | None:
         question = pick_question(draw)

@@ -55,7 +55,17 @@ def wordings(kind: str, language: str) -> tuple[Wording, ...]:
 @functools.cache
 def phrases(name: str, language: str) -> tuple[Any, ...]:
     """Return a list of phrases: heads of passages, hints on form, system messages, names."""
-    return tuple(json.loads((_FOLDER / "phrases.json").read_text("utf-8"))[name][language])
+    return tuple(_read_phrases()[name][language])
+
+
+def labels(name: str, language: str) -> dict[str, str]:
+    """Return how each of a list of things is called: the kinds of answers."""
+    return dict(_read_phrases()[name][language])
+
+
+@functools.cache
+def _read_phrases() -> dict[str, Any]:
+    return json.loads((_FOLDER / "phrases.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 
 @functools.cache

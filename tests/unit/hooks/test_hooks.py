@@ -57,6 +57,7 @@ class TestWrapping:
             return [
                 CPUWorker.determine_available_memory,
                 Worker.determine_available_memory,
+                Worker.get_kv_cache_spec,
                 default_loader.filter_duplicate_safetensors_files,
             ]
 

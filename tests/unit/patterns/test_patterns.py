@@ -132,6 +132,17 @@ def test_up_to_its_reach_every_key_is_seen(name: str) -> None:
     assert seen.sum() == case.heads * case.end * (case.end + 1) // 2
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_is_local_is_what_prefill_reads(name: str) -> None:
+    """What lies between sinks and window is given back during the prompt where this says so."""
+    pattern = make(name)
+    case = Case(0, 600, 600)
+    seen = visible(pattern, *draw(case)[:2], case.prompt_len, SCALE)
+    query, key = torch.arange(600)[:, None], torch.arange(600)
+    between = (key >= S) & (key <= query - W)
+    assert pattern.is_local == (not (seen & between).any())
+
+
 def run_on_cpu(
     pattern: SparsePattern, case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:

@@ -23,6 +23,7 @@ from flux_vllm.router.checkpoint import (
     write_router,
 )
 from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.route import Route, choose_route, full_probability
 from tests.unit.router.router_files import (
     HEAD_DIM,
     LAYERS,
@@ -235,3 +236,31 @@ class TestAtomicWrite:
         with pytest.raises(RouterCheckpointError, match=f"^{message}$"):
             write_router(path, LayerRouter(*size), INFO)
         assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_always_sparse_layers_stay_so(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Whatever their tensors say: keys that nobody reads are given back for good."""
+    info = replace(INFO, always_sparse=(0, 2))
+    write_router(tmp_path, LayerRouter(INFO.num_layers, INFO.head_dim), info)
+    router, found = read_router(tmp_path)
+    assert found.always_sparse == (0, 2)
+    router = router.to(dtype)
+    features = 1e3 * torch.randn(100, INFO.head_dim, dtype=dtype)
+    features[7] = float("nan")
+    together = router.forward_all(features.expand(INFO.num_layers, -1, -1))
+    for layer in range(INFO.num_layers):
+        probability = full_probability(router(layer, features))
+        assert torch.equal(probability.isnan(), full_probability(together[layer]).isnan())
+        routes = choose_route(probability, 1e-6)
+        if layer in (0, 2):
+            assert (probability == 0).all()
+            assert (routes == Route.SPARSE).all()
+        else:
+            assert (routes == Route.FULL).any()
+
+
+def test_always_sparse_beyond_the_model(tmp_path: Path) -> None:
+    info = replace(INFO, always_sparse=(INFO.num_layers,))
+    with pytest.raises(RouterCheckpointError, match="always_sparse below num_layers "):
+        write_router(tmp_path, LayerRouter(INFO.num_layers, INFO.head_dim), info)

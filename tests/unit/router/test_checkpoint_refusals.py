@@ -230,7 +230,9 @@ class TestInputs:
             ("widths", "[8, 8]", r".*no or four widths.*found .*widths \(8, 8\).*"),
             ("widths", "[8, 8, 0, 8]", r".*no or four widths.*"),
             ("widths", "[8, 8, 9999999, 8]", r".*sizes of at most 1048576.*"),
-            ("context_layers", "[3]", r".*context_layers below num_layers \(3\).*"),
+            ("context_layers", "[3]", r".*context_layers and .* below num_layers \(3\).*"),
+            ("always_sparse", "[3]", r".*and always_sparse below num_layers \(3\).*"),
+            ("always_sparse", '["a"]', r".*a JSON list of whole numbers in .*'always_sparse'.*"),
         ],
     )
     def test_refused(self, tmp_path: Path, field: str, value: str, message: str) -> None:

@@ -6,6 +6,7 @@ takes over says nothing of its former owner, in the table or in the numbers.
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.errors import FluxConfigError
+from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
 from flux_vllm.routing.readback import PendingReadback
 from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
     FULL,
+    INFO,
     OPEN,
     REACH,
     ROUTED,
@@ -105,6 +107,13 @@ class TestLifeOfARequest:
         assert runtime.table.routes[runtime.table.slot("a")].tolist() == [FULL, FULL, OPEN, FULL]
         assert runtime.reporter.unread == 1  # type: ignore[union-attr]
         assert runtime.reporter.probabilities == [[]]  # type: ignore[union-attr]
+
+    def test_unread_prompt_leaves_always_sparse_layers_so(self) -> None:
+        """Their keys are given back whoever asks."""
+        runtime = make(answers=ANSWERS, info=replace(INFO, always_sparse=(0, 3)))
+        run(runtime, batch(("a", 0, 50, 50)), readable=False)
+        routes = runtime.table.routes[runtime.table.slot("a")].tolist()
+        assert routes == [SPARSE, FULL, OPEN, SPARSE]
 
 
 class TestNumbers:
@@ -250,6 +259,17 @@ class TestFixedRoutes:
         runtime.fix_routes((0, 3))
         run(runtime, batch(("a", 9, 1, 9), ("b", 0, 9, 9)))
         assert recorded(runtime)[-1][1] == [[SPARSE, FULL, SPARSE]] * 2
+
+    def test_keys_given_back_fix_them(self) -> None:
+        sizes = {"sink_tokens": 1, "window_tokens": 2}
+        runtime = make("static", sparse_layers=(1,), free_kv=True, **sizes)
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            runtime.fix_routes((0, 3))
+        assert str(error.value) == (
+            'flux_fix_routes: expected an engine without "free_kv", found one that has given back '
+            'keys of the layers that were SPARSE; start it without "free_kv"'
+        )
+        assert runtime.fixed_routes == [FULL, SPARSE, OPEN, FULL]
 
     def test_router_has_none(self) -> None:
         runtime = make()

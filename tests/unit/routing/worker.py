@@ -71,12 +71,13 @@ def make(
     policy: str = "router",
     answers: dict[str, list[int]] | None = None,
     max_requests: int = 2,
+    info: RouterInfo = INFO,
     **config: Any,
 ) -> FluxRuntime:
     with_router = policy == "router"
     runtime = FluxRuntime(
         FluxConfig(policy=policy, **config),
-        INFO if with_router else None,
+        info if with_router else None,
         num_layers=L,
         routed_layers=ROUTED,
         max_requests=max_requests,

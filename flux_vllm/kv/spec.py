@@ -1,0 +1,94 @@
+"""The KV cache of a layer that is SPARSE for every request, as vLLM is told of it."""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_TILE_TOKENS = 128
+"""Most keys that an attention kernel loads at once: a tile may begin so far before the window. What
+it masks there has to be finite, hence this request's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxSpec(AttentionSpec):
+    """A KV cache that holds sinks, window and what is in flight, once the rest is freed.
+
+    No `FullAttentionSpec`: vLLM takes for granted that a shorter prefix of a hit of those is a hit.
+    """
+
+    cluster: int
+    """Number of the KV cache group: vLLM groups layers whose specs are equal."""
+    sink_tokens: int
+    window_tokens: int
+    """The query's own included."""
+    frees_in_prefill: bool
+    """Whether SPARSE prefill reads no key between sinks and window."""
+
+    @classmethod
+    def of(
+        cls,
+        spec: FullAttentionSpec,
+        *,
+        cluster: int,
+        sink_tokens: int,
+        window_tokens: int,
+        frees_in_prefill: bool,
+    ) -> "FluxSpec":
+        """Take over vLLM's spec of a layer; its pages stay as they are."""
+        pages = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
+        return cls(
+            **pages,
+            cluster=cluster,
+            sink_tokens=sink_tokens,
+            window_tokens=window_tokens,
+            frees_in_prefill=frees_in_prefill,
+        )
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that are never freed; at least one, since vLLM drops null blocks at the head."""
+        return max(1, cdiv(self.sink_tokens, self.block_size))
+
+    def window_block(self, position: int) -> int:
+        """Return the index of the first block that the window of a query at `position` needs."""
+        return max(0, position - self.window_tokens + 1) // self.block_size
+
+    def freed_end(self, processed_tokens: int) -> int:
+        """Return up to which block all behind the sinks is free, once so many tokens are processed.
+
+        What lies just before the window is kept: for kernels that read whole tiles, and so that a
+        prompt that comes again, whose last block is always computed anew, still hits.
+        """
+        kept = max(self.block_size, _TILE_TOKENS)
+        return self.window_block(processed_tokens - kept)
+
+    def most_blocks(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """Return the most blocks that one request holds.
+
+        Args:
+            max_in_flight_tokens: most tokens that are scheduled but not yet processed.
+            max_model_len: most tokens of a request.
+        """
+        everything = cdiv(max_model_len, self.block_size)
+        if not self.frees_in_prefill:
+            return everything
+        kept = max(self.block_size, _TILE_TOKENS)
+        latest = self.window_tokens - 1 + kept + max_in_flight_tokens
+        # One more: the window may begin anywhere in its first block.
+        return min(everything, self.sink_blocks + cdiv(latest, self.block_size) + 1)
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """Return the most memory that one request takes in one layer."""
+        most = self.most_blocks(
+            vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+        )
+        return most * self.page_size_bytes
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Say whether all layers may share one group: only those of one cluster."""
+        return all(spec == self for spec in kv_cache_specs.values())

@@ -1,0 +1,216 @@
+"""`free_kv` on real engines: groups, freeing and overwriting what is free change no bit.
+
+Oracle: the same engine without `free_kv`; for memory, the formula of docs/KV_MEMORY.md.
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import pytest
+from prometheus_client import generate_latest
+
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.router.checkpoint import read_router, write_router
+from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
+from tests.helpers.engine import Engine
+from tests.helpers.free_kv import PoisonedEngine
+from tests.helpers.metrics import parse, total
+from tests.helpers.models import random_prompt
+
+pytestmark = pytest.mark.vllm
+
+BLOCK_SIZE = 32
+FLUX = {
+    "policy": "static",
+    "sparse_layers": [0, 1, 2],
+    "sink_tokens": SINK_TOKENS,
+    "window_tokens": WINDOW_TOKENS,
+}
+FREE = FLUX | {"free_kv": True}
+LENGTHS = [710, 159, 30]
+PROMPTS = [random_prompt(length, seed=length) for length in LENGTHS]
+TOKENS = 70
+
+
+def _answers(engine, prompts=PROMPTS):
+    return [(a.tokens, a.logprobs) for a in engine.generate(prompts, TOKENS)]
+
+
+def _plain(model, flux=None, **arguments):
+    with Engine(model, FLUX | (flux or {}), block_size=BLOCK_SIZE, **arguments) as engine:
+        return _answers(engine)
+
+
+def _schedule_ahead(monkeypatch):
+    """Schedule each step before the one before it is processed, as on GPUs.
+
+    vLLM has this off on CPUs, whose model runner is made for it no more than for streams; the
+    scheduler does not mind.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    initialize = EngineCore._initialize_kv_caches
+
+    def initialized(self, vllm_config):
+        kv_cache_config = initialize(self, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+        return kv_cache_config
+
+    monkeypatch.setattr(EngineCore, "_initialize_kv_caches", initialized)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chunk", "is_async"),
+    [
+        ("streaming", 97, False),
+        ("streaming", 256, True),
+        ("triangle", 256, True),
+        ("xattention", 256, False),
+    ],
+)
+def test_freed_and_overwritten_equals_kept(tiny_model, monkeypatch, pattern, chunk, is_async):
+    arguments = {"max_num_batched_tokens": chunk}
+    if is_async:
+        _schedule_ahead(monkeypatch)
+    pattern = {"sparse_pattern": pattern}
+    expected = _plain(tiny_model, flux=pattern, **arguments)
+    with PoisonedEngine(tiny_model, FREE | pattern, block_size=BLOCK_SIZE, **arguments) as engine:
+        assert len(engine.managers) == 4
+        assert (type(engine.core.scheduler).__name__ == "AsyncScheduler") == is_async
+        assert engine.core.batch_queue_size == 1 + is_async
+        assert _answers(engine) == expected
+        # Blocks behind the sinks whose tokens all lie more than 128 before the last window; a step
+        # in flight makes no difference to these lengths.
+        ends = [(n + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE for n in LENGTHS]
+        assert len(engine.freed) == 3 * sum(max(end - 1, 0) for end in ends)
+
+
+def test_layers_of_the_wrong_cluster_change_answers(tiny_model, monkeypatch):
+    """A check of the checks: freeing a FULL layer's keys shows."""
+    from flux_vllm.kv import worker
+
+    monkeypatch.setattr(worker, "always_sparse_layers", lambda *_: (0, 1, 3))
+    with PoisonedEngine(tiny_model, FREE, block_size=BLOCK_SIZE) as engine:
+        assert _answers(engine)[0] != _plain(tiny_model)[0]
+
+
+@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+def test_follow_ups_of_freed_prompts(tiny_model, pattern):
+    """Hits need what a follow-up reads; what was evicted and overwritten is computed again."""
+    prompt = PROMPTS[0]
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+    flux = {"sparse_pattern": pattern}
+    with PoisonedEngine(tiny_model, FREE | flux, enable_prefix_caching=True, **arguments) as engine:
+        (first,) = engine.generate([prompt], TOKENS)
+        longer = prompt + first.tokens + random_prompt(20, seed=1)
+        followed = []
+        for question in (longer, prompt, prompt[:400] + random_prompt(30, seed=2)):
+            engine.evict_freed()
+            followed += engine.generate([question], 12)
+    hits = [answer.cached_tokens for answer in followed]
+    is_local = pattern == "streaming"
+    if is_local:
+        # Whole blocks of all that was computed, by sinks and window; before 400 the window is gone.
+        assert hits[:2] == [768, 704]
+        assert hits[2] <= BLOCK_SIZE
+    else:
+        assert max(hits) <= BLOCK_SIZE, "blocks between sinks and window were evicted"
+    # Generated text that is hit was attended by whole blocks, prompts exactly: the same hits.
+    with Engine(tiny_model, FLUX | flux, enable_prefix_caching=is_local, **arguments) as engine:
+        engine.generate([prompt], TOKENS)
+        for answer in followed:
+            (expected,) = engine.generate([answer.prompt], 12)
+            assert answer.tokens == expected.tokens
+            assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_more_requests_fit(tiny_model):
+    """Requests run together that would not fit; some are preempted, all are right."""
+    prompts = [random_prompt(640, seed=length) for length in range(5)]
+    arguments = {
+        "block_size": BLOCK_SIZE,
+        "max_num_batched_tokens": 256,
+        "max_model_len": 1024,
+        "served_model_name": "fits",
+    }
+    blocks = 46  # of the plain engine, of four layers; a group of the other's has one
+    with PoisonedEngine(tiny_model, FLUX, num_gpu_blocks_override=blocks, **arguments) as engine:
+        expected = engine.generate(prompts, 60)
+        assert engine.most_running == 2, "22 blocks each"
+    with PoisonedEngine(
+        tiny_model, FREE, num_gpu_blocks_override=4 * blocks, **arguments
+    ) as engine:
+        answers = engine.generate(prompts, 60)
+        freed = len(engine.freed)
+        # 22 blocks in the FULL group; sinks, window and 128 tokens before it in the three others.
+        held = 22 + 3 * (1 + (WINDOW_TOKENS + 128) // BLOCK_SIZE + 2)
+        assert engine.most_running >= 4 * blocks // held == 3
+        assert engine.manager.block_pool.get_num_free_blocks() == 4 * blocks - 1
+        metrics = parse(generate_latest().decode())
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.tokens == other.tokens
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    preempted = sum(answer.preemptions for answer in answers)
+    assert total(metrics, "flux_kv_blocks_freed_total", model_name="fits") == freed > 0
+    assert total(metrics, "flux_request_kv_bytes_count", model_name="fits") == 5 + preempted
+
+
+def _speculate(model, flux):
+    """Answer with drafts; in a process that is given up, where numba bears no second engine."""
+    ngram = {"num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    with PoisonedEngine(
+        model,
+        flux,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=256,
+        speculative_config={"method": "ngram"} | ngram,
+    ) as engine:
+        answers = engine.generate([PROMPTS[0], PROMPTS[1]], TOKENS, allowed_token_ids=[3, 77, 400])
+        drafted = sum(
+            length > 1 for a in answers for _, length, phase in a.steps if phase == "decode"
+        )
+        return [(a.tokens, a.logprobs) for a in answers], drafted, len(engine.freed)
+
+
+@pytest.mark.slow
+def test_ngram_speculation(tiny_model):
+    """Rows of several queries, drafts refused: what is freed counts verified tokens alone."""
+    spawn = multiprocessing.get_context("spawn")
+    found = []
+    for flux in (FREE, FLUX):
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            found.append(pool.submit(_speculate, tiny_model, flux).result())
+    (freeing, drafted, freed), (plain, _, none) = found
+    assert freeing == plain
+    assert drafted
+    assert freed > none == 0
+
+
+def test_all_layers_sparse_is_one_group(tiny_model):
+    flux = {key: value for key, value in FLUX.items() if key != "sparse_layers"}
+    flux["policy"] = "sparse"
+    with PoisonedEngine(tiny_model, flux | {"free_kv": True}, block_size=BLOCK_SIZE) as engine:
+        assert len(engine.managers) == 1
+        answers = _answers(engine)
+        assert engine.freed
+        with pytest.raises(UnsupportedConfigurationError, match="flux_fix_routes: expected"):
+            engine.worker.flux_fix_routes([0])
+    with Engine(tiny_model, flux, block_size=BLOCK_SIZE) as engine:
+        assert answers == _answers(engine)
+
+
+def test_router_with_layers_that_are_always_sparse(tiny_model, tmp_path):
+    """Those give keys back; the fourth is routed for each request, and keeps them."""
+    router, info = read_router(tiny_model)
+    write_router(tmp_path, router, replace(info, always_sparse=(0, 1, 3)))
+    flux = {"router": str(tmp_path)}
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+    with PoisonedEngine(tiny_model, flux | {"free_kv": True}, **arguments) as engine:
+        answers = engine.generate(PROMPTS, TOKENS)
+        assert engine.freed
+    assert {(a.routes[0], a.routes[1], a.routes[3]) for a in answers} == {(0, 0, 0)}
+    with Engine(tiny_model, flux, **arguments) as engine:
+        for answer, expected in zip(answers, engine.generate(PROMPTS, TOKENS), strict=True):
+            assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
+            assert answer.routes == expected.routes

@@ -1,0 +1,65 @@
+"""An engine in which nothing outlives its block: what is free is overwritten before each step."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.engine import Engine
+
+POISON = 1e3
+"""Finite: kernels multiply what they mask by 0."""
+
+
+class PoisonedEngine(Engine):
+    """An engine that overwrites blocks which no request holds and no hit can find.
+
+    Attributes:
+        freed: ids of the blocks that living requests gave back, in order.
+        most_running: most requests in a step.
+    """
+
+    def __init__(self, model: Path, flux: dict[str, Any], **arguments: Any) -> None:
+        super().__init__(model, flux, **arguments)
+        self.freed: list[int] = []
+        self.most_running = 0
+        self.manager = self.core.scheduler.kv_cache_manager
+        self.managers = self.manager.coordinator.single_type_managers
+        for manager in self.managers:
+            if hasattr(manager, "free_middle"):
+                self._note_freed(manager)
+        execute = self.worker.execute_model
+
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self._poison()
+            running = len(scheduler_output.num_scheduled_tokens)
+            self.most_running = max(self.most_running, running)
+            return execute(scheduler_output, *args, **kwargs)
+
+        self.worker.execute_model = execute_model
+
+    def _note_freed(self, manager: Any) -> None:
+        free_middle = manager.free_middle
+
+        def noted(request_id: str, end: int) -> int:
+            before = list(manager.req_to_blocks.get(request_id, ()))
+            count = free_middle(request_id, end)
+            after = manager.req_to_blocks.get(request_id, ())
+            gone = [old.block_id for old, new in zip(before, after, strict=True) if old is not new]
+            assert len(gone) == count
+            self.freed += gone
+            return count
+
+        manager.free_middle = noted
+
+    def _poison(self) -> None:
+        free = [
+            block.block_id
+            for block in self.manager.block_pool.blocks[1:]
+            if block.ref_cnt == 0 and block.block_hash is None
+        ]
+        for layer in self.worker.vllm_config.compilation_config.static_forward_context.values():
+            layer.kv_cache[free] = POISON
+
+    def evict_freed(self) -> None:
+        """Take what living requests gave back out of the prefix cache: it is overwritten then."""
+        blocks = self.manager.block_pool.blocks
+        self.manager.evict_blocks({i for i in self.freed if blocks[i].ref_cnt == 0})

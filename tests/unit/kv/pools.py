@@ -1,0 +1,66 @@
+"""vLLM's KVCacheManager over FULL groups and clusters of SPARSE layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+
+from flux_vllm.kv.coordinator import FluxCoordinator
+from flux_vllm.kv.register import register
+from flux_vllm.kv.spec import FluxSpec
+
+BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS = 16, 20, 50
+MAX_MODEL_LEN, CHUNK_TOKENS = 1024, 96
+
+FULL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
+
+
+def sparse_spec(cluster: int = 0, frees_in_prefill: bool = True, **changes: Any) -> FluxSpec:
+    """Make the spec of a cluster."""
+    sizes = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS} | changes
+    return FluxSpec.of(FULL, cluster=cluster, frees_in_prefill=frees_in_prefill, **sizes)
+
+
+def make_manager(
+    is_sparse: Sequence[bool],
+    *,
+    num_blocks: int = 160,
+    frees_in_prefill: bool = True,
+    enable_caching: bool = True,
+    takes_over: bool = True,
+    report: Any = None,
+) -> KVCacheManager:
+    """Make a manager as vLLM's scheduler does.
+
+    Args:
+        is_sparse: by KV cache group.
+        num_blocks: of the pool, the null block included.
+        frees_in_prefill: of the SPARSE groups.
+        enable_caching: of prefixes.
+        takes_over: whether FluxCoordinator stands before vLLM's.
+        report: for it.
+    """
+    register_all_kvcache_specs(None)
+    register()
+    groups = [
+        KVCacheGroupSpec([f"layers.{i}"], sparse_spec(0, frees_in_prefill) if sparse else FULL)
+        for i, sparse in enumerate(is_sparse)
+    ]
+    manager = KVCacheManager(
+        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+        max_model_len=MAX_MODEL_LEN,
+        scheduler_block_size=BLOCK_SIZE,
+        hash_block_size=BLOCK_SIZE,
+        max_in_flight_tokens=2 * CHUNK_TOKENS,
+        enable_caching=enable_caching,
+    )
+    if takes_over:
+        FluxCoordinator(manager.coordinator, 2 * CHUNK_TOKENS, MAX_MODEL_LEN, report).install()
+    return manager

@@ -1,0 +1,174 @@
+"""What `free_kv` refuses, by its messages.
+
+Oracle: the messages. Configurations are the least that is read of them.
+"""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.patterns import make_pattern
+from flux_vllm.startup.check import check_configuration
+from tests.unit.kv.pools import FULL
+from tests.unit.startup.fakes import make_config, write
+
+pytestmark = pytest.mark.vllm
+
+STATIC = {"policy": "static", "sparse_layers": [0, 2], "free_kv": True}
+
+
+def _config(folder, flux, is_disabled=False):
+    config = make_config(folder, flux)
+    config.scheduler_config.disable_hybrid_kv_cache_manager = is_disabled
+    return config
+
+
+@pytest.mark.parametrize("flux", [STATIC, {"policy": "sparse", "free_kv": True}])
+def test_accepted(tmp_path, flux):
+    write(tmp_path)
+    check_configuration(_config(tmp_path, flux))
+
+
+def test_one_group_alone_is_refused(tmp_path):
+    write(tmp_path)
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(_config(tmp_path, STATIC, is_disabled=True))
+    assert str(error.value) == (
+        'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
+        '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("always_sparse", "threshold", "is_accepted"),
+    [((), 0.5, False), ((0, 2), 0, False), ((0, 2), 0.01, True)],
+)
+def test_router_needs_layers_that_are_always_sparse(
+    tmp_path, always_sparse, threshold, is_accepted
+):
+    write(tmp_path, always_sparse=always_sparse)
+    config = _config(tmp_path, {"free_kv": True, "threshold": threshold})
+    if is_accepted:
+        check_configuration(config)
+        return
+    with pytest.raises(FluxConfigError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected a router file that names layers as "always_sparse", and a '
+        "threshold above 0, with \"free_kv\" and policy 'router', found always_sparse "
+        f'{list(always_sparse)} and threshold {threshold:g}; serve with policy "static" or '
+        '"sparse", or drop "free_kv"'
+    )
+
+
+def test_too_few_sparse_layers(tmp_path):
+    write(tmp_path)
+    with pytest.raises(FluxConfigError, match=r"expected at least 1 of 4 layers .* found 0"):
+        check_configuration(_config(tmp_path, STATIC | {"sparse_layers": []}))
+
+
+class _Processor:
+    """vLLM's, as far as it matters here."""
+
+    def __init__(self, config):
+        self.vllm_config = config
+
+    def process_inputs(self, request_id, prompt, params, resumable=False):
+        return request_id
+
+
+@pytest.mark.parametrize("free_kv", [True, False])
+def test_growing_prompts_are_refused(tmp_path, monkeypatch, free_kv):
+    from vllm.v1.engine import input_processor
+
+    class Processor(_Processor):
+        process_inputs = _Processor.process_inputs
+
+    monkeypatch.setattr(input_processor, "InputProcessor", Processor)
+    write(tmp_path)
+    check_configuration(_config(tmp_path, STATIC))  # wraps
+    processor = Processor(_config(tmp_path, STATIC | {"free_kv": free_kv}))
+    assert processor.process_inputs("whole", [], None) == "whole"
+    if not free_kv:
+        assert processor.process_inputs("grows", [], None, resumable=True) == "grows"
+        return
+    with pytest.raises(UnsupportedConfigurationError, match="found one with streaming input"):
+        processor.process_inputs("grows", [], None, resumable=True)
+
+
+class _Runner:
+    """A model runner's specs."""
+
+    def __init__(self, specs):
+        self.specs = specs
+
+    def get_kv_cache_spec(self):
+        return dict(self.specs)
+
+
+def _specs(count=4, **changed):
+    return {f"layers.{i}.attn": FULL for i in range(count)} | changed
+
+
+def test_layers_that_differ_are_refused():
+    from dataclasses import replace
+
+    from flux_vllm.kv.worker import hook_runner
+
+    runner = _Runner(_specs() | {"layers.3.attn": replace(FULL, num_kv_heads=2)})
+    hook_runner(runner, (0, 2), make_pattern("streaming", 4, 8))
+    with pytest.raises(
+        UnsupportedConfigurationError,
+        match=re.escape('expected full attention and KV caches of one shape in every layer with "'),
+    ):
+        runner.get_kv_cache_spec()
+
+
+@pytest.mark.parametrize(("pattern", "frees"), [("streaming", True), ("triangle", False)])
+def test_runner_names_clusters(caplog, pattern, frees):
+    from flux_vllm.kv.spec import FluxSpec
+    from flux_vllm.kv.worker import hook_runner
+
+    runner = _Runner(_specs(30))
+    caplog.set_level("INFO", logger="vllm.flux")
+    for _ in range(2):
+        hook_runner(runner, tuple(range(22)), make_pattern(pattern, 4, 8))
+    specs = runner.get_kv_cache_spec()
+    assert list(specs) == list(_specs(30))
+    for index, spec in enumerate(specs.values()):
+        if index >= 20:
+            assert spec == FULL
+        else:
+            assert isinstance(spec, FluxSpec)
+            assert (spec.cluster, spec.sink_tokens, spec.window_tokens) == (index // 10, 4, 8)
+            assert spec.frees_in_prefill == frees
+    first, unfreed, blocks = (record.getMessage() for record in caplog.records)
+    assert first.startswith("flux: free_kv cuts the KV cache into 3 groups of 10 layers; 2 of them")
+    assert "[20, 21]" in unfreed
+    assert "--block-size 16 " in blocks
+
+
+def test_metrics_are_those_of_the_model(tmp_path, monkeypatch):
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    from flux_vllm.kv import register
+    from tests.helpers.metrics import parse, total
+
+    monkeypatch.setattr(register, "metrics_directory", lambda: tmp_path)
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name=["served", "alias"]))
+    groups = [SimpleNamespace(layer_names=["a"] * n, kv_cache_spec=FULL) for n in (3, 5, 2)]
+    report = register._report(config, SimpleNamespace(kv_cache_groups=groups))
+    report.freed(7)
+    for blocks in (1, 3000):
+        report.held(blocks)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    metrics = parse(generate_latest(registry).decode())
+    block_nbytes = 5 * FULL.page_size_bytes
+    assert total(metrics, "flux_kv_blocks_freed_total", model_name="served") == 7
+    assert total(metrics, "flux_request_kv_bytes_sum") == 3001 * block_nbytes
+    assert total(metrics, "flux_request_kv_bytes_bucket", le="1.048576e+06") == 1
+    assert total(metrics, "flux_request_kv_bytes_count") == 2

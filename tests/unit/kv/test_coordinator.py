@@ -1,0 +1,153 @@
+"""All groups at once: the same blocks as vLLM's coordinator gives, and what is counted.
+
+Oracle: vLLM's own coordinator and managers, one group after the other.
+"""
+
+import pytest
+
+from tests.unit.kv.pools import BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, make_manager
+from tests.unit.kv.simulation import Simulation
+
+pytestmark = pytest.mark.vllm
+
+
+class _Report:
+    def __init__(self):
+        self.freed_blocks, self.held_blocks = 0, []
+
+    def freed(self, blocks):
+        self.freed_blocks += blocks
+
+    def held(self, blocks):
+        self.held_blocks.append(blocks)
+
+
+def _run(takes_over, lag=1, **arguments):
+    manager = make_manager([False, True, True], takes_over=takes_over, **arguments)
+    run = Simulation(
+        manager, [False, True, True], BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, True, lag, seed=7
+    )
+    if not takes_over:
+        for single in manager.coordinator.single_type_managers[1:]:
+            single.most_blocks = single.kv_cache_spec.most_blocks(2 * 96, 1024)
+    states = []
+    step = run.step
+
+    def noted():
+        step()
+        states.append(
+            [
+                {name: [b.block_id for b in blocks] for name, blocks in m.req_to_blocks.items()}
+                for m in manager.coordinator.single_type_managers
+            ]
+            + [manager.block_pool.get_num_free_blocks(), dict(run.counts)]
+        )
+
+    run.step = noted
+    run.run(250)
+    return states
+
+
+@pytest.mark.parametrize("enable_caching", [True, False])
+def test_same_blocks_as_one_group_after_the_other(enable_caching):
+    expected = _run(False, enable_caching=enable_caching)
+    assert _run(True, enable_caching=enable_caching) == expected
+    assert len(expected) > 250
+
+
+def test_a_step_inside_a_block_asks_no_manager(monkeypatch):
+    """What makes many groups cheap: nothing is looked at until the next block begins."""
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    manager = make_manager([False, True, True])
+    run = Simulation(
+        manager, [False, True, True], BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, True, 0, seed=0
+    )
+    run.chooser.random = lambda: 0.9  # neither ends nor evicts
+    run.add(run._tokens(64), 60)
+    calls = []
+    for name in ("get_num_blocks_to_allocate", "allocate_new_blocks", "cache_blocks"):
+        original = getattr(SingleTypeKVCacheManager, name)
+        monkeypatch.setattr(
+            SingleTypeKVCacheManager,
+            name,
+            lambda self, *args, _original=original, _name=name, **kwargs: (
+                calls.append(_name),
+                _original(self, *args, **kwargs),
+            )[1],
+        )
+    by_step = []
+    for _ in range(33):
+        calls.clear()
+        run.step()
+        by_step.append(len(calls))
+    # The prompt of four blocks, then a block for each sixteen tokens.
+    assert [step for step, count in enumerate(by_step) if count] == [0, 1, 16, 17, 32]
+
+
+def test_report_counts_freed_and_held_blocks():
+    report = _Report()
+    manager = make_manager([False, True, True], report=report)
+    run = Simulation(
+        manager, [False, True, True], BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, True, 0, seed=0
+    )
+    run.chooser.random = lambda: 0.9
+    run.add(run._tokens(500), 20)
+    while run.running or run.waiting:
+        run.step()
+    # The last step processed up to token 518 and freed by it: (518 - 128 - 50 + 1) // 16 = 21
+    # blocks but for two of sinks, in two groups; 519 tokens are 33 blocks.
+    assert report.freed_blocks == 2 * (21 - 2)
+    assert report.held_blocks == [3 * 33 - 2 * (21 - 2)]
+
+
+def test_admission_asks_for_what_a_prompt_holds_at_once():
+    """A prompt that would not fit whole is taken where its SPARSE groups give back meanwhile."""
+    prompt_blocks = -(-900 // BLOCK_SIZE)
+    most = -(-(WINDOW_TOKENS - 1 + 128 + 2 * 96) // BLOCK_SIZE) + 1 + 2
+    room = prompt_blocks + 2 * most
+    assert room < 3 * prompt_blocks
+    for num_blocks, fits in ((room + 1, True), (room, False)):
+        run = Simulation(
+            make_manager([False, True, True], num_blocks=num_blocks),
+            [False, True, True],
+            BLOCK_SIZE,
+            SINK_TOKENS,
+            WINDOW_TOKENS,
+            True,
+            0,
+            seed=0,
+        )
+        run.add(run._tokens(900), 5)
+        run.step()
+        assert bool(run.running) == fits
+
+
+def test_prompt_held_until_recomputed_after_preemption():
+    """Patterns that read everything in prefill: a resumed request's own tokens are prefill too."""
+    run = Simulation(
+        make_manager([False, True], frees_in_prefill=False),
+        [False, True],
+        BLOCK_SIZE,
+        SINK_TOKENS,
+        WINDOW_TOKENS,
+        False,
+        1,
+        seed=0,
+    )
+    run.chooser.random = lambda: 0.9
+    live = run.add(run._tokens(400), 200)
+    while live.request.num_output_tokens < 90:
+        run.step()
+    manager = run.manager.coordinator.single_type_managers[1]
+    blocks = manager.req_to_blocks[live.request.request_id]
+    assert any(block.is_null for block in blocks)
+    run.preempt(live)
+    run.manager.reset_prefix_cache()
+    while live.request.num_computed_tokens < 485:
+        run.step()
+        blocks = manager.req_to_blocks[live.request.request_id]
+        assert not any(block.is_null for block in blocks)
+    for _ in range(8):
+        run.step()
+    assert any(block.is_null for block in manager.req_to_blocks[live.request.request_id])

@@ -1,0 +1,87 @@
+"""Random admission, chunks, decode, preemption, aborts and eviction on vLLM's real KVCacheManager.
+
+Oracle: `simulation.py`, which knows prefixes and definitions and nothing of the managers.
+"""
+
+import pytest
+
+from flux_vllm.kv.spec import FluxSpec
+from tests.unit.kv.pools import BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, make_manager
+from tests.unit.kv.simulation import Simulation
+
+pytestmark = pytest.mark.vllm
+
+
+def _simulation(is_local=True, lag=0, seed=0, is_sparse=(False, True, True), **manager):
+    return Simulation(
+        make_manager(is_sparse, frees_in_prefill=is_local, **manager),
+        list(is_sparse),
+        BLOCK_SIZE,
+        SINK_TOKENS,
+        WINDOW_TOKENS,
+        is_local,
+        lag,
+        seed,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lag", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("is_local", [True, False], ids=["streaming", "triangle"])
+def test_every_query_finds_its_keys(is_local, lag, seed):
+    run = _simulation(is_local, lag, seed)
+    run.run(300)
+    assert run.manager.block_pool.get_num_free_blocks() == len(run.manager.block_pool.blocks) - 1
+    assert min(run.counts[what] for what in ("hits", "preemptions", "null")) > 0, run.counts
+    assert bool(run.counts["null_hits"]) == is_local, run.counts
+
+
+@pytest.mark.parametrize("enable_caching", [True, False])
+def test_all_layers_sparse(enable_caching):
+    run = _simulation(is_sparse=(True,), enable_caching=enable_caching)
+    run.run(300)
+    assert run.counts["null"] > 0
+    assert run.manager.block_pool.get_num_free_blocks() == len(run.manager.block_pool.blocks) - 1
+
+
+def test_without_prefix_cache():
+    run = _simulation(enable_caching=False)
+    run.run(300)
+    assert run.counts["null"] > 0
+    assert not run.counts["hits"]
+
+
+def test_a_window_freed_too_early_is_noticed():
+    run = _simulation(is_sparse=(False, True), enable_caching=False)
+    run.window_tokens += 200
+    run.check_blocks = lambda: None
+    with pytest.raises(AssertionError, match=r"group 1, query .* key .* is "):
+        run.run(300)
+
+
+def test_a_hit_one_block_short_is_noticed(monkeypatch):
+    monkeypatch.setattr(
+        FluxSpec,
+        "window_block",
+        lambda self, position: max(0, position - WINDOW_TOKENS + 1) // BLOCK_SIZE + 1,
+    )
+    run = _simulation()
+    run.check_blocks = lambda: None
+    with pytest.raises(AssertionError, match="key"):
+        run.run(300)
+
+
+def test_exchanged_groups_are_noticed():
+    run = _simulation()
+    run.is_sparse = [True, False, True]
+    run.check_blocks = lambda: None
+    with pytest.raises(AssertionError, match="group 1"):
+        run.run(300)
+
+
+def test_prefill_that_reads_everything_is_noticed():
+    run = _simulation(is_local=True)
+    run.is_local = False
+    run.check_blocks = lambda: None
+    with pytest.raises(AssertionError, match="key"):
+        run.run(300)

@@ -1,0 +1,93 @@
+"""The spec alone: what it holds, how it travels, how vLLM sizes memory by it.
+
+Oracle: positions counted one by one.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.unit.kv.pools import BLOCK_SIZE, FULL, sparse_spec
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("window_tokens", [1, 15, 16, 17, 50, 300])
+@pytest.mark.parametrize("processed", [0, 1, 60, 177, 192, 193, 194, 500])
+def test_freed_end_keeps_the_window_and_a_tile_before_it(window_tokens, processed):
+    spec = sparse_spec(window_tokens=window_tokens)
+    first_key = processed - window_tokens + 1
+    kept_from = max(first_key - 128, 0)
+    blocks = [block for block in range(100) if (block + 1) * BLOCK_SIZE <= kept_from]
+    assert spec.freed_end(processed) == len(blocks)
+    assert spec.window_block(processed) == max(first_key, 0) // BLOCK_SIZE
+
+
+def test_freed_end_keeps_a_block_where_blocks_are_larger_than_tiles():
+    spec = replace(sparse_spec(window_tokens=100), block_size=256)
+    assert spec.freed_end(256 + 100 - 1 + 255) == 0
+    assert spec.freed_end(256 + 100 - 1 + 256) == 1
+
+
+@pytest.mark.parametrize(
+    ("sink_tokens", "blocks"), [(0, 1), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3)]
+)
+def test_sink_blocks(sink_tokens, blocks):
+    assert sparse_spec(sink_tokens=sink_tokens).sink_blocks == blocks
+
+
+def test_most_blocks_is_what_the_worst_moment_holds():
+    spec = sparse_spec()
+    for in_flight in (1, 16, 97, 192):
+        worst = 0
+        for processed in range(900):
+            last = -(-(processed + in_flight) // BLOCK_SIZE)
+            freed = max(spec.freed_end(processed) - spec.sink_blocks, 0)
+            worst = max(worst, last - freed)
+        assert worst <= spec.most_blocks(in_flight, 10**6) <= worst + 1
+    assert spec.most_blocks(192, 100) == -(-100 // BLOCK_SIZE)
+    assert sparse_spec(frees_in_prefill=False).most_blocks(1, 1000) == -(-1000 // BLOCK_SIZE)
+
+
+def test_max_memory_usage_bytes():
+    config = SimpleNamespace(
+        max_in_flight_tokens=96, model_config=SimpleNamespace(max_model_len=10**5)
+    )
+    spec = sparse_spec()
+    assert spec.page_size_bytes == FULL.page_size_bytes
+    assert spec.max_memory_usage_bytes(config) == spec.most_blocks(96, 10**5) * spec.page_size_bytes
+
+
+def test_copies_are_equal():
+    spec = sparse_spec(3, frees_in_prefill=False)
+    assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
+    assert spec != replace(spec, cluster=2)
+
+
+def test_reading_process_registers_it(tmp_path):
+    """The scheduler's process gets specs from its workers and knows nothing else of flux."""
+    file = tmp_path / "spec.pickle"
+    file.write_bytes(pickle.dumps(sparse_spec()))
+    code = (
+        "import pickle, sys, pathlib\n"
+        f"spec = pickle.loads(pathlib.Path({str(file)!r}).read_bytes())\n"
+        "from vllm.v1.core.sched.async_scheduler import AsyncScheduler\n"
+        "from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry\n"
+        "from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec\n"
+        "names = [KVCacheSpecRegistry.get_manager_class(spec).__name__]\n"
+        "names += [str(hasattr(AsyncScheduler.__mro__[1].__init__, '__flux_wrapped__'))]\n"
+        "from vllm.v1 import kv_cache_spec_registry as registry\n"
+        "known = registry._REGISTRY_KVCACHESPEC_LIST\n"
+        "names += [str(kind in known) for kind in (FullAttentionSpec, SlidingWindowSpec)]\n"
+        "sys.stdout.write(' '.join(names))\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split()[-4:] == ["FluxManager", "True", "True", "True"]
