@@ -7,7 +7,8 @@ import torch
 
 from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.config import FluxConfig
-from flux_vllm.errors import FluxConfigError
+from flux_vllm.errors import FluxConfigError, RouterCheckpointError
+from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
@@ -37,19 +38,14 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     router, info = read_router_for(config, vllm_config)
     model = runner.get_model()
     layers = attention_layers(model)
-    routed = [layer for layer in layers if layer.has_full_attention]
-    if config.needs_router:
-        routed = layers_for_router(model, routed)
+    full = [layer for layer in layers if layer.has_full_attention]
+    # The others of full attention stay undecided, hence FULL.
+    routed = layers_for_router(model, full) if config.needs_router else full
     if info is not None:
         for layer in layers:
             if layer in routed or layer.index in info.context_layers:
                 check_fit(info, num_layers, layer.attention.head_size)
-    unrouted = set(config.sparse_layers or ()) - {layer.index for layer in routed}
-    if unrouted:
-        raise FluxConfigError(
-            "flux config: expected sparse_layers with full attention in the model, found "
-            f"{sorted(unrouted)}, which keep a sliding window of the model's own; remove them"
-        )
+    _check_sparse_layers(config, info, {layer.index for layer in routed})
     runtime = FluxRuntime(
         config,
         info,
@@ -58,7 +54,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
         vllm_config.scheduler_config.max_num_seqs,
         device,
     )
-    for layer in routed:
+    for layer in full:
         layer.attention.impl.binding = LayerBinding(runtime, layer.index)
     if config.needs_router:
         assert router is not None
@@ -75,6 +71,24 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
         )
     start_reporting(runtime, vllm_config, routed[0].attention.impl.kernels_name)
     return runtime
+
+
+def _check_sparse_layers(config: FluxConfig, info: RouterInfo | None, routed: set[int]) -> None:
+    """Refuse layers that are to be SPARSE and have no route."""
+    unrouted = sorted(set(config.sparse_layers or ()) - routed)
+    if unrouted:
+        raise FluxConfigError(
+            "flux config: expected sparse_layers with full attention in the model, found "
+            f"{unrouted}, which keep a sliding window of the model's own; remove them"
+        )
+    if config.needs_router and info is not None:
+        unrouted = sorted(set(info.always_sparse) - routed)
+        if unrouted:
+            raise RouterCheckpointError(
+                "router: expected always_sparse layers with full attention and RoPE in the model, "
+                f"found {unrouted} without (trained for "
+                f"{info.base_model or 'an unnamed model'!r}); give this model's own router"
+            )
 
 
 def _probed_layers(

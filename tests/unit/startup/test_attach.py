@@ -114,10 +114,24 @@ class TestAttach:
         model = self.rotating(rope, 0, 2)
         runtime = attach(runner_of(model), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 2)
-        bound = [layer.self_attn.attn.impl.binding is not None for layer in reversed(model.layers)]
-        assert bound == [True, False, True, False]
-        assert runtime.probe._is_routed.tolist() == bound
+        assert all(layer.self_attn.attn.impl.binding for layer in model.layers)
+        assert runtime.probe._is_routed.tolist() == [True, False, True, False]
         assert runtime.probe._rotations[0].layers.tolist() == [0, 2]
+
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_always_sparse_layer_without_rope(self, tmp_path: Path, rope: Any, layer: int) -> None:
+        """It would attend FULL while its keys are given back."""
+        write(tmp_path, always_sparse=(layer,))
+        runner = runner_of(self.rotating(rope, 0, 2))
+        if layer == 0:
+            attach(runner, make_config(tmp_path), CPU)
+            return
+        with pytest.raises(RouterCheckpointError) as error:
+            attach(runner, make_config(tmp_path), CPU)
+        assert str(error.value) == (
+            "router: expected always_sparse layers with full attention and RoPE in the model, "
+            "found [1] without (trained for 'org/Other'); give this model's own router"
+        )
 
     def test_fixed_policies_route_layers_without_rope(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [1], "sink_tokens": 1, "window_tokens": 2}
