@@ -79,8 +79,8 @@ class DataSettings:
     """Which prompts, how long, in which mix."""
 
     files: tuple[str, ...] = ()
-    """JSONL files of prompts, `messages` or `prompt` a line. An `answer` is the model's own, as
-    `python -m training answers` writes it; where any lacks, training asks for it first."""
+    """JSONL files of prompts, `messages` or `prompt` a line, with the model's own answers, as
+    `python -m training answers` writes them."""
     tasks: tuple[str, ...] = ()
     """Built-in task families, made from text instead of read from files."""
     weights: tuple[float, ...] = ()
