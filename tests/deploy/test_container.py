@@ -133,9 +133,13 @@ def test_health_check(server: ContainerServer) -> None:
 
 
 def test_completion_is_routed(server: ContainerServer, sample_model: Path) -> None:
-    body = {"model": str(sample_model), "prompt": "The capital of France is", "max_tokens": 8}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
-    assert "Paris" in answer["choices"][0]["text"]
+    def complete(prompt: str) -> str:
+        body = {"model": str(sample_model), "prompt": prompt, "max_tokens": 8}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
+        return str(answer["choices"][0]["text"])
+
+    assert "Paris" in complete("The capital of France is")  # within sinks and window: no routes
+    complete("The quick brown fox jumps over the lazy dog. " * 80)
     samples = parse(server.get("/metrics"))
     assert total(samples, "flux_route_decisions_total") == 30
 

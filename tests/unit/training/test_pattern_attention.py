@@ -85,6 +85,7 @@ def test_a_pattern_of_the_server_alone_is_refused() -> None:
     class Other(SparsePattern):
         name = "other"
         reach = 1
+        is_local = True
 
         def prefill_keys(self, batch: Any) -> None:
             return
