@@ -6,7 +6,6 @@ very same views; on a Hopper GPU it is vLLM's. Triton's kernel attends over the 
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,17 +91,19 @@ def make_lists(
     return lists, packed.tasks, kept
 
 
-def visible_by(kept: list[torch.Tensor], batch: PagedBatch) -> SimpleNamespace:
-    """Stand for a pattern; rows are told apart by their lengths."""
+def visible_by(
+    kept: list[torch.Tensor], batch: PagedBatch
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Make the mask of kept blocks; rows are told apart by their lengths."""
     by_length = {row.seq_len: blocks for row, blocks in zip(batch.rows, kept, strict=True)}
 
-    def visible(query: torch.Tensor, key: torch.Tensor, *_: object) -> torch.Tensor:
+    def visible(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         column = torch.arange(len(key), device=key.device)
         position = column[len(key) - len(query) :]
         seen = by_length[len(key)].to(key.device)[:, position // 128][:, :, column // 128]
         return seen & (column <= position[:, None])
 
-    return SimpleNamespace(visible=visible)
+    return visible
 
 
 def make_rows(batch: PagedBatch, tasks: np.ndarray) -> BlockRows:
@@ -134,7 +135,7 @@ def test_attend_block_rows(
     slices_of(heads, monkeypatch)
     batch = make_batch(ROWS, shape, device)
     lists, tasks, kept = make_lists(batch, ACTIVE, 0.4)
-    batch.pattern = visible_by(kept, batch)
+    batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
     caches = (batch.query, batch.key_cache, batch.value_cache, out)
     block_rows.attend_block_rows(*caches, lists, rows, scale=batch.scale)
@@ -149,7 +150,7 @@ def test_attend_block_rows_long(density: float, monkeypatch: pytest.MonkeyPatch)
     shape = Shape(heads=32, kv_heads=8, head_dim=128, dtype=BF16)
     batch = make_batch([Row(4500, 9000, SPARSE), Row(1, 700, SPARSE)], shape, "cuda")
     lists, tasks, kept = make_lists(batch, [True, True], density)
-    batch.pattern = visible_by(kept, batch)
+    batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
     assert len(rows.num_keys) > 992
     caches = (batch.query, batch.key_cache, batch.value_cache, out)
@@ -163,7 +164,7 @@ def test_rows_switched_by_the_device_in_a_graph(monkeypatch: pytest.MonkeyPatch)
     use_fa3_of("cuda", monkeypatch)
     batch = make_batch(ROWS, SHAPES[0], "cuda")
     lists, tasks, kept = make_lists(batch, ACTIVE, 0.4)
-    batch.pattern = visible_by(kept, batch)
+    batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
     caches = (batch.query, batch.key_cache, batch.value_cache, out)
     block_rows.attend_block_rows(*caches, lists, rows, scale=batch.scale)  # compiles
@@ -185,7 +186,7 @@ def test_attend_blocks(shape: Shape, device: str) -> None:
     """Triton's kernel, over the same lists."""
     batch = make_batch(ROWS, shape, device)
     lists, _, kept = make_lists(batch, ACTIVE, 0.4)
-    batch.pattern = visible_by(kept, batch)
+    batch.mask = visible_by(kept, batch)
     out = batch.poisoned_output()
     caches = (batch.query, batch.key_cache, batch.value_cache, out)
     attend_blocks(*caches, *lists, scale=batch.scale)

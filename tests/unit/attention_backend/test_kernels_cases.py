@@ -5,6 +5,7 @@ Oracle: `tests.helpers.oracle.naive`. Everything that a kernel must not read is 
 Outputs start as NaN, so what was left unwritten shows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -84,6 +85,8 @@ class PagedBatch:
     slot_mapping: torch.Tensor
     pattern: SparsePattern | None = None
     """Of SPARSE prefill; None for sinks and window."""
+    mask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """In the place of a pattern's: of a row's query and key, to [N, Q, S] bool."""
 
     @property
     def key_cache(self) -> torch.Tensor:
@@ -124,10 +127,12 @@ class PagedBatch:
             self.shape.window_tokens,
             self.scale,
             dtype or exact,
-            None if self.pattern is None else self._sparse_mask,
+            None if self.pattern is None and self.mask is None else self._sparse_mask,
         )
 
     def _sparse_mask(self, row: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if self.mask is not None:
+            return self.mask(query, key)
         assert self.pattern is not None
         prompt_len = self.rows[row].prompt_len or self.rows[row].seq_len
         return visible(self.pattern, query, key, prompt_len, self.scale).to(query.device)
