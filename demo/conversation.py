@@ -13,7 +13,7 @@ from demo.server import DemoError, Server
 from flux_vllm.cli.route_map import legend, render_strips, symbols_for
 from flux_vllm.cli.sample_model import SMOLLM2
 
-CHAT_QUESTION = "Why is the sky blue? Answer in three sentences."
+CHAT_QUESTION = "Never mind the text. Why is the sky blue? Answer in three sentences."
 
 
 class Conversation:
@@ -36,9 +36,11 @@ class Conversation:
         self._asked: list[tuple[str, Counters]] = []
 
     def ask_chat(self) -> None:
-        """Ask a question of everyday chat."""
-        print(f"\n> {CHAT_QUESTION}", flush=True)
-        self._ask("chat", CHAT_QUESTION, max_tokens=120)
+        """Ask a question of everyday chat after the same long text, which it does not need."""
+        text, tokens, _ = text_with_code_word(self._model)
+        print(f"\n> [{tokens:,} tokens of Python's own manual]\n> {CHAT_QUESTION}", flush=True)
+        # Another beginning: the other question must not find keys that this one's routes made.
+        self._ask("chat", f"Some text:\n\n{text}\n\n{CHAT_QUESTION}", max_tokens=120)
 
     def ask_code_word(self) -> None:
         """Ask for a code word in the middle of a long text.
@@ -75,7 +77,7 @@ class Conversation:
             rows.append((label, routes))
         print(f"\nRoute of each layer ({legend(symbols)}), from /metrics:\n")
         print(render_strips(rows, symbols))
-        print("\nSaved of the reading that full attention would do (none while a text is short):\n")
+        print("\nSaved of the reading that full attention would do:\n")
         width = max(len(label) for label, _ in rows)
         for label, counters in self._asked:
             shares = "   ".join(f"{phase} {counters.saving(phase):4.0%}" for phase in PHASES)

@@ -44,7 +44,7 @@ def test_engine_whose_worker_hook_is_missing_does_not_start(
     """A real engine on a worker that attaches nothing."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    import flux_vllm.attention_backend.cpu.backend  # noqa: F401 (installs the hooks)
+    import flux_vllm.attention_backend.backend  # noqa: F401 (installs the hooks)
     from tests.helpers.engine import Engine
     from tests.helpers.models import write_tiny_llama
 
