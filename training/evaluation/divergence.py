@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux_vllm.patterns import make_pattern, triangle
+from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.patterns import make_pattern, streaming, triangle
 from flux_vllm.patterns.base import SparsePattern
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.inputs import RouterInputs
@@ -65,6 +66,8 @@ class DivergenceMeter:
         pattern: what SPARSE means, `streaming` or `triangle`.
         answer_tokens: most of a prompt to look at.
         token_budget: tokens computed at once.
+
+    Raises: UnsupportedConfigurationError: another pattern.
     """
 
     def __init__(
@@ -75,6 +78,12 @@ class DivergenceMeter:
         answer_tokens: int,
         token_budget: int,
     ) -> None:
+        if not isinstance(pattern, streaming.Pattern):
+            raise UnsupportedConfigurationError(
+                "expected a router for 'streaming' or 'triangle' to measure the divergence of, "
+                f"found one for {pattern.name!r}; compare its scores with "
+                "`python -m training eval`"
+            )
         self.routed = routed
         self.inputs = inputs
         self.tail = pattern.tail_tokens if isinstance(pattern, triangle.Pattern) else 0
