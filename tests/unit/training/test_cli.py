@@ -7,7 +7,7 @@ import pytest
 
 from training import cli, recipes
 from training.__main__ import _parser, main
-from training.config import EvalConfig, RouterSettings, TrainConfig
+from training.config import DivergenceConfig, EvalConfig, RouterSettings, TrainConfig
 
 
 def flags(command: str) -> set[str]:
@@ -20,6 +20,7 @@ def test_every_field_has_a_flag_and_a_docstring() -> None:
     for command, config_type, default in (
         ("train", TrainConfig, recipes.budget()),
         ("eval", EvalConfig, recipes.evaluation()),
+        ("divergence", DivergenceConfig, DivergenceConfig()),
     ):
         expected = set()
         for name in config_type.__dataclass_fields__:
@@ -87,6 +88,7 @@ def test_recipes_are_valid(name: str) -> None:
         ),
         (["train", "--model", "m", "--out", "o", "--loss.budget_nats", "0"], "--loss.budget_nats"),
         (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
+        (["divergence", "--model", "m"], "--router and --out"),
         (["eval", "--score_thresholds", "0.2", "50"], "score_thresholds to be numbers from 0 to 1"),
         (
             ["eval", "--validation_prompts", "0"],
