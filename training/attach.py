@@ -120,7 +120,7 @@ class RoutedModel:
         """
         self.step = step = _Step(None, weights=batch.weights)
         self.model.model(input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False)
-        return inputs.assemble(torch.stack(step.pooled))
+        return inputs.assemble(torch.stack(step.pooled) + batch.offsets[..., None])
 
     def forward(
         self,

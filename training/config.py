@@ -21,13 +21,13 @@ class RouterSettings:
 
     probe: tuple[int, ...] = (128, 128)
     """First and latest prompt tokens that a probe runs over, alone, to decide all layers."""
-    pools: tuple[str, ...] = ("tail:1", "tail:16", "tail:128", "head:128")
+    pools: tuple[str, ...] = ("tail:1", "length")
     """Tokens whose queries are averaged, each to one input of a layer's router: head:N, tail:N, or
-    ends:N (first and latest together, the paper's)."""
-    context_depths: tuple[float, ...] = (0.5, 0.75, 1.0)
+    ends:N (first and latest together, the paper's); length: the prompt's."""
+    context_depths: tuple[float, ...] = (0.65,)
     """Layers whose pooled queries every router sees beside its own layer's, by depth: 0 is the
     first layer, 1 the last."""
-    widths: tuple[int, ...] = (64, 64, 64, 32)
+    widths: tuple[int, ...] = (32, 16, 16, 16)
     """Outputs of a router's first four linear layers; empty: the paper's, 8H 2H 4H H for head_dim
     H."""
     sink_tokens: int = 128
@@ -147,7 +147,7 @@ class LossSettings:
     """`budget`: the fewest FULL layers whose divergence from full attention stays within
     budget_nats; `paper`: cross-entropy on the answers, and a share of SPARSE layers for each task
     (`targets`)."""
-    budget_nats: float = 0.05
+    budget_nats: float = 0.02
     """Mean KL(full attention || routed) on answers that routes may cost, nats a token."""
     answer_tokens: int = 128
     """Most answer tokens of a prompt that the loss looks at, evenly spaced."""
@@ -164,6 +164,40 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         _check(self.budget_nats > 0, "loss.budget_nats", "above 0", self.budget_nats)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureSettings:
+    """What SPARSE layers cost prompts (objective `budget`): measured once, kept in --out."""
+
+    prompts: int = 0
+    """Most prompts to measure; 0: all of the files, but for those of the test split."""
+    answer_tokens: int = 96
+    """Most answer tokens of a prompt to compare, evenly spaced."""
+    micro_batch_tokens: int = 32768
+    """Tokens computed at once on one device, padding included."""
+    time_limit_s: float = 0.0
+    """Measure no further prompts after this; 0: no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSettings:
+    """How routers are fitted to measured costs (objective `budget`)."""
+
+    steps: int = 400
+    """Updates of the routers."""
+    batch_size: int = 256
+    """Prompts an update."""
+    learning_rate: float = 3e-3
+    """AdamW's, at its peak."""
+    weight_decay: float = 0.5
+    """AdamW's."""
+    input_noise: float = 1.0
+    """Noise on what the routers see, in deviations of it over prompts."""
+    need_weight: float = 0.3
+    """Weight of the guess, from the same view, of what all SPARSE would cost: a denser signal."""
+    most_nats: float = 1.0
+    """A prompt's divergence counts for at most this much: an answer is lost once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +264,8 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     relaxation: RelaxationSettings = field(default_factory=RelaxationSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    fit: FitSettings = field(default_factory=FitSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
 

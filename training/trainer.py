@@ -18,6 +18,7 @@ from flux_vllm.router.model import LayerRouter
 from training.attach import RoutedModel
 from training.checkpoint import load_state, save_state
 from training.config import TrainConfig
+from training.costs.train import train_by_costs
 from training.data.batching import MicroBatch, collate, group_by_length
 from training.data.encoding import Encoded
 from training.data.prompt_files import FilePrompts
@@ -322,6 +323,8 @@ def train(config: TrainConfig) -> Path:
 
     Returns: path of the router file.
     """
+    if config.loss.objective == "budget":
+        return train_by_costs(config)
     world = start_world(config.system.device)
     tokenizer = load_tokenizer(config.model)
     routed = load_routed(

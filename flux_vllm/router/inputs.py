@@ -8,6 +8,7 @@ Dimension legend: L layers, P pools, C context layers, T tokens of a probe, H he
 F = P (1 + C) H features of a layer's router.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-PoolKind = Literal["head", "tail", "ends"]
-_POOL = re.compile(r"(head|tail|ends):([1-9][0-9]{0,6})")
+PoolKind = Literal["head", "tail", "ends", "length"]
+_POOL = re.compile(r"(head|tail|ends):([1-9][0-9]{0,6})|length")
+_LENGTH_UNIT = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,14 @@ class Pool:
 
     kind: PoolKind
     """`head`: the first; `tail`: the latest; `ends`: both together, where those of a prompt
-    shorter than the two count twice (`ctx_q` of arXiv 2604.07394)."""
+    shorter than the two count twice (`ctx_q` of arXiv 2604.07394); `length`: no token, the vector
+    says how long the prompt is."""
     tokens: int
-    """At an end."""
+    """At an end; 0 for `length`."""
 
     @classmethod
     def parse(cls, text: str) -> "Pool":
-        """Read `KIND:TOKENS`.
+        """Read `KIND:TOKENS` or `length`.
 
         Raises: ValueError: the text says no pool.
         """
@@ -65,12 +68,14 @@ class Pool:
         if found is None:
             raise ValueError(
                 "expected a pool as head:TOKENS, tail:TOKENS or ends:TOKENS with 1 to 9,999,999 "
-                f"tokens, found {text[:40]!r}"
+                f"tokens, or length, found {text[:40]!r}"
             )
+        if text == "length":
+            return cls("length", 0)
         return cls(found[1], int(found[2]))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.tokens}"
+        return self.kind if self.kind == "length" else f"{self.kind}:{self.tokens}"
 
     def counts(self, tokens: int) -> np.ndarray:
         """Say how often each of a probe's tokens counts: [tokens] float32."""
@@ -103,6 +108,7 @@ class RouterInputs:
             "head": self.probe.head_tokens,
             "tail": self.probe.tail_tokens,
             "ends": min(self.probe.head_tokens, self.probe.tail_tokens),
+            "length": 0,
         }
         for pool in self.pools:
             if pool.tokens > room[pool.kind]:
@@ -122,20 +128,28 @@ class RouterInputs:
         Args:
             prompt_len: tokens of the prompt, at least one.
 
-        Returns: [P, T] float32; rows sum to 1, padding counts nothing.
+        Returns: [P, T] float32; rows sum to 1, that of `length` to 0; padding counts nothing.
         """
         weights = np.zeros((len(self.pools), self.probe.tokens), dtype=np.float32)
         tokens = min(self.probe.tokens, prompt_len)
         for row, pool in zip(weights, self.pools, strict=True):
             counts = pool.counts(tokens)
-            row[:tokens] = counts / counts.sum()
+            row[:tokens] = counts / max(counts.sum(), 1)
         return weights
+
+    def offsets(self, prompt_len: int) -> np.ndarray:
+        """Return what is added to each pooled vector: [P] float32, 0 but for `length`.
+
+        A SPARSE layer loses more of a longer prompt, and its ends hardly say how long it is.
+        """
+        length = math.log2(prompt_len / _LENGTH_UNIT)
+        return np.array([length * (pool.kind == "length") for pool in self.pools], np.float32)
 
     def assemble(self, pooled: torch.Tensor) -> torch.Tensor:
         """Put each layer's own pools and the context layers' into its router's input.
 
         Args:
-            pooled: [L, ..., P, H] float32, `weights` @ mean queries before RoPE.
+            pooled: [L, ..., P, H] float32, `weights` @ mean queries before RoPE + `offsets`.
 
         Returns: [L, ..., F] float32: own pools, then those of each context layer in turn.
         Host sync: none. CUDA graph: safe.

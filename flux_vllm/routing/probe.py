@@ -114,7 +114,7 @@ class PromptProbe:
         self._token_ids = zeros(tokens, dtype=torch.int32)  # the dtypes of vLLM's own buffers:
         self._positions = zeros(tokens, dtype=torch.int64)  # compiled code does not check them
         self._weights = zeros(len(inputs.pools), tokens)
-        self._threshold = zeros()
+        self._offsets = zeros(len(inputs.pools))
         self.set_threshold(threshold)
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
@@ -169,6 +169,7 @@ class PromptProbe:
         upload(token_ids, self._token_ids)
         upload(positions, self._positions)
         upload(self._inputs.weights(prompt.length), self._weights)
+        upload(self._inputs.offsets(prompt.length), self._offsets)
         for rotation in self._rotations:
             for rows, buffer in zip(
                 rotation.rotary.rows(positions), (rotation.cos, rotation.sin), strict=True
@@ -183,7 +184,7 @@ class PromptProbe:
             self._mean_query[layers] = rotation.rotary.undo(
                 self._mean_query[layers], rotation.cos, rotation.sin
             )
-        pooled = self._reduce_mean(self._weights @ self._mean_query)
+        pooled = self._reduce_mean(self._weights @ self._mean_query) + self._offsets[:, None]
         features = self._inputs.assemble(pooled)
         # One request: [L, 1, F].
         probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]

@@ -1,0 +1,1 @@
+"""What SPARSE layers cost each prompt: measured once, modelled, and spent within a budget."""

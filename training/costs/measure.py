@@ -1,0 +1,189 @@
+"""Measure what SPARSE layers cost a prompt: the divergence of sampled routes, and its slopes.
+
+Each prompt runs three times: under full attention, all SPARSE, and under sampled routes, with
+gradients. The samples lean to what is worth trying: layers that have mattered so far stay FULL
+more often. Nothing here depends on a router, so that any number of them is fitted afterwards.
+
+Dimension legend: L layers, B prompts, P pools, H head dim, K = 2 samples.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flux_vllm.router.inputs import RouterInputs
+from training.attach import RoutedModel
+from training.costs.measurements import Measurements, join
+from training.data.batching import MicroBatch, collate, group_by_length
+from training.data.encoding import Encoded
+from training.losses import distillation, mean_by_prompt
+
+_AT_ONCE = 48
+"""Prompts to a file; they are sorted by length before they are padded."""
+_MEAN_SHIFT, _SHIFT_DEVIATION = -0.7, 1.5
+"""Of all layers' leads in a sample: shares of SPARSE from 0.2 to 1, 0.6 in the middle."""
+_LARGEST_LEAD = 3.0
+_LEAST_NATS = 0.02
+
+
+class Measurer:
+    """Measures prompts on one device.
+
+    Args:
+        routed: the model.
+        inputs: whose pools are kept; context layers play no part.
+        answer_tokens: most answer tokens of a prompt to compare, evenly spaced.
+        tail_tokens: last queries of a prompt that SPARSE shows everything.
+        token_budget: tokens computed at once.
+        seed: of the samples.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        inputs: RouterInputs,
+        answer_tokens: int,
+        tail_tokens: int,
+        token_budget: int,
+        seed: int,
+    ) -> None:
+        self.routed = routed
+        self.inputs = RouterInputs(pools=inputs.pools, probe=inputs.probe)
+        self.answer_tokens = answer_tokens
+        self.tail_tokens = tail_tokens
+        self.token_budget = token_budget
+        self.generator = torch.Generator().manual_seed(seed)
+        self.leads = torch.zeros(routed.num_layers)
+
+    def measure(
+        self, prompts: Sequence[Encoded], places: np.ndarray, held_out: np.ndarray
+    ) -> Measurements:
+        """Measure some prompts.
+
+        Args:
+            prompts: longer than SPARSE's sinks and window.
+            places: of the prompts in their files.
+            held_out: which are not to be fitted to.
+        """
+        parts = []
+        for rows in group_by_length([len(prompt) for prompt in prompts], self.token_budget):
+            micro = collate(
+                [prompts[row] for row in rows],
+                rows,
+                self.inputs,
+                self.answer_tokens,
+                tail_tokens=self.tail_tokens,
+            )
+            pooled, sparse, nats, slopes = self._run(micro.to(self.routed.device))
+            tokens = np.array([prompts[row].prompt_len for row in rows])
+            parts.append(
+                Measurements(pooled, sparse, nats, slopes, tokens, places[rows], held_out[rows])
+            )
+        return join(parts)
+
+    def _run(
+        self, micro: MicroBatch
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Give pooled [B, L, P, H], sparse [B, K, L], nats [B, K] and slopes [B, K, L]."""
+        layers, count = self.routed.num_layers, len(micro.tasks)
+        at = (micro.answer_rows, micro.answer_positions)
+        pooled = self.routed.probe(micro.probe, self.inputs)
+        pooled = pooled.unflatten(-1, (len(self.inputs.pools), -1)).transpose(0, 1)
+        with torch.no_grad():
+            full = torch.ones(layers, count, device=self.routed.device)
+            teacher = self.routed.logits(self.routed.forward(micro.token_ids, full)[at])
+
+        def nats(routes: torch.Tensor) -> torch.Tensor:
+            hidden = self.routed.forward(micro.token_ids, routes, micro.is_tail)
+            by_token = distillation(self.routed.logits(hidden[at]), teacher)
+            return mean_by_prompt(by_token, micro.answer_rows, count)
+
+        with torch.no_grad():
+            all_sparse = nats(torch.zeros_like(full))
+        routes = self._sample(count).to(full.device).requires_grad_(True)
+        sampled = nats(routes)
+        (slope,) = torch.autograd.grad(sampled.sum(), routes)
+        unknown = torch.full_like(slope, torch.nan)
+        sparse = torch.stack([torch.ones_like(full), 1 - routes.detach()])  # [K, L, B]
+        return (
+            pooled.half().cpu().numpy(),
+            sparse.permute(2, 0, 1).to(torch.uint8).cpu().numpy(),
+            torch.stack([all_sparse, sampled.detach()], dim=1).cpu().numpy(),
+            torch.stack([unknown, -slope]).permute(2, 0, 1).float().cpu().numpy(),
+        )
+
+    def _sample(self, count: int) -> torch.Tensor:
+        """Draw routes [L, B], 1 for FULL."""
+        uniform = torch.rand(len(self.leads), count, generator=self.generator)
+        noise = torch.logit(uniform, eps=1e-4)
+        shift = torch.randn(count, generator=self.generator) * _SHIFT_DEVIATION + _MEAN_SHIFT
+        return (self.leads[:, None] + noise + shift > 0).float()
+
+    def lean(self, measured: Measurements) -> None:
+        """Let later samples keep the layers FULL that have mattered so far."""
+        self.leads = leads(measured)
+
+
+def leads(measured: Measurements) -> torch.Tensor:
+    """Say how much each layer matters beside the others: [L], the median layer's is 0."""
+    relative = measured.slopes / (measured.nats[..., None] + _LEAST_NATS)
+    worth = np.nanmean(relative.clip(0), axis=(0, 1))
+    lead = np.log(worth + 1e-6) - np.log(np.median(worth) + 1e-6)
+    return torch.from_numpy(lead.clip(-_LARGEST_LEAD, _LARGEST_LEAD)).float()
+
+
+def measure_into(
+    folder: Path,
+    measurer: Measurer,
+    prompts: Iterator[tuple[int, bool, Encoded]],
+    known: Sequence[Measurements],
+    time_limit_s: float,
+    rank: int = 0,
+) -> list[Measurements]:
+    """Measure prompts that are not known yet, file by file.
+
+    Args:
+        folder: for the files; what is in it survives a kill.
+        measurer: measures.
+        prompts: place, whether it is held out, and the prompt.
+        known: what the folder holds.
+        time_limit_s: begin no further file after this; 0: no limit.
+        rank: of this process, for its files' names.
+
+    Returns: known and new measurements.
+    """
+    began = time.monotonic()
+    found = list(known)
+    done = {int(place) for part in known for place in part.place}
+    waiting: list[tuple[int, bool, Encoded]] = []
+
+    def flush() -> None:
+        places, held_out, chosen = zip(*waiting, strict=True)
+        part = measurer.measure(chosen, np.array(places), np.array(held_out))
+        part.save(folder / f"{rank:03d}-{min(places):08d}-{len(places)}.npz")
+        found.append(part)
+        measurer.lean(join(found))
+        waiting.clear()
+        seconds = time.monotonic() - began
+        sys.stderr.write(
+            f"[{seconds:.0f} s] {sum(map(len, found))} prompts measured; all SPARSE costs "
+            f"{part.nats[:, 0].mean():.3f} nats, samples {part.nats[:, 1].mean():.3f}\n"
+        )
+
+    if found:
+        measurer.lean(join(found))
+    for item in prompts:
+        if item[0] in done:
+            continue
+        waiting.append(item)
+        if len(waiting) == _AT_ONCE:
+            flush()
+            if time_limit_s and time.monotonic() - began > time_limit_s:
+                break
+    if waiting and not (time_limit_s and time.monotonic() - began > time_limit_s):
+        flush()
+    return found

@@ -1,0 +1,166 @@
+"""Train routers within a budget of divergence: measure prompts once, then fit.
+
+Dimension legend: L layers.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.router.model import LayerRouter
+from training.config import TrainConfig
+from training.costs.fit import describe, fit_router
+from training.costs.measure import Measurer, measure_into
+from training.costs.measurements import Measurements, join, open_folder
+from training.costs.quadratic import fit_costs, nested_patterns
+from training.data.encoding import Encoded
+from training.data.prompt_files import encode_prompt, read_prompt_files
+from training.distributed import World, start_world
+from training.model_loading import load_routed, load_tokenizer
+from training.provenance import model_name, provenance
+from training.storage import round_for_storage, stored_dtypes
+
+_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def train_by_costs(config: TrainConfig) -> Path:
+    """Train routers as a config with the objective `budget` says.
+
+    `measurements` in --out holds what was measured: a killed run goes on from there, and another
+    budget or seed costs seconds. `fit.json` says what the routers do with prompts held out.
+
+    Returns: path of the router file.
+    Raises: ValueError: no prompt is longer than SPARSE's sinks and window.
+    """
+    began = time.monotonic()
+    out = Path(config.out)
+    world = start_world(config.system.device)
+    measured, (layers, head_dim) = _measure(config, out / "measurements", world)
+    measuring_s = time.monotonic() - began
+    if not world.is_main:
+        return out / "flux_router.safetensors"
+    fitted_to, held_out = measured.take(~measured.held_out), measured.take(measured.held_out)
+    inputs = config.router.inputs(layers)
+    costs = fit_costs(fitted_to)
+    router, state = fit_router(
+        fitted_to, costs, inputs, config.router.widths, config.loss, config.fit, config.seed
+    )
+    dtypes = stored_dtypes(router.router)
+    folded = round_for_storage(router.fold(dtypes["features.0"]), dtypes)
+    report = _report(folded, held_out if len(held_out) > 1 else fitted_to, config, layers)
+    report |= {
+        "prompts": len(fitted_to),
+        "prompts_held_out": len(held_out),
+        "static_layers": nested_patterns(costs, sorted({round(s * layers) for s in (0.5, 0.6, 0.75, 0.85)})),
+        "training": state,
+        "seconds": {
+            "measuring": round(measuring_s, 1),
+            "fitting": round(time.monotonic() - began - measuring_s, 1),
+        },
+    }
+    (out / "fit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for row in report["rows"]:
+        sys.stderr.write(f"{row}\n")
+    settings = config.router
+    info = RouterInfo(
+        base_model=model_name(config.model),
+        num_layers=layers,
+        head_dim=head_dim,
+        pool_tokens=max(1, *(pool.tokens for pool in inputs.pools)),
+        probe=settings.probe,
+        pools=settings.pools,
+        context_layers=inputs.context_layers,
+        widths=settings.widths,
+        sink_tokens=settings.sink_tokens,
+        window_tokens=settings.window_tokens,
+        sparse_pattern=settings.sparse_pattern,
+        provenance=provenance(world.device, *config.data.sources)
+        | {"config": config.to_dict(), "prompts": len(fitted_to), "seconds": report["seconds"]},
+    )
+    write_router(out, folded, info, dtypes)
+    return out / "flux_router.safetensors"
+
+
+def _measure(
+    config: TrainConfig, folder: Path, world: World
+) -> tuple[Measurements, tuple[int, int]]:
+    """Measure what is not measured yet; returns it with the model's layers and head dim."""
+    settings, router = config.measure, config.router
+    known = open_folder(
+        folder,
+        {
+            "model": model_name(config.model),
+            "files": [Path(file).name for file in config.data.files],
+            "probe": list(router.probe),
+            "pools": list(router.pools),
+            "sink_tokens": router.sink_tokens,
+            "window_tokens": router.window_tokens,
+            "sparse_pattern": router.sparse_pattern,
+        },
+    )
+    prompts = _Prompts(config)
+    if known and len(join(known)) >= len(prompts.places):
+        whole = join(known)
+        return whole, (whole.pooled.shape[1], whole.pooled.shape[3])
+    routed = load_routed(
+        config.model, router.sink_tokens, router.window_tokens, config.system, world
+    )
+    measurer = Measurer(
+        routed,
+        router.inputs(routed.num_layers),
+        settings.answer_tokens,
+        router.tail_tokens,
+        settings.micro_batch_tokens,
+        config.seed + world.rank,
+    )
+    shape = (routed.num_layers, routed.head_dim)
+    mine = prompts.encoded(routed.model.config.max_position_embeddings, world)
+    measure_into(folder, measurer, mine, known, settings.time_limit_s, world.rank)
+    world.wait()
+    found = open_folder(folder, {})
+    if not found:
+        raise ValueError(
+            f"expected prompts of more than {router.sink_tokens + router.window_tokens} tokens, "
+            f"which sinks and window do not hold, in {', '.join(config.data.files)}, found none; "
+            "give longer prompts or a smaller --router.window_tokens"
+        )
+    return join(found), shape
+
+
+class _Prompts:
+    """The files' prompts, but for those that `divergence` tests on, in an order of their own."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.rows = read_prompt_files(Path(file) for file in config.data.files)
+        places = [place for place, row in enumerate(self.rows) if row.split != "test"]
+        self.places = np.random.default_rng(0).permutation(places).tolist()
+        if config.measure.prompts:
+            self.places = self.places[: config.measure.prompts]
+
+    def encoded(self, most_tokens: int, world: World) -> Iterator[tuple[int, bool, Encoded]]:
+        """Yield this process's: place, whether it is held out, and the prompt."""
+        config = self.config
+        tokenizer = load_tokenizer(config.model)
+        limit = min(most_tokens, config.data.max_tokens + config.data.max_answer_tokens)
+        reach = config.router.sink_tokens + config.router.window_tokens
+        for place in self.places[world.rank :: world.size]:
+            row = self.rows[place]
+            prompt = encode_prompt(row, tokenizer, limit, config.data.max_answer_tokens)
+            if prompt.prompt_len > reach:
+                yield place, row.split == "validation", prompt
+
+
+def _report(
+    router: LayerRouter, measured: Measurements, config: TrainConfig, layers: int
+) -> dict[str, Any]:
+    """Describe routers on prompts that were held out, by costs fitted to these."""
+    inputs = config.router.inputs(layers)
+    return {"rows": describe(router, measured, fit_costs(measured), inputs, _THRESHOLDS)}
