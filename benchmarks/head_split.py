@@ -16,7 +16,8 @@ from benchmarks.worker_extension import BenchmarkWorker
 from flux_vllm.attention_backend.cuda import backend as cuda
 from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
-from flux_vllm.attention_backend.cuda.views import LayerRows, ViewBuffers
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.kernels.decode_views import LayerViews
 
 
 class HeadSplitKernels:
@@ -87,12 +88,12 @@ def halves(call: LayerCall) -> tuple[LayerCall, LayerCall]:
     return replace(part(0), rows=_real_rows(call)), part(1)
 
 
-def _real_rows(call: LayerCall) -> LayerRows:
+def _real_rows(call: LayerCall) -> LayerViews:
     """Let all rows read their real table rows.
 
     Which rows are whose in a batch with prefill stays as the layer has it.
     """
-    numbers = _row_numbers(call.views.capacity, call.query.device)
+    numbers = _row_numbers(len(call.table) // 2, call.query.device)
     seq_lens = call.metadata.seq_lens
     return call.rows._replace(kv_batch_idx=numbers[: len(seq_lens)], seqused_k=seq_lens)
 

@@ -15,6 +15,7 @@ from flux_vllm.router.route import Route
 
 if TYPE_CHECKING:
     from flux_vllm.patterns.base import SparsePattern
+    from flux_vllm.routing.decode_counts import DecodeKeys
 
 RATIO_BUCKETS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
@@ -68,23 +69,37 @@ class RouteReporter:
         """Publish `flux_router_info`."""
         self._store.set("flux_router_info", 1, _INFO, **labels)
 
-    def record(self, batch: Batch, routes: np.ndarray, decided: np.ndarray) -> None:
+    def record(
+        self,
+        batch: Batch,
+        routes: np.ndarray,
+        decided: np.ndarray | None,
+        counts_keys: bool = True,
+    ) -> None:
         """Count one step; all but its decisions may wait for the next ones, a fifth of a second.
 
         Args:
             batch: of the step that ran.
             routes: [R, L] int8, as the rows attended.
-            decided: [R] bool: the row's routes were decided for this step.
+            decided: [R] bool: the row's routes were decided for this step; None for no row.
+            counts_keys: False where kernels counted the rows' keys, see `record_decode`.
         """
         if batch.is_warmup or not len(batch):
             return
-        self._pending.append((batch, routes))
-        if decided.any():
+        if counts_keys:
+            self._pending.append((batch, routes))
+        if decided is not None and decided.any():
             for row in np.flatnonzero(decided):
                 self._count_request(routes[row])
             self.flush()
         elif time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
+
+    def record_decode(self, keys: "DecodeKeys") -> None:
+        """Count what kernels counted of decode steps."""
+        if keys.unrouted_rows:
+            self._store.add("flux_unrouted_rows", keys.unrouted_rows, _UNROUTED)
+        self._count_tokens("decode", keys.attended, keys.context)
 
     def flush(self) -> None:
         """Count the steps that wait, all rows at once: a step by itself costs as much as many."""

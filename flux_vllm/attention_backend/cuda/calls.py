@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
-from flux_vllm.attention_backend.cuda.views import LayerRows, ViewBuffers
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.kernels.decode_views import LayerViews
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
@@ -26,8 +27,9 @@ class LayerCall:
     """[T, N, H]; rows that a pass leaves out keep theirs."""
     metadata: "FlashAttentionMetadata"
     """vLLM's for the batch."""
-    views: ViewBuffers
-    rows: LayerRows
+    table: torch.Tensor
+    """[2C, M] int32: real and compacted rows, of the layer's KV cache group."""
+    rows: LayerViews
     """The layer's part of the views."""
     plan: torch.Tensor | None = None
     """[size]: the layer's part of what `Kernels.plan` returned for the batch."""

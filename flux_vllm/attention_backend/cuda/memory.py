@@ -42,5 +42,5 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> i
         # vLLM rounds a table's width up to whole 128 tokens.
         width = -(-model.max_model_len // group.kv_cache_spec.block_size) + 128
         if layers:
-            total += ViewBuffers.nbytes(rows, width, len(layers))
+            total += ViewBuffers.nbytes(rows, [width], len(layers), runtime.table.num_layers)
     return total + max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)

@@ -36,7 +36,7 @@ class SharedWorkspace:
         tokens, heads, head_dim = call.query.shape
         rows, kv_heads = call.metadata.seq_lens.shape[0], call.keys.shape[2]
         if self._whole is None:
-            shares = most_shares(call.views.capacity, kv_heads, self._num_sms)
+            shares = most_shares(call.table.shape[0] // 2, kv_heads, self._num_sms)
             self._whole = decode_workspace(QUERIES * shares, heads, head_dim, 1, call.query.device)
         splits = choose_num_splits(rows, kv_heads, self._num_sms)
         return self._whole.fit(splits, tokens, heads, head_dim)
@@ -66,7 +66,7 @@ class TritonKernels:
             call.keys,
             call.values,
             call.out,
-            call.views.table,
+            call.table,
             call.rows.kv_batch_idx,
             call.metadata.query_start_loc,
             call.rows.seqused_k,
@@ -107,7 +107,7 @@ class TritonKernels:
             call.keys,
             call.values,
             call.out,
-            call.views.table,
+            call.table,
             query_start_loc,
             seqused_q,
             call.rows.seqused_k,

@@ -91,7 +91,7 @@ def attend_decode(
         key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
         value_cache: [B, block_size, K, H], likewise.
         out: [T, N, H]; rows without queries or keys are left as they are.
-        table2: [2C, M] int32, see `write_decode_views`.
+        table2: [2C, M] int32, see `write_views`.
         kv_batch_idx: [R] int32, the row of `table2` to read.
         query_start_loc: [R + 1] int32.
         seqused_k: [R] int32: keys in that row; the last is the last query's own.

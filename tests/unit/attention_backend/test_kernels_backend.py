@@ -112,9 +112,10 @@ def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None
     batch = make_batch([Row(1, 40, SPARSE, False)], shape, "cpu")
     worker = BackendWorker(folder, batch, "triton")
     worker.step(batch)
-    views = worker.builder._views
+    group = worker.builder._group
+    views = group.views
     tensors = [tensor for tensor in vars(views).values() if isinstance(tensor, torch.Tensor)]
-    held = sum(tensor.nbytes for tensor in tensors) - views._columns.nbytes
+    held = sum(tensor.nbytes for tensor in (*tensors, *views._views, group.table))
     monkeypatch.setattr(memory, "workspace_nbytes", lambda *_: 0)
     config = engine_config(folder, shape)
     one, two = (
@@ -124,7 +125,7 @@ def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None
             [_group(["layers.0"]), _group(["layers.1"])],
         )
     )
-    width, rows = views.table.shape[1], views.capacity
+    width, rows = group.table.shape[1], views.capacity
     stated_width = 8192 // 16 + 128  # vLLM's table, as wide as it may be
     assert one == held + 8 * rows * (stated_width - width)
     assert one < two < 2 * one

@@ -336,7 +336,7 @@ class TestWorkerHooks:
     def make(self, runner: Any) -> tuple[Any, mock.Mock, list[str]]:
         events: list[str] = []
         runtime = mock.Mock()
-        runtime.has_open_prompts, runtime.is_warming_up = True, False
+        runtime.prompts_may_be_due.return_value, runtime.is_warming_up = True, False
         runtime.admit.side_effect = lambda prompts: events.append(
             f"admit {[prompt.request_id for prompt in prompts]}"
         )
@@ -384,7 +384,7 @@ class TestWorkerHooks:
 
     def test_nothing_open_nothing_decided(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
-        runtime.has_open_prompts = False
+        runtime.prompts_may_be_due.return_value = False
         worker.execute_model(self.OUTPUT)
         assert events == [*self.BEFORE[:2], "begin ('a',)"]
 
