@@ -97,7 +97,12 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     def warm_up(original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime.is_warming_up = True
         try:
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            if worker.device.type == "cuda":
+                from flux_vllm.attention_backend.cuda.warm_up import warm_up as call_kernels
+
+                call_kernels(worker.model_runner, runtime, worker.vllm_config)
+            return result
         finally:
             runtime.is_warming_up = False
 

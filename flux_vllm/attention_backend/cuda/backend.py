@@ -187,8 +187,8 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         layers = len(self._layers)
         routes = CudaRoutes(group, True, [True] * layers, [True] * layers)
         apart = np.flatnonzero(beyond & batch.is_prefill)
-        known = runtime.known_routes(apart)
-        if known is not None and not batch.is_warmup:
+        known = None if batch.is_warmup else runtime.known_routes(apart)
+        if known is not None:
             is_sparse = known[:, [layer.impl.binding.layer for layer in self._layers]]
             is_sparse = is_sparse == Route.SPARSE
             routes.sparse_pass = (is_sparse.any(axis=0) & (len(apart) > 0)).tolist()

@@ -44,6 +44,36 @@ class Sizes(NamedTuple):
     """Streaming multiprocessors of the GPU."""
 
 
+class Limits(NamedTuple):
+    """The largest batches that an engine makes."""
+
+    rows: int
+    capacity: int
+    """Rows that the views hold, padding for CUDA graphs included."""
+    tokens: int
+    """Of a step."""
+    step_tokens: int
+    """Of a decode row, drafts included."""
+
+
+class DecodeCase(NamedTuple):
+    """A batch of decode rows."""
+
+    rows: int
+    queries: int
+    """Of each row."""
+    max_query_len: int
+    """Said to the kernels: rows need not have as many drafts as they may."""
+
+
+class Variants(NamedTuple):
+    """Batches that between them call every compiled kernel that serving can need."""
+
+    decode: list[DecodeCase]
+    prefill: list[int]
+    """Tokens of batches with prefill rows."""
+
+
 class Kernels(Protocol):
     """The kinds of attention call that a layer makes."""
 
@@ -51,6 +81,9 @@ class Kernels(Protocol):
     """As the operator calls them: `fa3` or `triton`."""
     scale: float
     """Of the scores."""
+
+    def variants(self, limits: Limits) -> Variants:
+        """Say which batches between them call every kernel that a batch within limits can."""
 
     def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
         """Plan the `decode` calls of all layers that share the views.
@@ -96,6 +129,11 @@ class BatchPrefill(Protocol):
 
         Host sync: none.
         """
+
+
+def tokens_by_tile(most_tokens: int, many_tokens: int) -> list[int]:
+    """Return a batch's tokens below a kernel's change of tile and above it, as far as allowed."""
+    return [min(2, most_tokens)] + [most_tokens] * (most_tokens >= many_tokens)
 
 
 def split_cache(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

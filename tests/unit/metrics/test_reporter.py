@@ -20,6 +20,7 @@ from flux_vllm.metrics.reporter import FLUSH_SECONDS, RATIO_BUCKETS, RouteReport
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.patterns import make_pattern
 from flux_vllm.patterns.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
+from flux_vllm.routing.decode_counts import DecodeKeys
 
 OPEN, SPARSE, FULL = -1, 0, 1
 LAYERS = (0, 2, 3)  # layer 1 has a sliding window of its own
