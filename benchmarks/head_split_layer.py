@@ -129,7 +129,9 @@ def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
     )
     rows = LayerViews(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
     keys, values = batch.caches[layer]
-    return LayerCall(batch.query, keys, values, batch.out, metadata, batch.table2, rows)
+    return LayerCall(
+        batch.query, keys, values, batch.out, metadata, batch.table2, batch.per_layer, 0, rows
+    )
 
 
 class SideBySide:

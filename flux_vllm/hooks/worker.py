@@ -97,14 +97,14 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     def warm_up(original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime.is_warming_up = True
         try:
-            result = original(*args, **kwargs)
+            # Before vLLM's own, at whose end it begins to report what is compiled.
             if worker.device.type == "cuda":
                 from flux_vllm.attention_backend.cuda.warm_up import warm_up as call_kernels
 
                 call_kernels(worker.model_runner, runtime, worker.vllm_config)
-            return result
+            return original(*args, **kwargs)
         finally:
-            runtime.is_warming_up = False
+            runtime.end_warm_up()
 
     wrap_object(worker, "compile_or_warm_up_model", warm_up)
     wrap_object(worker, "execute_model", execute_model)

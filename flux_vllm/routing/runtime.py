@@ -332,6 +332,12 @@ class FluxRuntime:
         for slots in (self._new, self._decided, self._probed):
             slots.clear()
 
+    def end_warm_up(self) -> None:
+        """Begin to count; what vLLM's own requests read counts nowhere. Waits for them."""
+        self.is_warming_up = False
+        if self.decode_counts is not None:
+            self.decode_counts.read()
+
     def finish(self, request_ids: Sequence[str] | set[str]) -> None:
         """Forget requests that ended."""
         if request_ids:

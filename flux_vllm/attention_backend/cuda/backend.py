@@ -279,7 +279,9 @@ class FluxCUDAImpl(FlashAttentionImpl):
         rows = views.layer_rows(attn_metadata.seq_lens.shape[0])[of_views]
         assert group.table is not None
         out = output.view(query.shape)
-        call = LayerCall(query, keys, values, out, attn_metadata, group.table, rows)
+        call = LayerCall(
+            query, keys, values, out, attn_metadata, group.table, views.layer_views, of_views, rows
+        )
         if not routes.has_prefill:
             if views.plans is not None:
                 call.plan = views.plans[of_views]

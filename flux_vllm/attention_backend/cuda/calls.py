@@ -29,8 +29,12 @@ class LayerCall:
     """vLLM's for the batch."""
     table: torch.Tensor
     """[2C, M] int32: real and compacted rows, of the layer's KV cache group."""
+    views: LayerViews
+    """Of all layers, as they are kept: [L, C]."""
+    layer: int
+    """Index among those layers."""
     rows: LayerViews
-    """The layer's part of the views."""
+    """The layer's part of the views, each [R]."""
     plan: torch.Tensor | None = None
     """[size]: the layer's part of what `Kernels.plan` returned for the batch."""
 

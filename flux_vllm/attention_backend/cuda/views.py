@@ -187,7 +187,7 @@ class ViewBuffers:
                 self._is_prefill if has_prefill else None,
             ),
             self._layers,
-            self._views,
+            self.layer_views,
             None if has_prefill else self._counts.totals,
             self._sizes,
             width=self._width,
@@ -214,7 +214,7 @@ class ViewBuffers:
         Host sync: none.
         """
         return write_decode_plans(
-            self._views.seqused_k,
+            self.layer_views.seqused_k,
             query_start_loc,
             self._plans,
             shape,
@@ -225,7 +225,7 @@ class ViewBuffers:
     def layer_rows(self, rows: int) -> list[LayerViews]:
         """Return each layer's part of a batch of `rows` rows, cut once while their number stays."""
         if rows != self._cut_rows:
-            by_buffer = (buffer[:, :rows].unbind() for buffer in self._views)
+            by_buffer = (buffer[:, :rows].unbind() for buffer in self.layer_views)
             self._layer_rows = [LayerViews(*parts) for parts in zip(*by_buffer, strict=True)]
             self._cut_rows = rows
         return self._layer_rows
@@ -241,7 +241,7 @@ class ViewBuffers:
             torch.tensor(self._columns, dtype=torch.int32, device=self.device),
             torch.tensor(self._is_routed, dtype=torch.int8, device=self.device),
         )
-        self._views = LayerViews(*(zeros(self.capacity) for _ in LayerViews._fields))
+        self.layer_views = LayerViews(*(zeros(self.capacity) for _ in LayerViews._fields))
         self._plans = zeros(plan_width(self.capacity))
 
     def lay_out(self) -> None:

@@ -1,8 +1,8 @@
 """Every kernel that serving can call, called before the first request.
 
 Kernels are compiled or loaded when they are first called, which takes up to a second each. Here
-made-up batches, one for each variant, go through the real builders and layers; captured graphs and
-vLLM's own warm-up, whose prompts are short, call the others.
+made-up batches, one for each variant, go through the real builders and layers. vLLM's own warm-up
+follows, whose prompts are too short to be routed, and then its graphs are captured.
 """
 
 import logging
@@ -51,8 +51,6 @@ def warm_up(runner: Any, runtime: FluxRuntime, vllm_config: Any) -> None:
         batches = _Batches(builder, block_table, runtime, model.max_model_len, model.dtype)
         variants = layer.impl._kernels.variants(limits)
         calls += batches.run(variants)
-    if runtime.decode_counts is not None:
-        runtime.decode_counts.read()  # what was made up counts nowhere
     torch.cuda.synchronize()
     logger.info(
         "flux: kernels for all batches are loaded: %d batches in %.1f s",

@@ -115,7 +115,7 @@ def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None
     group = worker.builder._group
     views = group.views
     tensors = [tensor for tensor in vars(views).values() if isinstance(tensor, torch.Tensor)]
-    held = sum(tensor.nbytes for tensor in (*tensors, *views._views, group.table))
+    held = sum(tensor.nbytes for tensor in (*tensors, *views.layer_views, group.table))
     monkeypatch.setattr(memory, "workspace_nbytes", lambda *_: 0)
     config = engine_config(folder, shape)
     one, two = (

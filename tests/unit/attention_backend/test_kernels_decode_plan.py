@@ -283,7 +283,7 @@ def test_view_buffers_count_their_plans() -> None:
     for group in groups:
         group.begin_step(torch.zeros(2, 10, dtype=torch.int32))
     held = [value for value in vars(views).values() if isinstance(value, torch.Tensor)]
-    held += [*views._views, *(group.table for group in groups)]
+    held += [*views.layer_views, *(group.table for group in groups)]
     assert sum(tensor.nbytes for tensor in held) == ViewBuffers.nbytes(6, [10, 10], 3, 5)
 
 

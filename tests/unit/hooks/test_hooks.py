@@ -400,7 +400,7 @@ class TestWorkerHooks:
         worker, runtime, events = self.make(self.runner_v1())
         worker.compile_or_warm_up_model()
         assert events == ["warm True"]
-        assert runtime.is_warming_up is False
+        runtime.end_warm_up.assert_called_once_with()
 
     @pytest.mark.parametrize(
         ("arguments", "captured"),

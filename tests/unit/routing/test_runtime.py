@@ -208,6 +208,19 @@ class TestCountedOnTheDevice:
         assert found == [DecodeKeys(7, 9, 1), DecodeKeys(1, 2, 0)]
 
 
+    def test_warm_up_counts_nowhere(self) -> None:
+        runtime = self.make()
+        runtime.is_warming_up = True
+        run(runtime, batch(("a", 0, 9, 9), is_warmup=True))
+        runtime.decode_counts.totals += 5
+        runtime.end_warm_up()
+        assert not runtime.is_warming_up
+        runtime.decode_counts.totals[:, 0] += 2
+        runtime.status()
+        found = runtime.reporter.decode_keys  # type: ignore[union-attr]
+        assert found == [DecodeKeys(2, 2, 2)]
+
+
 class TestRowsThatStay:
     def test_slots_are_looked_up_when_something_changed(self) -> None:
         """The same array says that nothing did."""
