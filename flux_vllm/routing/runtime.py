@@ -97,6 +97,9 @@ class FluxRuntime:
         self._probed: set[int] = set()
         self._pending: deque[PendingReadback] = deque()
         self._known_routes = np.empty((0, num_layers), dtype=np.int8)
+        # Of the latest batch that was counted: what is known of the slots stays while they do.
+        self._counted_slots = self._rows.slots
+        self._counted_routes = self._known_routes[:0][:, self._columns]
         # Slots of which the host knows the routes that stand.
         self._read: set[int] = set()
         self._unread_routes = self._routes(() if info is None else info.always_sparse)
@@ -131,6 +134,7 @@ class FluxRuntime:
         self.fixed_routes = self._routes(sparse_layers)
         self.table.fix(self.fixed_routes)
         self._known_routes[:] = self.fixed_routes
+        self._counted_slots = np.empty(0, dtype=np.int64)
 
     def set_threshold(self, threshold: float) -> None:
         """Decide later prompts by another threshold.
@@ -280,17 +284,19 @@ class FluxRuntime:
                 assert touched is not None
                 self._known_routes[rows.slots[touched.decided]] = pending.routes.numpy()
                 self._note_read(rows, touched)
-            routes = self._known_routes[rows.slots]
+            if touched is not None or rows.slots is not self._counted_slots:
+                self._counted_slots = rows.slots
+                self._counted_routes = self._known_routes[rows.slots][:, self._columns]
             if self.reporter is not None:
                 self.reporter.record(
                     rows.batch,
-                    routes[:, self._columns],
+                    self._counted_routes,
                     None if touched is None else touched.decided,
                     counts_keys=not self._is_counted_on_device(rows.batch),
                 )
             if pending.full_probability is not None:
                 assert touched is not None
-                self._note_decisions(rows.batch, touched, routes, pending.full_probability.numpy())
+                self._note_decisions(rows, touched, pending.full_probability.numpy())
 
     def _note_read(self, rows: RoutedBatch, touched: TouchedRows) -> None:
         """Note whose routes came in, but of requests that ended since or were decided anew."""
@@ -301,27 +307,25 @@ class FluxRuntime:
                 self._read.add(slot)
 
     def _note_decisions(
-        self,
-        batch: Batch,
-        rows: TouchedRows,
-        routes: np.ndarray,
-        full_probability: np.ndarray,
+        self, rows: RoutedBatch, touched: TouchedRows, full_probability: np.ndarray
     ) -> None:
-        """Keep what was decided for a batch: routes [R, layers], P(FULL) [decided, layers]."""
+        """Keep what was decided for a batch: P(FULL) [decided, layers]."""
+        batch = rows.batch
         if batch.is_warmup:
             return
-        probed = rows.probed[rows.decided]
+        probed = touched.probed[touched.decided]
         if self.reporter is not None and self.fixed_routes is None:
             self.reporter.record_probes(
                 full_probability[probed][:, self._columns], int((~probed).sum())
             )
-        for row, probability in zip(np.flatnonzero(rows.decided), full_probability, strict=True):
+        for row, probability in zip(np.flatnonzero(touched.decided), full_probability, strict=True):
             name, prompt_tokens = batch.request_ids[row], int(batch.prompt_lens[row])
+            routes = self._known_routes[rows.slots[row]]
             self.recent.append(
-                RouteDecision(name, prompt_tokens, routes[row].tolist(), probability.tolist())
+                RouteDecision(name, prompt_tokens, routes.tolist(), probability.tolist())
             )
             if self.journal is not None:
-                self.journal.append(name, prompt_tokens, routes[row], probability)
+                self.journal.append(name, prompt_tokens, routes, probability)
 
     def abandon_step(self) -> None:
         """Drop the current batch after an error in it."""
