@@ -98,10 +98,7 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         runtime.is_warming_up = True
         try:
             # Before vLLM's own, at whose end it begins to report what is compiled.
-            if worker.device.type == "cuda":
-                from flux_vllm.attention_backend.cuda.warm_up import warm_up as call_kernels
-
-                call_kernels(worker.model_runner, runtime, worker.vllm_config)
+            runtime.warm_up(worker.model_runner)
             return original(*args, **kwargs)
         finally:
             runtime.end_warm_up()

@@ -1,7 +1,7 @@
 """FluxRuntime: everything one worker knows of its requests' routes and of the current batch."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -84,6 +84,8 @@ class FluxRuntime:
         """Set where kernels count what decode steps read; the host counts all other steps."""
         self.is_warming_up = False
         """While vLLM runs requests of its own, which are never counted."""
+        self.warm_ups: dict[Hashable, Callable[[object], None]] = {}
+        """Of the backend: calls of its kernels, by what they are for."""
         self.reads_back = True
         """Whether routes come back to the host; all tensor-parallel ranks have the same."""
         self.reporter: RouteReporter | None = None
@@ -335,6 +337,11 @@ class FluxRuntime:
     def _forget_touched(self) -> None:
         for slots in (self._new, self._decided, self._probed):
             slots.clear()
+
+    def warm_up(self, runner: object) -> None:
+        """Let the backend call all that it may need; `runner` is vLLM's, with its KV cache."""
+        for call in self.warm_ups.values():
+            call(runner)
 
     def end_warm_up(self) -> None:
         """Begin to count; what vLLM's own requests read counts nowhere. Waits for them."""

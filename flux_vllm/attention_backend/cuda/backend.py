@@ -14,6 +14,7 @@ take twice the time and memory of capturing, to save a few microseconds.
 
 import functools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,9 @@ from flux_vllm.attention_backend.cuda.calls import (
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
 from flux_vllm.attention_backend.cuda.memory import most_rows
 from flux_vllm.attention_backend.cuda.patterns import plan_batch
-from flux_vllm.attention_backend.cuda.share import join_views
+from flux_vllm.attention_backend.cuda.share import join_views, kind_of
 from flux_vllm.attention_backend.cuda.views import GroupViews
+from flux_vllm.attention_backend.cuda.warm_up import warm_up
 from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
@@ -140,6 +142,9 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self._group = join_views(layers, self.block_size, capacity, self.device)
         for index, layer in enumerate(layers):
             layer.impl.group_index = index
+        if self._group.index == 0:
+            kind = kind_of(layers[0], self.block_size)
+            self._runtime.warm_ups[kind] = partial(warm_up, self, layers[0], self._runtime)
 
     def build(
         self,
@@ -230,7 +235,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
             )
 
     @functools.cached_property
-    def _kernels(self) -> Kernels:
+    def kernels(self) -> Kernels:
         """The kernels that this layer calls, once it is bound."""
         assert self.binding is not None
         return choose_kernels(self, self.binding.runtime)
@@ -238,7 +243,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
     @property
     def kernels_name(self) -> str:
         """Say which kernels serve this layer, once it is bound: `fa3` or `triton`."""
-        return self._kernels.name
+        return self.kernels.name
 
     def forward(
         self,
@@ -267,7 +272,9 @@ class FluxCUDAImpl(FlashAttentionImpl):
         assert attn_metadata is not None
         group, views = routes.group, routes.group.views
         if views.is_pending:
-            views.write(attn_metadata, self._kernels, routes.has_prefill)
+            views.write(attn_metadata.seq_lens, attn_metadata.query_start_loc, routes.has_prefill)
+            if not routes.has_prefill:
+                views.plans = self.kernels.plan(views, attn_metadata)
         tokens = attn_metadata.num_actual_tokens
         if query.shape[0] != tokens:  # a slice costs the host more than the question
             query, output = query[:tokens], output[:tokens]
@@ -285,13 +292,13 @@ class FluxCUDAImpl(FlashAttentionImpl):
         if not routes.has_prefill:
             if views.plans is not None:
                 call.plan = views.plans[of_views]
-            self._kernels.decode(call)
+            self.kernels.decode(call)
             return output
         if routes.full_pass[index]:
-            self._kernels.full_pass(call)
+            self.kernels.full_pass(call)
         if routes.sparse_pass[index]:
             assert routes.sparse_prefill is not None
-            routes.sparse_prefill.attend(call, self._kernels)
+            routes.sparse_prefill.attend(call, self.kernels)
         return output
 
     def _attend_probe(

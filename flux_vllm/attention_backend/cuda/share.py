@@ -11,10 +11,14 @@ from flux_vllm.routing.decode_counts import DecodeCounts
 from flux_vllm.routing.runtime import FluxRuntime
 
 _Kind = tuple[int, int, int]
-"""Block size, KV heads, head size: layers alike share views and the plans over them."""
 
 _views: WeakKeyDictionary[FluxRuntime, dict[_Kind, ViewBuffers]] = WeakKeyDictionary()
 """Of each worker in this process."""
+
+
+def kind_of(layer: Any, block_size: int) -> _Kind:
+    """Return what layers that share views have in common: block size, KV heads, head size."""
+    return block_size, layer.impl.num_kv_heads, layer.impl.head_size
 
 
 def join_views(
@@ -36,7 +40,7 @@ def join_views(
     if runtime.decode_counts is None:
         runtime.decode_counts = DecodeCounts(capacity, device)
     kinds = _views.setdefault(runtime, {})
-    kind = block_size, layers[0].impl.num_kv_heads, layers[0].impl.head_size
+    kind = kind_of(layers[0], block_size)
     views = kinds.get(kind)
     if views is None or views.holds(columns):
         sizes = ViewSizes(

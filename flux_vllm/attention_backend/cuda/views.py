@@ -8,7 +8,6 @@ Dimension legend: C capacity in rows, M table width, L layers of the views, G KV
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,11 +29,6 @@ from flux_vllm.attention_backend.kernels.decode_views import (
 from flux_vllm.routing.decode_counts import DecodeCounts
 from flux_vllm.routing.route_table import RouteTable
 from flux_vllm.transfer import to_device, upload
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
-
-    from flux_vllm.attention_backend.cuda.calls import Kernels
 
 _MOST_GROUPS = 64
 
@@ -109,6 +103,8 @@ class ViewBuffers:
         self._width = 0
         self._known: tuple[np.ndarray | None, int] = (None, -1)
         self._known_rows = 0
+        self.layer_views: LayerViews
+        """[L, C] each, of all layers, made for the first step."""
         self._layers: RoutedColumns | None = None
         self._cut_rows = -1
 
@@ -164,13 +160,13 @@ class ViewBuffers:
         upload(is_prefill.astype(np.int8), self._is_prefill[: len(is_prefill)])
 
     def write(
-        self, metadata: "FlashAttentionMetadata", kernels: "Kernels", has_prefill: bool
+        self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, has_prefill: bool
     ) -> None:
-        """Write the step's views and plans, of all layers; a graph may capture it.
+        """Write the step's views, of all layers; a graph may capture it.
 
         Args:
-            metadata: vLLM's for the batch.
-            kernels: of the layers.
+            seq_lens: [R] int32, 0 for padding rows.
+            query_start_loc: [R + 1] int32.
             has_prefill: whether any row is not a decode row.
 
         Host sync: none.
@@ -181,8 +177,8 @@ class ViewBuffers:
         write_views(
             self._tables,
             StepRows(
-                metadata.seq_lens,
-                metadata.query_start_loc,
+                seq_lens,
+                query_start_loc,
                 self._routes,
                 self._is_prefill if has_prefill else None,
             ),
@@ -192,7 +188,7 @@ class ViewBuffers:
             self._sizes,
             width=self._width,
         )
-        self.plans = None if has_prefill else kernels.plan(self, metadata)
+        self.plans = None
 
     def plan(
         self,

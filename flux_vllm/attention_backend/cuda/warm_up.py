@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from flux_vllm.attention_backend.cuda.backend import FluxCUDAMetadataBuilder
 from flux_vllm.attention_backend.cuda.calls import DecodeCase, Limits, Variants
 from flux_vllm.attention_backend.cuda.memory import most_rows
 from flux_vllm.attention_backend.cuda.patterns import long_contexts
@@ -27,51 +26,42 @@ logger = logging.getLogger("vllm.flux")
 
 
 @torch.inference_mode()  # as vLLM's steps, whose tensors nothing else may write to
-def warm_up(runner: Any, runtime: FluxRuntime, vllm_config: Any) -> None:
-    """Call every kernel of ours that a batch can need, of a worker that is about to serve.
+def warm_up(builder: Any, layer: Any, runtime: FluxRuntime, runner: Any) -> None:
+    """Call every kernel of ours that a batch can need, in a worker that is about to serve.
 
     Args:
-        runner: vLLM's model runner, V1 or V2, with its KV cache.
+        builder: of the metadata of a KV cache group.
+        layer: of the group; layers that share its views are like it.
         runtime: of the worker.
-        vllm_config: of the engine.
+        runner: vLLM's model runner, V1 or V2, with its KV cache.
 
     Host sync: waits for the device at the end.
     """
     begin = time.monotonic()
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    config = builder.vllm_config
     limits = Limits(
-        scheduler.max_num_seqs,
-        most_rows(vllm_config),
-        scheduler.max_num_batched_tokens,
+        config.scheduler_config.max_num_seqs,
+        most_rows(config),
+        config.scheduler_config.max_num_batched_tokens,
         runtime.step_tokens,
     )
-    calls = 0
-    for builder, block_table in _builders(runner):
-        layer = builder._layers[0]
-        batches = _Batches(builder, block_table, runtime, model.max_model_len, model.dtype)
-        variants = layer.impl._kernels.variants(limits)
-        calls += batches.run(variants)
+    batches = _Batches(builder, layer, _block_table(runner, builder), runtime)
+    number = batches.run(layer.impl.kernels.variants(limits))
     torch.cuda.synchronize()
     logger.info(
         "flux: kernels for all batches are loaded: %d batches in %.1f s",
-        calls,
+        number,
         time.monotonic() - begin,
     )
 
 
-def _builders(runner: Any) -> Iterator[tuple[FluxCUDAMetadataBuilder, torch.Tensor]]:
-    """Find one builder of each kind of layers, with its part of vLLM's persistent tables."""
-    for number, attention_groups in enumerate(runner.attn_groups):
-        for attention_group in attention_groups:
-            builder = attention_group.get_metadata_builder(0)
-            if not isinstance(builder, FluxCUDAMetadataBuilder) or builder._group is None:
-                continue
-            if builder._group.index == 0:
-                yield builder, _block_table(runner, number)
-
-
-def _block_table(runner: Any, number: int) -> torch.Tensor:
-    """Return a group's table [max_num_seqs, M] as a step gets it."""
+def _block_table(runner: Any, builder: Any) -> torch.Tensor:
+    """Return the table [max_num_seqs, M] of a builder's group, as its steps get it."""
+    number = next(
+        number
+        for number, groups in enumerate(runner.attn_groups)
+        if any(group.get_metadata_builder(0) is builder for group in groups)
+    )
     if hasattr(runner, "block_tables"):  # V2
         table: torch.Tensor = runner.block_tables.input_block_tables[number]
         return table
@@ -80,30 +70,17 @@ def _block_table(runner: Any, number: int) -> torch.Tensor:
 
 
 class _Batches:
-    """Made-up batches of one kind of layers.
-
-    Args:
-        builder: of their KV cache group.
-        block_table: [max_num_seqs, M] int32.
-        runtime: of the worker.
-        max_len: most tokens of a request.
-        dtype: of the model.
-    """
+    """Made-up batches of layers that are alike; the arguments are those of `warm_up`."""
 
     def __init__(
-        self,
-        builder: FluxCUDAMetadataBuilder,
-        block_table: torch.Tensor,
-        runtime: FluxRuntime,
-        max_len: int,
-        dtype: torch.dtype,
+        self, builder: Any, layer: Any, block_table: torch.Tensor, runtime: FluxRuntime
     ) -> None:
         self._builder = builder
-        self._layer = builder._layers[0]
+        self._layer = layer
         self._block_table = block_table
         self._runtime = runtime
-        self._max_len = max_len
-        self._dtype = dtype
+        self._max_len = builder.vllm_config.model_config.max_model_len
+        self._dtype = builder.vllm_config.model_config.dtype
 
     def run(self, variants: Variants) -> int:
         """Run a batch of each variant. Returns: how many."""

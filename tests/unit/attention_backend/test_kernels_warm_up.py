@@ -44,7 +44,6 @@ def test_every_variant_is_called(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     from flux_vllm.attention_backend.cuda import triton_calls
-    from flux_vllm.attention_backend.cuda.warm_up import warm_up
     from tests.helpers.cuda_backend import BackendWorker
 
     batch = make_batch([Row(1, 40, SPARSE, False)], Shape(), "cpu")
@@ -56,7 +55,7 @@ def test_every_variant_is_called(
     tables = SimpleNamespace(input_block_tables=[torch.zeros(64, 512, dtype=torch.int32)])
     runner = SimpleNamespace(attn_groups=[[group]], block_tables=tables)
     scheduler = SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=150)
-    config = SimpleNamespace(
+    worker.builder.vllm_config = SimpleNamespace(
         scheduler_config=scheduler,
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
         model_config=SimpleNamespace(max_model_len=100, dtype=batch.query.dtype),
@@ -74,8 +73,8 @@ def test_every_variant_is_called(
 
     monkeypatch.setattr(triton_calls, "attend_decode", decode)
     monkeypatch.setattr(triton_calls, "attend_prefill", prefill)
-    warm_up(runner, runtime, config)
-    kernels = worker.layers[0].impl._kernels
+    runtime.warm_up(runner)
+    kernels = worker.layers[0].impl.kernels
     from flux_vllm.attention_backend.cuda.calls import Limits
 
     variants = kernels.variants(Limits(64, 64, 150, 1))

@@ -346,9 +346,9 @@ class TestWorkerHooks:
             f"begin {context.request_ids}"
         )
         runtime.end_step.side_effect = lambda: events.append("end")
+        runtime.warm_up.side_effect = lambda runner: events.append("kernels")
         runtime.abandon_step.side_effect = lambda: events.append("abandon")
-        device = SimpleNamespace(type="cpu")
-        worker = SimpleNamespace(model_runner=runner, events=events, device=device)
+        worker = SimpleNamespace(model_runner=runner, events=events)
         worker.execute_model = lambda output: runner.execute(output)
         worker.sample_tokens = lambda grammar: events.append(f"sample {grammar}")
         worker.compile_or_warm_up_model = lambda: events.append(f"warm {runtime.is_warming_up}")
@@ -399,7 +399,7 @@ class TestWorkerHooks:
     def test_warm_up_is_known_while_it_lasts(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
         worker.compile_or_warm_up_model()
-        assert events == ["warm True"]
+        assert events == ["kernels", "warm True"]
         runtime.end_warm_up.assert_called_once_with()
 
     @pytest.mark.parametrize(

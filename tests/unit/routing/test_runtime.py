@@ -207,7 +207,6 @@ class TestCountedOnTheDevice:
         found = runtime.reporter.decode_keys  # type: ignore[union-attr]
         assert found == [DecodeKeys(7, 9, 1), DecodeKeys(1, 2, 0)]
 
-
     def test_warm_up_counts_nowhere(self) -> None:
         runtime = self.make()
         runtime.is_warming_up = True
