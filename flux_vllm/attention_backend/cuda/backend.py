@@ -211,9 +211,6 @@ class FluxCUDAImpl(FlashAttentionImpl):
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
     group_index: int
     """Index among the routed layers of its KV cache group."""
-    _split_of: torch.Tensor | None = None
-    _split: tuple[torch.Tensor, torch.Tensor]
-    """Keys and values of the KV cache `_split_of`."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -278,9 +275,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
         tokens = attn_metadata.num_actual_tokens
         if query.shape[0] != tokens:  # a slice costs the host more than the question
             query, output = query[:tokens], output[:tokens]
-        if kv_cache is not self._split_of:
-            self._split_of, self._split = kv_cache, split_cache(kv_cache, self.head_size)
-        keys, values = self._split
+        keys, values = split_cache(kv_cache, self.head_size)
         index = self.group_index
         of_views = group.first_layer + index
         rows = views.layer_rows(attn_metadata.seq_lens.shape[0])[of_views]
