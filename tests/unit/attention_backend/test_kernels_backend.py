@@ -98,6 +98,44 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     assert stated - memory.fixed_nbytes(worker.runtime, config, groups) == taken
 
 
+def test_a_decode_step_takes_nothing_of_the_host(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views are written once a step, by its first layer; routes come when rows change, and then
+    only. Building launches nothing and copies nothing: what is noted are our launches and copies.
+    """
+    from flux_vllm.attention_backend.cuda import views
+    from tests.helpers.cuda_backend import BackendWorker
+
+    batch = make_batch(BATCHES["decode"], Shape(), "cpu")
+    worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
+    noted: list[str] = []
+    for name in ("write_views", "upload", "to_device"):
+        original = getattr(views, name)
+
+        def note(*args: object, name=name, original=original, **kwargs: object) -> object:
+            noted.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(views, name, note)
+    worker.begin_step(batch.rows)
+    rows = worker.runtime.current.batch
+    outputs = [batch.poisoned_output() for _ in worker.layers]
+    expected = [["upload", "to_device"], [], [], ["to_device"]]  # tables are laid out once
+    for step, built in enumerate(expected):
+        if step == 3:  # routed anew
+            worker.runtime.table.version += 1
+        worker.runtime.begin_step(rows)
+        metadata = worker.metadata(batch)
+        assert sorted(noted) == sorted(built), step
+        noted.clear()
+        worker.forward(batch, metadata, outputs)
+        worker.check(batch, outputs)
+        assert noted == ["write_views"]
+        noted.clear()
+        worker.runtime.end_step()
+
+
 def _group(names: Iterable[str]) -> SimpleNamespace:
     """Stands in for vLLM's KVCacheGroupSpec."""
     return SimpleNamespace(layer_names=list(names), kv_cache_spec=SimpleNamespace(block_size=16))
