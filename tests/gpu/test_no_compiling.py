@@ -32,6 +32,7 @@ DEFAULTS = {
     # Holds a batch of the tile of many tokens.
     "max_num_batched_tokens": 4352,
     "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2 << 30,  # XAttention's lists come out of it
 }
 NGRAM = {
     "method": "ngram",

@@ -5,6 +5,7 @@ worker runs larger batches (tests/gpu/test_backend_batches.py).
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 import triton
 
-from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
+from tests.unit.attention_backend.test_kernels_cases import (
+    FULL,
+    SPARSE,
+    Row,
+    Shape,
+    check_rows,
+    make_batch,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -134,6 +142,52 @@ def test_a_decode_step_takes_nothing_of_the_host(
         assert noted == ["write_views"]
         noted.clear()
         worker.runtime.end_step()
+
+
+@pytest.mark.parametrize("name", ["drafts", "mixed"])
+def test_groups_share_one_launch(
+    name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two KV cache groups of a layer each: blocks of their own, one launch of views for both."""
+    from flux_vllm.attention_backend.cuda import views
+    from flux_vllm.attention_backend.cuda.backend import FluxCUDABackend
+    from tests.helpers.cuda_backend import BackendWorker, engine_config
+
+    folder, shape = tmp_path_factory.getbasetemp(), Shape()
+    batches = [make_batch(BATCHES[name], shape, "cpu", seed=seed) for seed in (0, 1)]
+    assert not torch.equal(batches[0].block_table, batches[1].block_table)
+    worker = BackendWorker(folder, batches[0], "triton")
+    builder, config = worker.builder, engine_config(folder, shape)
+    builders = [
+        FluxCUDABackend.get_builder_cls()(
+            builder.kv_cache_spec, [f"layers.{group}"], config, builder.device
+        )
+        for group in (0, 1)
+    ]
+    assert builders[0]._group.views is builders[1]._group.views
+    assert builders[0]._group.views is not builder._group.views
+    launched: list[int] = []
+    write = views.write_views
+
+    def note(tables: object, *args: object, **kwargs: object) -> None:
+        launched.append(tables.layout.shape[0])
+        write(tables, *args, **kwargs)
+
+    monkeypatch.setattr(views, "write_views", note)
+    for _ in range(2):
+        worker.begin_step(batches[0].rows)
+        steps = []
+        for worker.builder, batch in zip(builders, batches, strict=True):
+            steps.append(worker.metadata(batch))
+        outputs = [batch.poisoned_output() for batch in batches]
+        for layer, batch, metadata, out in zip(worker.layers, batches, steps, outputs, strict=True):
+            layer.impl.forward(layer, batch.query, None, None, batch.kv_cache, metadata, out)
+        for index, batch in enumerate(batches):
+            rows = [replace(row, route=row.route ^ (index % 2)) for row in batch.rows]
+            routed = replace(batch, rows=rows)
+            check_rows(routed, outputs[index], [True] * len(rows))
+        worker.runtime.end_step()
+    assert launched == [2, 2]
 
 
 def _group(names: Iterable[str]) -> SimpleNamespace:
