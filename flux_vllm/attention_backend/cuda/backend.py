@@ -275,14 +275,14 @@ class FluxCUDAImpl(FlashAttentionImpl):
         tokens = attn_metadata.num_actual_tokens
         if query.shape[0] != tokens:  # a slice costs the host more than the question
             query, output = query[:tokens], output[:tokens]
-        keys, values = split_cache(kv_cache, self.head_size)
+        cache = split_cache(kv_cache, self.head_size)
         index = self.group_index
         of_views = group.first_layer + index
         rows = views.layer_rows(attn_metadata.seq_lens.shape[0])[of_views]
         assert group.table is not None
         out = output.view(query.shape)
         call = LayerCall(
-            query, keys, values, out, attn_metadata, group.table, views.layer_views, of_views, rows
+            query, cache, out, attn_metadata, group.table, views.layer_views, of_views, rows
         )
         if not routes.has_prefill:
             if views.plans is not None:
