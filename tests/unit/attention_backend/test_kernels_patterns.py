@@ -354,4 +354,4 @@ def test_warm_up_asks_a_fixed_policys_pattern_too(
         assert step is None
         return
     assert step.sparse_prefill is not None
-    assert step.sparse_pass == step.full_pass == [True] * LAYERS
+    assert step.passes.sparse == step.passes.full == [True] * LAYERS
