@@ -9,7 +9,7 @@ import torch
 
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
-from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.patterns import make_pattern
@@ -128,10 +128,15 @@ class FluxRuntime:
         Benchmarks try thresholds with it on a running engine whose policy is `router`; what
         `/metrics` says of the router stays as it started.
 
-        Raises: FluxConfigError: not a number from 0 to 1.
+        Raises: FluxConfigError: not a number from 0 to 1, or 0 with `free_kv`.
         """
         if self.probe is None:
             raise AssertionError("set_threshold: the policy is not `router`")
+        if self.config.free_kv and threshold == 0:
+            raise FluxConfigError(
+                'flux_set_threshold: expected a threshold above 0 with "free_kv", found 0, which '
+                'makes layers FULL that give keys back of every request; start without "free_kv"'
+            )
         self.config = replace(self.config, threshold=threshold)
         self.probe.set_threshold(threshold)
 
@@ -197,11 +202,14 @@ class FluxRuntime:
 
     # vLLM's steps make tensors in inference mode, which nothing else may write to.
     @torch.inference_mode()
-    def end_step(self) -> None:
+    def end_step(self) -> PendingReadback | None:
         """Count the batch.
 
         Called when its tokens are sampled, so that the device has work meanwhile. On a GPU the
         routes come back without waiting for them, so counting lags behind by the steps in flight.
+
+        Returns: the routes that were decided for the batch; None where there are none, and on
+            ranks that read nothing back.
         """
         current, self.current = self.current, None
         if current is None:
@@ -209,10 +217,13 @@ class FluxRuntime:
             self._count_pending(wait=False)
             if self.reporter is not None:
                 self.reporter.flush()
-            return
-        if self.reads_back:
-            self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
-            self._count_pending(wait=False)
+            return None
+        if not self.reads_back:
+            return None
+        pending = PendingReadback.read(current, self.table, self.fixed_routes)
+        self._pending.append(pending)
+        self._count_pending(wait=False)
+        return None if pending.routes is None else pending
 
     def _count_pending(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0].is_ready()):
