@@ -35,8 +35,8 @@ def cluster_kv_cache(worker: Any) -> None:
     found = vllm_config.scheduler_config.scheduler_cls
     if found not in SCHEDULERS:
         raise UnsupportedConfigurationError(
-            'flux config: expected a configuration made by vLLM\'s EngineArgs with "free_kv", where '
-            f"flux chooses the scheduler, found scheduler_cls {found!r}; make it so, or set "
+            'flux config: expected a configuration that vLLM\'s EngineArgs made with "free_kv", '
+            f"where flux chooses the scheduler, found scheduler_cls {found!r}; make it so, or set "
             f"scheduler_cls to one of {list(SCHEDULERS)}"
         )
     _, info = read_router_for(config, vllm_config)
