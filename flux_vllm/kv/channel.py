@@ -50,8 +50,4 @@ class _RoutedOutput(AsyncModelRunnerOutput):
 
 
 def _attach(output: ModelRunnerOutput, decided: PendingReadback) -> None:
-    decided.wait()
-    assert decided.routes is not None
-    rows, routes = decided.rows, decided.routes.numpy()
-    names = [rows.batch.request_ids[row] for row in np.flatnonzero(rows.decided)]
-    setattr(output, _FIELD, dict(zip(names, routes.copy(), strict=True)))
+    setattr(output, _FIELD, decided.by_request())

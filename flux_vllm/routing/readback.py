@@ -59,6 +59,14 @@ class PendingReadback:
                 routes, probability = routes.clone(), probability.clone()
         return cls(rows, routes, probability, event)
 
+    def by_request(self) -> dict[str, np.ndarray]:
+        """Return what was decided, [L] int8 by request; waits until it has arrived."""
+        if self.routes is None:
+            return {}
+        self.wait()
+        names = [self.rows.batch.request_ids[row] for row in np.flatnonzero(self.rows.decided)]
+        return dict(zip(names, self.routes.numpy().copy(), strict=True))
+
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""
         return self.event is None or self.event.query()
