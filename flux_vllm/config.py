@@ -42,7 +42,7 @@ class FluxConfig:
     kernels: str | None = None
     """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
     free_kv: bool = False
-    """Whether layers that are SPARSE for every request give their KV blocks back meanwhile."""
+    """Whether SPARSE layers give their KV blocks back while requests run."""
 
     def __post_init__(self) -> None:
         _check_type("router", self.router, str, "a path")
