@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from flux_vllm.config import FluxConfig
-from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.hooks.wrap import wrap
 from flux_vllm.kv.groups import Clusters, cluster_by_route, cluster_layers
 from flux_vllm.router.checkpoint import RouterInfo
@@ -44,11 +44,6 @@ def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any)
         raise UnsupportedConfigurationError(
             'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
             '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
-        )
-    if config.policy == "router" and not config.threshold:
-        raise FluxConfigError(
-            "flux config: expected a threshold above 0 with \"free_kv\" and policy 'router', found "
-            '0, which makes every layer FULL; raise it, or drop "free_kv"'
         )
     choose_clusters(config, info, range(vllm_config.model_config.get_total_num_hidden_layers()))
     _choose_scheduler(vllm_config.scheduler_config)

@@ -10,7 +10,7 @@ import torch
 
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
-from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
 from flux_vllm.patterns import make_pattern
@@ -144,17 +144,10 @@ class FluxRuntime:
         Benchmarks try thresholds with it on a running engine whose policy is `router`; what
         `/metrics` says of the router stays as it started.
 
-        Raises: FluxConfigError: not a number from 0 to 1, or 0 where `free_kv` relies on layers
-            that are always SPARSE.
+        Raises: FluxConfigError: not a number from 0 to 1, or 0 with `free_kv`.
         """
         if self.probe is None:
             raise AssertionError("set_threshold: the policy is not `router`")
-        has_always_sparse = self.info is not None and bool(self.info.always_sparse)
-        if self.config.free_kv and has_always_sparse and threshold == 0:
-            raise FluxConfigError(
-                'flux_set_threshold: expected a threshold above 0 with "free_kv", found 0, which '
-                'makes layers FULL that give keys back of every request; start without "free_kv"'
-            )
         self.config = replace(self.config, threshold=threshold)
         self.probe.set_threshold(threshold)
 

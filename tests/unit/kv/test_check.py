@@ -71,16 +71,6 @@ def test_another_scheduler_is_refused(tmp_path):
     )
 
 
-def test_threshold_0_is_refused(tmp_path):
-    write(tmp_path)
-    with pytest.raises(FluxConfigError) as error:
-        check_configuration(_config(tmp_path, {"free_kv": True, "threshold": 0}))
-    assert str(error.value) == (
-        "flux config: expected a threshold above 0 with \"free_kv\" and policy 'router', found 0, "
-        'which makes every layer FULL; raise it, or drop "free_kv"'
-    )
-
-
 def test_too_few_sparse_layers(tmp_path):
     write(tmp_path)
     with pytest.raises(FluxConfigError, match=r"expected at least 1 of 4 layers .* found 0"):

@@ -429,21 +429,13 @@ class TestSetThreshold:
             runtime.set_threshold(1.5)
         assert runtime.probe.thresholds == []  # type: ignore[union-attr]
 
-    @pytest.mark.parametrize("always_sparse", [(), (0, 3)])
-    def test_layers_whose_keys_are_given_back_stay_sparse(self, always_sparse: tuple) -> None:
-        info = replace(INFO, always_sparse=always_sparse)
-        runtime = make(answers=ANSWERS, info=info, free_kv=True)
+    def test_layers_whose_keys_are_given_back_stay_sparse(self) -> None:
+        runtime = make(answers=ANSWERS, free_kv=True)
         runtime.set_threshold(0.01)
-        if not always_sparse:
+        with pytest.raises(FluxConfigError, match='a threshold above 0 with "free_kv"'):
             runtime.set_threshold(0)
-            return
-        with pytest.raises(FluxConfigError) as error:
-            runtime.set_threshold(0)
-        assert str(error.value) == (
-            'flux_set_threshold: expected a threshold above 0 with "free_kv", found 0, which makes '
-            'layers FULL that give keys back of every request; start without "free_kv"'
-        )
         assert runtime.config.threshold == 0.01
+        assert runtime.probe.thresholds == [0.01]  # type: ignore[union-attr]
 
     def test_fixed_routes_have_none(self) -> None:
         with pytest.raises(AssertionError, match="the policy is not `router`"):
