@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import prompt_load
 from benchmarks.host_times import HostTimer
 from benchmarks.queue_load import QueueLoad
 
@@ -121,6 +122,24 @@ class Engine:
             seconds: most that it may take.
         """
         return self._call("answer_queue", context, tokens, seconds)
+
+    def answer_prompts(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stop_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """Answer prompts that are all there from the beginning; see `prompt_load.answer_prompts`.
+
+        Args:
+            prompts: token ids.
+            tokens: most of an answer.
+            stop_ids: tokens that end one.
+
+        Returns: as there, and the `routes` of flux engines, [R, layers].
+        """
+        return self._call("answer_prompts", prompts, tokens, stop_ids)
+
+    def soak(self, prompts: Sequence[Sequence[int]], requests: int, seed: int) -> dict[str, int]:
+        """Run mixed requests, some of them aborted; see `prompt_load.soak`."""
+        return self._call("soak", prompts, requests, seed)
 
     def host_times(self, steps: int, batch: int) -> dict[str, float]:
         """Time functions on the host in decode steps: microseconds a step, callees included.
@@ -330,11 +349,24 @@ class _Driver:
             self._core.add_request(names[-1], prompt, _sampling(tokens))
 
         try:
-            return QueueLoad(self._core, self._core.engine_core.engine_core.scheduler, add).run(
-                seconds
-            )
+            return QueueLoad(self._core, self._scheduler, add).run(seconds)
         finally:
             self.stop(names)
+
+    @property
+    def _scheduler(self) -> Any:
+        return self._core.engine_core.engine_core.scheduler
+
+    def answer_prompts(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stop_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        sampling = _sampling(tokens, stop_token_ids=list(stop_ids))
+        found = prompt_load.answer_prompts(self._core, self._scheduler, prompts, sampling)
+        recent = self.call_worker("flux_status")["recent"]
+        return found | {"routes": [decision["routes"] for decision in recent]}
+
+    def soak(self, prompts: Sequence[Sequence[int]], requests: int, seed: int) -> dict[str, int]:
+        return prompt_load.soak(self._core, self._scheduler, prompts, requests, seed, _sampling)
 
     def host_times(self, steps: int, batch: int) -> dict[str, float]:
         from vllm.v1.core.sched.scheduler import Scheduler
@@ -367,7 +399,9 @@ def _kernels(work: Callable[[], object]) -> list[tuple[str, int, float]]:
     return [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
 
 
-def _sampling(tokens: int) -> Any:
+def _sampling(tokens: int, **others: Any) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    return SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **others
+    )

@@ -41,7 +41,7 @@ class QueueLoad:
         Raises: RuntimeError: memory was not full in time.
         """
         begin = time.perf_counter()
-        preemptions = self._count_preemptions()
+        preemptions = count_preemptions(self.scheduler)
         first = ended = filled = calm = 0
         while not first or ended < first:
             if time.perf_counter() - begin > seconds:
@@ -73,16 +73,6 @@ class QueueLoad:
         self.steps.append((len(outputs), taken, len(self.scheduler.running), has_prompt))
         return sum(output.finished for output in outputs)
 
-    def _count_preemptions(self) -> list[str]:
-        preempt, names = self.scheduler._preempt_request, []
-
-        def counted(request: Any, *args: Any, **kwargs: Any) -> Any:
-            names.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        self.scheduler._preempt_request = counted
-        return names
-
     def _result(self, first: int, filled: int, ended: int) -> dict[str, float]:
         since = self.steps[filled:]
         seconds = sum(step[1] for step in since)
@@ -99,3 +89,15 @@ class QueueLoad:
             "decode_tokens_per_second": tokens / taken if decode else 0.0,
             "decode_step_ms": 1000 * taken / len(decode) if decode else 0.0,
         }
+
+
+def count_preemptions(scheduler: Any) -> list[str]:
+    """Note from now on which requests a scheduler preempts: their ids, in the list returned."""
+    preempt, names = scheduler._preempt_request, []
+
+    def counted(request: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return names

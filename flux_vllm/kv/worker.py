@@ -41,7 +41,7 @@ def cluster_kv_cache(worker: Any) -> None:
         )
     _, info = read_router_for(config, vllm_config)
     clusters = choose_clusters(config, info, _indices(runner.get_kv_cache_spec()).values())
-    if clusters.routed and not (info is not None and info.freeing_order):
+    if clusters.routed and clusters.size > 1 and not (info is not None and info.freeing_order):
         logger.warning(
             "flux: expected a router file that says in which order layers are freed, found none; "
             "clusters follow the layers' own order, and fewer of them are SPARSE as a whole: train "
