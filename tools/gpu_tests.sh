@@ -54,6 +54,7 @@ parts_of_two() { # tensor parallel 2; its engines on one GPU take the second, wh
 part serving_64 tests/gpu/test_serving.py -k H64 &
 part serving_128 tests/gpu/test_serving.py -k H128 &
 part sample_model tests/gpu/test_sample_model.py &
+part free_kv tests/gpu/test_free_kv.py &
 part batches tests/gpu/test_backend_batches.py tests/gpu/test_head_split.py &
 part attention $kernels/test_kernels_fa3.py $kernels/test_kernels_prefill.py &
 # Data needs the package datasets, and no GPU.

@@ -14,6 +14,7 @@ from flux_vllm.hooks.rows import (
     prompt_of,
 )
 from flux_vllm.hooks.wrap import wrap, wrap_object
+from flux_vllm.kv.channel import send_routes
 from flux_vllm.kv.worker import cluster_kv_cache
 from flux_vllm.router.place import ROUTER_FILE_NAME
 from flux_vllm.selection import uses_flux
@@ -91,7 +92,9 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         except BaseException:
             runtime.abandon_step()
             raise
-        runtime.end_step()
+        decided = runtime.end_step()
+        if decided is not None and runtime.config.free_kv:
+            output = send_routes(output, decided)
         return output
 
     def warm_up(original: Callable, *args: Any, **kwargs: Any) -> Any:

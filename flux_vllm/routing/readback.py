@@ -83,6 +83,15 @@ class PendingReadback:
         routes: np.ndarray = self.routes.numpy()[place[rows]]
         return routes
 
+    def by_request(self) -> dict[str, np.ndarray]:
+        """Return what was decided, [L] int8 by request; waits until it has arrived."""
+        touched = self.rows.touched
+        if self.routes is None or touched is None:
+            return {}
+        self.wait()
+        names = [self.rows.batch.request_ids[row] for row in np.flatnonzero(touched.decided)]
+        return dict(zip(names, self.routes.numpy().copy(), strict=True))
+
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""
         return self.event is None or self.event.query()

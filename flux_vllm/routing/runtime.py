@@ -140,7 +140,7 @@ class FluxRuntime:
         Benchmarks try thresholds with it on a running engine whose policy is `router`; what
         `/metrics` says of the router stays as it started.
 
-        Raises: FluxConfigError: not a number from 0 to 1.
+        Raises: FluxConfigError: not a number from 0 to 1, or 0 with `free_kv`.
         """
         if self.probe is None:
             raise AssertionError("set_threshold: the policy is not `router`")
@@ -237,29 +237,33 @@ class FluxRuntime:
 
     # vLLM's steps make tensors in inference mode, which nothing else may write to.
     @torch.inference_mode()
-    def end_step(self) -> None:
+    def end_step(self) -> PendingReadback | None:
         """Count the batch.
 
         Called when its tokens are sampled, so that the device has work meanwhile. On a GPU the
         routes come back without waiting for them, so counting lags behind by the steps in flight.
+
+        Returns: the routes that were decided for the batch; None where there are none, and on
+            ranks that read nothing back.
         """
         current, self.current = self.current, None
         if current is None:
             # vLLM's empty step after the last request: nothing else may come for long.
             self._count_pending(wait=False)
             self._flush()
-            return
+            return None
         if not self.reads_back:
-            return
-        readback, self._readback = self._readback, None
-        if readback is not None:
-            self._pending.append(readback)
-        elif not self._is_counted_on_device(current.batch):
-            self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
+            return None
+        pending, self._readback = self._readback, None
+        if pending is None and not self._is_counted_on_device(current.batch):
+            pending = PendingReadback.read(current, self.table, self.fixed_routes)
+        if pending is not None:
+            self._pending.append(pending)
         if self._pending:
             self._count_pending(wait=False)
         if self.decode_counts is not None and not self.is_warming_up:
             self._count_decode(self.decode_counts.poll())
+        return None if pending is None or pending.routes is None else pending
 
     def _is_counted_on_device(self, batch: Batch) -> bool:
         return self.decode_counts is not None and not batch.has_prefill

@@ -453,6 +453,14 @@ class TestSetThreshold:
             runtime.set_threshold(1.5)
         assert runtime.probe.thresholds == []  # type: ignore[union-attr]
 
+    def test_layers_whose_keys_are_given_back_stay_sparse(self) -> None:
+        runtime = make(answers=ANSWERS, free_kv=True)
+        runtime.set_threshold(0.01)
+        with pytest.raises(FluxConfigError, match='a threshold above 0 with "free_kv"'):
+            runtime.set_threshold(0)
+        assert runtime.config.threshold == 0.01
+        assert runtime.probe.thresholds == [0.01]  # type: ignore[union-attr]
+
     def test_fixed_routes_have_none(self) -> None:
         with pytest.raises(AssertionError, match="the policy is not `router`"):
             make("full").set_threshold(0.5)

@@ -191,6 +191,7 @@ def test_the_file_says_what_its_routers_look_at(make_trainer: Callable[..., Trai
     assert (info.num_layers, info.head_dim) == (4, 8)
     assert (info.sink_tokens, info.window_tokens, info.sparse_pattern) == (8, 32, "triangle")
     assert (router.num_inputs, router.shapes) == (3 * 4 * 8, trainer.router.router.shapes)
+    assert sorted(info.freeing_order) == [0, 1, 2, 3]
     assert info.provenance["steps"] == 1
     assert info.provenance["config"]["optimizer"]["batch_size"] == 4  # type: ignore[index, call-overload]
     # The file decides as the routers in training do.
