@@ -10,15 +10,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import triton
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 BATCHES = {
