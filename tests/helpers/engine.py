@@ -3,6 +3,7 @@
 The log comes from vLLM's scheduler, not from flux: a test replays it in the reference.
 """
 
+import functools
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,8 @@ class Engine:
         if flux is not None:
             defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
         self.has_flux = flux is not None
+        _override_kernels_once()
+        gc.freeze()  # vLLM collects garbage eight times an engine, half a second each over all else
         try:
             self.llm = LLM(model=str(model), **(defaults | arguments))
         except BaseException:
@@ -263,3 +266,17 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _override_kernels_once() -> None:
+    """Let the process's first engine alone put C++ kernels in the place of Triton's.
+
+    vLLM 0.32 looks through all modules for them at each start, and falls over numba's, which
+    speculative decoding imports.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    register = platform.register_triton_kernel_overrides
+    if not hasattr(register, "cache_info"):
+        platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))
