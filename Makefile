@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 
 export VENV DEVICE
 
-.PHONY: help install demo test test-all test-gpu style quality build clean
+.PHONY: help install demo test test-all test-gpu bench style quality build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,10 @@ test-all: install ## those, and long lengths and rarer cases, as CI runs them
 
 test-gpu: install ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: install ## the benchmarks that this machine can run (benchmarks/README.md)
+	@[ -d models/SmolLM2-135M-Instruct ] || $(BIN)/flux-vllm sample-model models/SmolLM2-135M-Instruct
+	@$(BIN)/python -m benchmarks run --out runs/bench
 
 style: install ## format the code and fix what ruff can fix
 	@$(BIN)/ruff check --fix-only --quiet $(CODE)

@@ -34,7 +34,7 @@ def test_batch(
 
 
 def test_odd_number_of_kv_heads_is_refused() -> None:
-    from benchmarks.head_split import halves
+    from benchmarks.experiments.head_split import halves
 
     call = SimpleNamespace(query=torch.zeros(1, 6, 8), keys=torch.zeros(2, 16, 3, 8))
     with pytest.raises(ValueError, match="even number of KV heads, found 3"):
