@@ -144,6 +144,11 @@ XATTENTION_SHAPES = [
     Shape(heads=8, kv_heads=1, head_dim=128, block_size=32),
     Shape(head_dim=96, block_size=32),
 ]
+# Of whole layers; scores and choices are tested on all of them below.
+LAYER_SHAPES = [
+    pytest.param(shape, id=str(shape), marks=[pytest.mark.long] if is_long else [])
+    for shape, is_long in zip(XATTENTION_SHAPES[1:], (True, False, False, True), strict=True)
+]
 FEW = [Row(70, 450, SPARSE), Row(300, 300, FULL), Row(5, 700, SPARSE)]
 LONG = [
     Row(1, 5000, SPARSE, False),
@@ -161,7 +166,7 @@ def test_xattention(name: str, device: str, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", XATTENTION_SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", LAYER_SHAPES)
 def test_xattention_shapes(
     shape: Shape, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -187,7 +192,7 @@ def test_xattention_with_fa3(
 
 @pytest.mark.usefixtures("_emulated_fa3")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", XATTENTION_SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", LAYER_SHAPES)
 def test_xattention_shapes_with_fa3(
     shape: Shape, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -236,7 +241,7 @@ def test_xattention_long_with_fa3(device: str, tmp_path_factory: pytest.TempPath
     ids=str,
 )
 def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str) -> None:
-    """Against tests/helpers/reference_attention.py; rows that are switched off have no list."""
+    """Against tests/helpers/oracle/block_choice.py; rows that are switched off have no list."""
     rows = [Row(70, 450), Row(9, 300), Row(300, 801), Row(1, 257)]
     active = [True, False, True, True]
     batch = make_batch(rows, shape, device)
