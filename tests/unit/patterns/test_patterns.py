@@ -1,7 +1,7 @@
-"""The patterns' definitions, counts and CPU paths.
+"""The patterns' counts, options and CPU paths.
 
-Oracle: tests/helpers/reference_attention.py, written from DESIGN.md and the papers apart from the
-package; a loop over queries and keys for the counts.
+Oracle: the masks of tests/helpers/oracle, written from DESIGN.md and the papers apart from the
+package and held to them key by key in test_oracle.py.
 """
 
 import re
