@@ -159,7 +159,7 @@ def overhead_rows(
         times = {name: [turn[column] for turn in found] for name, found in turns.items()}
         base, control = times[baseline], times.get(_control(baseline))
         for name, values in times.items():
-            median, interval = _longer(values, base)
+            median, interval = longer(values, base)
             row = {
                 "metric": metric,
                 "context": context,
@@ -172,7 +172,7 @@ def overhead_rows(
             if control is not None:
                 mean = [(b + c) / 2 for b, c in zip(base, control, strict=True)]
                 for key, others in (("against_control", control), ("against_mean", mean)):
-                    median, interval = _longer(values, others)
+                    median, interval = longer(values, others)
                     row |= {f"{key}_percent": median, f"{key}_interval_percent": interval}
             rows.append(row)
     return rows
@@ -200,7 +200,7 @@ def _control(baseline: str) -> str:
     return f"{baseline} again"
 
 
-def _longer(values: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
+def longer(values: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
     """Return by how many per cent values exceed others of the same turn: median, interval."""
     percent = [100 * (v / o - 1) for v, o in zip(values, others, strict=True)]
     return statistics.median(percent), _interval(percent)
