@@ -17,7 +17,14 @@ import torch
 
 from benchmarks.row_file import RowFile
 from flux_vllm.attention_backend.kernels import fa3
-from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
+from flux_vllm.attention_backend.kernels.decode_views import (
+    GroupTables,
+    LayerViews,
+    RoutedColumns,
+    StepRows,
+    ViewSizes,
+    write_views,
+)
 from flux_vllm.attention_backend.kernels.sink_merge import MergeTile, merge_sinks
 from flux_vllm.attention_backend.kernels.triton_decode import (
     attend_decode,
@@ -116,13 +123,19 @@ class Batch:
         self.max_query, self.max_seq = max(query_lens), max(seq_lens)
         self.capacity = capacity = max(4, rows)
         self.table2 = torch.zeros(2 * capacity, self.table.shape[1], dtype=torch.int32).cuda()
-        self.compact_lens = torch.zeros(capacity, dtype=torch.int32).cuda()
-        self.per_layer = [
-            torch.zeros(32, capacity, dtype=torch.int32, device="cuda") for _ in range(4)
-        ]
-        self.slots = torch.arange(rows, device="cuda")
-        self.is_prefill = torch.full((rows,), int(prefill), dtype=torch.int8, device="cuda")
-        self.columns = torch.arange(32, dtype=torch.int32, device="cuda")
+        self.per_layer = LayerViews(
+            *(torch.zeros(32, capacity, dtype=torch.int32, device="cuda") for _ in range(4))
+        )
+        self.is_prefill = torch.ones(rows, dtype=torch.int8, device="cuda") if prefill else None
+        self.columns = RoutedColumns(
+            torch.arange(32, dtype=torch.int32, device="cuda"),
+            torch.ones(32, dtype=torch.int8, device="cuda"),
+        )
+        layout = GroupTables.measure([self.table], [self.table2])
+        self.tables = GroupTables(self.table, self.table2, torch.tensor(layout, device="cuda"))
+        self.totals = None
+        if not prefill:
+            self.totals = torch.zeros(3, capacity, dtype=torch.int64, device="cuda")
 
     def write_views(self, routes: list[int]) -> None:
         table = torch.tensor(routes, dtype=torch.int8)[:, None].expand(-1, 32).contiguous().cuda()
@@ -130,21 +143,14 @@ class Batch:
         self.views()
 
     def views(self) -> None:
-        write_decode_views(
-            self.table,
-            self.lens,
-            self.starts,
-            self.slots,
-            self.is_prefill,
-            self.routes,
+        write_views(
+            self.tables,
+            StepRows(self.lens, self.starts, self.routes, self.is_prefill),
             self.columns,
-            self.table2,
-            self.compact_lens,
-            *self.per_layer,
-            block_size=BLOCK_SIZE,
-            sink_tokens=SINK,
-            window_tokens=WINDOW,
-            sparse_beyond_tokens=SINK + WINDOW,
+            self.per_layer,
+            self.totals,
+            ViewSizes(BLOCK_SIZE, SINK, WINDOW, SINK + WINDOW),
+            width=self.table.shape[1],
         )
 
     def row(self, buffer: int) -> torch.Tensor:
@@ -243,7 +249,7 @@ def bench_decode(sms: int, sweep: bool) -> None:
 
                     record(f"triton decode P{splits} N{block_n}", f"{name} {what}", run_triton,
                            layers)  # fmt: skip
-        record("write_decode_views 32 layers", name, lambda _, b=batch: b.views(), 8)
+        record("write_views 32 layers", name, lambda _, b=batch: b.views(), 8)
         del batch
 
 

@@ -88,6 +88,27 @@ class Engine:
         """Time a decode step, the mean of so many; all requests must decode in each."""
         return self._call("step_seconds", steps, batch)
 
+    def mixed_seconds(self, tokens: int, batch: int, times: int) -> list[float]:
+        """Time prompts beside running requests, each to its first output token.
+
+        Args:
+            tokens: of each prompt.
+            batch: requests that decode meanwhile, from `start`.
+            times: prompts, one after another.
+        """
+        return self._call("mixed_seconds", tokens, batch, times)
+
+    def set_sparse_share(self, share: float, tokens: int) -> float:
+        """Choose the threshold at which a router makes such a share of the layers SPARSE.
+
+        Args:
+            share: wanted.
+            tokens: of the prompts that are tried.
+
+        Returns: the share of the last prompt's layers.
+        """
+        return self._call("set_sparse_share", share, tokens)
+
     def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
         """Answer more requests than fit at once, all there from the beginning.
 
@@ -254,7 +275,42 @@ class _Driver:
             outputs = self._core.step()
             if len(outputs) != batch:
                 raise RuntimeError(f"expected {batch} rows to decode, found {len(outputs)}")
-        return (time.perf_counter() - begin) / steps
+        seconds = (time.perf_counter() - begin) / steps
+        self._finish_steps_in_flight()
+        return seconds
+
+    def _finish_steps_in_flight(self) -> None:
+        """Leave the GPU to the engine that is timed next."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def mixed_seconds(self, tokens: int, batch: int, times: int) -> list[float]:
+        seconds = []
+        for _ in range(times):
+            name = f"mixed-{self._next}"
+            prompt = {"prompt_token_ids": self._random_prompt(tokens)}
+            begin = time.perf_counter()
+            self._core.add_request(name, prompt, _sampling(1))
+            while all(output.request_id != name for output in self._core.step()):
+                pass
+            seconds.append(time.perf_counter() - begin)
+            for _ in range(4):  # back to steps of decode rows alone
+                self._core.step()
+        self._finish_steps_in_flight()
+        return seconds
+
+    def set_sparse_share(self, share: float, tokens: int) -> float:
+        set_threshold = partial(self._llm.collective_rpc, "flux_set_threshold")
+        set_threshold(args=(0.5,))
+        self.prefill_seconds(tokens, 1)
+        decision = self.call_worker("flux_status")["recent"][-1]
+        p_full = sorted(p for p in decision["full_probability"] if p == p)
+        count = round(share * len(p_full))
+        above = p_full[count] if count < len(p_full) else 1.0
+        set_threshold(args=((p_full[count - 1] + above) / 2 if count else 0.0,))
+        self.prefill_seconds(tokens, 1)
+        routes = self.call_worker("flux_status")["recent"][-1]["routes"]
+        return routes.count(0) / len(p_full)
 
     def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
         for number in range(requests):

@@ -27,6 +27,7 @@ IMPORTS_VLLM = (
     "flux_vllm/attention_backend/cuda/choose.py",
     "flux_vllm/attention_backend/cuda/fa3_calls.py",
     "flux_vllm/attention_backend/cuda/triton_calls.py",
+    "flux_vllm/attention_backend/cuda/warm_up.py",
     "flux_vllm/attention_backend/kernels/fa3.py",
     "flux_vllm/cli/routes.py",
     "flux_vllm/cli/serve.py",

@@ -118,7 +118,7 @@ def layer_row(case: LayerCase, times: dict[str, dict[str, float] | None]) -> dic
 def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
     """Make the `LayerCall` that the backend would for a batch of `bench_attention`."""
     from flux_vllm.attention_backend.cuda.calls import LayerCall
-    from flux_vllm.attention_backend.cuda.views import LayerRows
+    from flux_vllm.attention_backend.kernels.decode_views import LayerViews
 
     metadata = SimpleNamespace(
         query_start_loc=batch.starts,
@@ -127,10 +127,11 @@ def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
         max_seq_len=batch.max_seq,
         max_num_splits=32 if decodes else 0,  # as vLLM in and out of graphs
     )
-    views = SimpleNamespace(table=batch.table2, capacity=len(batch.table2) // 2)
-    rows = LayerRows(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
+    rows = LayerViews(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
     keys, values = batch.caches[layer]
-    return LayerCall(batch.query, keys, values, batch.out, metadata, views, rows)
+    return LayerCall(
+        batch.query, keys, values, batch.out, metadata, batch.table2, batch.per_layer, 0, rows
+    )
 
 
 class SideBySide:

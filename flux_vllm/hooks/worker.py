@@ -73,8 +73,9 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         runtime.finish(scheduler_output.finished_req_ids)
         try:
-            runtime.admit(map(prompt_of, scheduler_output.scheduled_new_reqs))
-            if runtime.has_open_prompts:
+            if scheduler_output.scheduled_new_reqs:
+                runtime.admit(map(prompt_of, scheduler_output.scheduled_new_reqs))
+            if runtime.prompts_may_be_due():
                 runtime.decide_due(context_ends(scheduler_output))
             output = original(scheduler_output, *args, **kwargs)
         except BaseException:
@@ -96,9 +97,11 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     def warm_up(original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime.is_warming_up = True
         try:
+            # Before vLLM's own, at whose end it begins to report what is compiled.
+            runtime.warm_up(worker.model_runner)
             return original(*args, **kwargs)
         finally:
-            runtime.is_warming_up = False
+            runtime.end_warm_up()
 
     wrap_object(worker, "compile_or_warm_up_model", warm_up)
     wrap_object(worker, "execute_model", execute_model)

@@ -4,12 +4,24 @@ Dimension legend: R rows of the batch, P rows whose routes were decided for it, 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flux_vllm.batch import Batch
 from flux_vllm.routing.route_table import RouteTable
+
+
+class TouchedRows(NamedTuple):
+    """The rows of a batch in which any request came new or got its routes."""
+
+    is_new: np.ndarray
+    """[R] bool: requests that got their slot for this batch."""
+    decided: np.ndarray
+    """[R] bool: requests whose routes were decided for this batch, P of them."""
+    probed: np.ndarray
+    """[R] bool: those among them whose routes a router chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +31,8 @@ class RoutedBatch:
     batch: Batch
     slots: np.ndarray
     """[R] int64."""
-    is_new: np.ndarray
-    """[R] bool: requests that got their slot for this batch."""
-    decided: np.ndarray
-    """[R] bool: requests whose routes were decided for this batch, P of them."""
-    probed: np.ndarray
-    """[R] bool: those among them whose routes a router chose."""
+    touched: TouchedRows | None = None
+    """None, by far most often, where all rows are as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +53,14 @@ class PendingReadback:
     ) -> "PendingReadback":
         """Start copying what was decided, unless it is known; returns at once."""
         event = routes = probability = None
-        decided = int(rows.decided.sum())
+        touched = rows.touched
+        decided = 0 if touched is None else int(touched.decided.sum())
         if decided and fixed_routes is not None:
             routes = torch.tensor(fixed_routes, dtype=torch.int8).expand(decided, -1)
             probability = torch.full((decided, table.num_layers), float("nan"))
         elif decided:
-            routes, probability = table.of_slots(rows.slots[rows.decided])
+            assert touched is not None
+            routes, probability = table.of_slots(rows.slots[touched.decided])
             if table.device.type != "cpu":
                 routes, probability = _to_host(routes), _to_host(probability)
                 event = torch.cuda.Event()

@@ -174,7 +174,7 @@ def test_aborted_request_and_its_id_again(engine: Engine) -> None:
     (answer,) = engine.generate([random_prompt(400, seed=3)], 1)  # tells of those that ended
     assert _bits(answer) == _bits(expected)
     assert runtime.status()["live_requests"] == 1
-    assert not runtime.has_open_prompts
+    assert not runtime.prompts_may_be_due()
 
 
 @pytest.mark.parametrize("skips_cache", [True, False], ids=["recompute", "cached"])

@@ -23,7 +23,7 @@ def check_head_split(folder: Path, batch: PagedBatch, kernels: str) -> None:
     worker = BackendWorker(folder, batch, kernels)
     worker.step(batch)  # chooses the kernels
     for layer in worker.layers:
-        layer.impl._kernels = HeadSplitKernels(layer.impl._kernels)
+        layer.impl.kernels = HeadSplitKernels(layer.impl.kernels)
     for _ in range(2):
         for index, out in enumerate(worker.step(batch)):
             routes = [replace(row, route=row.route ^ index) for row in batch.rows]

@@ -4,10 +4,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flux_vllm.attention_backend.cuda.calls import LayerCall, Sizes
+from flux_vllm.attention_backend.cuda.calls import (
+    DecodeCase,
+    LayerCall,
+    Limits,
+    Sizes,
+    Variants,
+    tokens_by_tile,
+)
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
-from flux_vllm.attention_backend.kernels.decode_plan import CallShape
+from flux_vllm.attention_backend.kernels.decode_plan import CallShape, plan_variant
+from flux_vllm.attention_backend.kernels.sink_merge import MANY_TOKENS
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
@@ -23,6 +31,15 @@ class FA3Kernels:
         self._shape = CallShape(impl.num_heads, impl.num_kv_heads, impl.head_size, sizes.num_sms)
         self._sink_tokens = sizes.sink_tokens
         self._window_tokens = sizes.window_tokens
+
+    def variants(self, limits: Limits) -> Variants:
+        """Return plans by rows and queries, and tiles of the sinks by tokens."""
+        decode: dict[tuple | None, DecodeCase] = {}
+        for queries in range(1, limits.step_tokens + 1):
+            for rows in range(1, limits.rows + 1):
+                variant = plan_variant(self._shape, rows, queries)
+                decode.setdefault(variant, DecodeCase(rows, queries, queries))
+        return Variants([*decode.values()], tokens_by_tile(limits.tokens, MANY_TOKENS))
 
     def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
         """Write balanced plans, where FA3 would make its own before each call."""
@@ -68,7 +85,7 @@ class FA3Kernels:
             call.keys,
             call.values,
             call.out,
-            call.views.table,
+            call.table,
             call.rows.kv_batch_idx,
             query_start_loc,
             call.rows.seqused_k,
@@ -88,7 +105,7 @@ class FA3Kernels:
             call.keys,
             call.values,
             call.out,
-            call.views.table,
+            call.table,
             call.rows.kv_batch_idx,
             metadata.query_start_loc,
             call.rows.sparse_seqused_q,

@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flux_vllm.attention_backend.cuda.calls import LayerCall, Sizes
+from flux_vllm.attention_backend.cuda.calls import (
+    DecodeCase,
+    LayerCall,
+    Limits,
+    Sizes,
+    Variants,
+    tokens_by_tile,
+)
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels.triton_decode import (
     QUERIES,
@@ -12,9 +19,11 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
     attend_decode,
     choose_num_splits,
     decode_workspace,
+    fitting_splits,
     most_shares,
+    query_tile,
 )
-from flux_vllm.attention_backend.kernels.triton_prefill import attend_prefill
+from flux_vllm.attention_backend.kernels.triton_prefill import MANY_TOKENS, attend_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
@@ -36,10 +45,18 @@ class SharedWorkspace:
         tokens, heads, head_dim = call.query.shape
         rows, kv_heads = call.metadata.seq_lens.shape[0], call.keys.shape[2]
         if self._whole is None:
-            shares = most_shares(call.views.capacity, kv_heads, self._num_sms)
-            self._whole = decode_workspace(QUERIES * shares, heads, head_dim, 1, call.query.device)
+            shares = self._shares(call.table.shape[0] // 2, kv_heads)
+            self._whole = decode_workspace(shares, heads, head_dim, 1, call.query.device)
         splits = choose_num_splits(rows, kv_heads, self._num_sms)
         return self._whole.fit(splits, tokens, heads, head_dim)
+
+    def splits(self, capacity: int, rows: int, tokens: int, kv_heads: int) -> int:
+        """Return how often a batch's rows are split, where views hold `capacity` rows."""
+        wanted = choose_num_splits(rows, kv_heads, self._num_sms)
+        return fitting_splits(wanted, tokens, self._shares(capacity, kv_heads))
+
+    def _shares(self, capacity: int, kv_heads: int) -> int:
+        return QUERIES * most_shares(capacity, kv_heads, self._num_sms)
 
 
 class TritonKernels:
@@ -51,9 +68,24 @@ class TritonKernels:
         self, impl: "FlashAttentionImpl", sizes: Sizes, workspace: SharedWorkspace
     ) -> None:
         self.scale = impl.scale
+        self._heads, self._kv_heads = impl.num_heads, impl.num_kv_heads
         self._sink_tokens = sizes.sink_tokens
         self._window_tokens = sizes.window_tokens
         self._workspace = workspace
+
+    def variants(self, limits: Limits) -> Variants:
+        """Return splits and tiles by rows and queries, and tiles of prefill by tokens."""
+        decode: dict[tuple[int, int], DecodeCase] = {}
+        for most_queries in range(1, limits.step_tokens + 1):
+            tile = query_tile(most_queries, self._heads // self._kv_heads)
+            for rows in range(1, limits.rows + 1):
+                for queries in range(1, most_queries + 1):
+                    splits = self._workspace.splits(
+                        limits.capacity, rows, rows * queries, self._kv_heads
+                    )
+                    case = DecodeCase(rows, queries, most_queries)
+                    decode.setdefault((splits, tile), case)
+        return Variants([*decode.values()], tokens_by_tile(limits.tokens, MANY_TOKENS))
 
     def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
         """Plan nothing: the shares of a batch are all alike."""
@@ -66,7 +98,7 @@ class TritonKernels:
             call.keys,
             call.values,
             call.out,
-            call.views.table,
+            call.table,
             call.rows.kv_batch_idx,
             call.metadata.query_start_loc,
             call.rows.seqused_k,
@@ -107,7 +139,7 @@ class TritonKernels:
             call.keys,
             call.values,
             call.out,
-            call.views.table,
+            call.table,
             query_start_loc,
             seqused_q,
             call.rows.seqused_k,

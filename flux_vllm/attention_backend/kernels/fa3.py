@@ -51,7 +51,7 @@ def attend(
 ) -> torch.Tensor:
     """Attend causally, each row over the table row that `kv_batch_idx` names.
 
-    Decode of mixed routes is one such call with the views of `write_decode_views`. The full pass
+    Decode of mixed routes is one such call with the views of `write_views`. The full pass
     of a batch with prefill rows adds `seqused_q`.
 
     Args:

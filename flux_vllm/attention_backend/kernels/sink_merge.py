@@ -37,13 +37,17 @@ class MergeTile(NamedTuple):
     num_stages: int
 
 
+MANY_TOKENS = 4096
+"""From so many tokens of a batch on its tile is another: one kernel more."""
+
+
 def default_tile(head_dim: int, sink_tokens: int, num_tokens: int) -> MergeTile:
     """Choose a tile for a model's shape and a batch's tokens; measured on Hopper."""
     if INTERPRETED:
         return MergeTile(64, 32, 2, 4, 1)
     most = 128 if head_dim <= 128 else 64
     block_n = min(most, max(16, power_of_two(sink_tokens)))
-    return MergeTile(64, block_n, 8 if num_tokens >= 4096 else 4, 4, 2)
+    return MergeTile(64, block_n, 8 if num_tokens >= MANY_TOKENS else 4, 4, 2)
 
 
 def merge_sinks(
@@ -158,7 +162,7 @@ def _absorb(
     return largest, total, dot(weights.to(v.dtype), v, acc, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "stride_lse"])
 def _sink_kernel(
     query,
     key_cache,

@@ -7,6 +7,7 @@ Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim
 M table width, P splits.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,14 @@ class DecodeWorkspace(NamedTuple):
     def fit(self, num_splits: int, tokens: int, heads: int, head_dim: int) -> "DecodeWorkspace":
         """Return the workspace for `num_splits`, halved until a batch's shares fit in it."""
         vectors = min(self.lse.numel(), self.out.numel() // head_dim)
-        while num_splits > 1 and tokens * heads * num_splits > vectors:
-            num_splits //= 2
-        return self._replace(num_splits=num_splits)
+        return self._replace(num_splits=fitting_splits(num_splits, tokens, vectors // heads))
+
+
+def fitting_splits(num_splits: int, tokens: int, shares: int) -> int:
+    """Halve `num_splits` until the shares of all tokens are no more than `shares`."""
+    while num_splits > 1 and tokens * num_splits > shares:
+        num_splits //= 2
+    return num_splits
 
 
 def decode_workspace(
@@ -62,10 +68,16 @@ def choose_num_splits(rows: int, kv_heads: int, num_sms: int, most: int = 64) ->
     return min(most, power_of_two(max(1, wanted)))
 
 
+@functools.cache
 def most_shares(max_rows: int, kv_heads: int, num_sms: int) -> int:
     """Return the most shares, over all rows, of a batch of up to `max_rows`; 0 if none is split."""
     splits = {rows: choose_num_splits(rows, kv_heads, num_sms) for rows in range(1, max_rows + 1)}
     return max((rows * count for rows, count in splits.items() if count > 1), default=0)
+
+
+def query_tile(max_query_len: int, group: int) -> int:
+    """Return the rows of a tile: queries times the query heads of a kv head."""
+    return max(16, power_of_two(max_query_len * group))
 
 
 def attend_decode(
@@ -91,7 +103,7 @@ def attend_decode(
         key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
         value_cache: [B, block_size, K, H], likewise.
         out: [T, N, H]; rows without queries or keys are left as they are.
-        table2: [2C, M] int32, see `write_decode_views`.
+        table2: [2C, M] int32, see `write_views`.
         kv_batch_idx: [R] int32, the row of `table2` to read.
         query_start_loc: [R + 1] int32.
         seqused_k: [R] int32: keys in that row; the last is the last query's own.
@@ -115,7 +127,7 @@ def attend_decode(
     if block_n is None:
         small = INTERPRETED or query.element_size() == 4 or head_dim > 128
         block_n = 32 if small else 128
-    block_m = max(16, power_of_two(max_query_len * group))
+    block_m = query_tile(max_query_len, group)
     shared = {
         "GROUP": group,
         "HEAD_DIM": head_dim,

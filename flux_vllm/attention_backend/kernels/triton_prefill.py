@@ -25,6 +25,8 @@ from flux_vllm.attention_backend.kernels.tiles import (
 )
 
 SUPPORTED_HEAD_DIMS = (64, 96, 128, 256)
+MANY_TOKENS = 1024
+"""From so many tokens of a batch on its tile is another: one kernel more."""
 
 
 class PrefillTile(NamedTuple):
@@ -55,7 +57,7 @@ def default_tile(
         return PrefillTile(64, 32, 4, 1)
     if not is_hopper():
         return PrefillTile(64, 64, 4, 2)
-    if num_tokens >= 1024:
+    if num_tokens >= MANY_TOKENS:
         return PrefillTile(256, 64, 16, 2)
     return PrefillTile(64, 64, 4, 3)
 

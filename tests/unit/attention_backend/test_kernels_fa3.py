@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.decode_views import NO_REQUEST
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,
     SPARSE,
@@ -151,7 +152,7 @@ def test_graph_replay_follows_routes_that_change() -> None:
             Row(0, 0),
         ]
         table = torch.tensor([[route] for route in routes], dtype=torch.int8)
-        views.write(batch, table, [0, 1, 2, -1], [0])
+        views.write(batch, torch.nn.functional.pad(table, (0, 0, 0, 1), value=NO_REQUEST), [0])
         out.fill_(float("nan"))
         graph.replay()
         check_rows(batch, out, [True] * 4)

@@ -344,7 +344,6 @@ def test_warm_up_asks_a_fixed_policys_pattern_too(
     device: str, is_warmup: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A refusal, and the compiling of kernels, must not wait for the first long prompt."""
-    from flux_vllm.attention_backend.cuda.backend import CudaRoutes
     from tests.helpers.cuda_backend import LAYERS, BackendWorker
 
     batch = make_batch([Row(4, 4, SPARSE)], Shape(), device)
@@ -352,9 +351,9 @@ def test_warm_up_asks_a_fixed_policys_pattern_too(
     worker.runtime.fixed_routes = [SPARSE, *[FULL] * (LAYERS - 1)]
     one = [np.array([n]) for n in (4, 0, 4)]
     context = Batch(("_warmup_0_",), *one, np.array([True]), is_warmup)
-    views = worker.builder._view_buffers(worker.runtime, batch.block_table.shape[1])
-    step = CudaRoutes(views, [True] * LAYERS, [False] * LAYERS)
-    worker.builder._plan_passes(step, worker.runtime, context)
-    assert step.sparse_pass == [is_warmup, *[False] * (LAYERS - 1)]
-    assert (step.sparse_prefill is not None) == is_warmup
-    assert all(step.full_pass)
+    step = worker.builder._plan_passes(worker.builder._group, worker.runtime, context)
+    if not is_warmup:
+        assert step is None
+        return
+    assert step.sparse_prefill is not None
+    assert step.sparse_pass == step.full_pass == [True] * LAYERS

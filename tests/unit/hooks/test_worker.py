@@ -31,7 +31,7 @@ class TestWorkerHooks:
     def make(self, runner: Any) -> tuple[Any, mock.Mock, list[str]]:
         events: list[str] = []
         runtime = mock.Mock()
-        runtime.has_open_prompts, runtime.is_warming_up = True, False
+        runtime.prompts_may_be_due.return_value, runtime.is_warming_up = True, False
         runtime.admit.side_effect = lambda prompts: events.append(
             f"admit {[prompt.request_id for prompt in prompts]}"
         )
@@ -41,6 +41,7 @@ class TestWorkerHooks:
             f"begin {context.request_ids}"
         )
         runtime.end_step.side_effect = lambda: events.append("end")
+        runtime.warm_up.side_effect = lambda runner: events.append("kernels")
         runtime.abandon_step.side_effect = lambda: events.append("abandon")
         worker = SimpleNamespace(model_runner=runner, events=events)
         worker.execute_model = lambda output: runner.execute(output)
@@ -79,7 +80,7 @@ class TestWorkerHooks:
 
     def test_nothing_open_nothing_decided(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
-        runtime.has_open_prompts = False
+        runtime.prompts_may_be_due.return_value = False
         worker.execute_model(self.OUTPUT)
         assert events == [*self.BEFORE[:2], "begin ('a',)"]
 
@@ -93,8 +94,8 @@ class TestWorkerHooks:
     def test_warm_up_is_known_while_it_lasts(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())
         worker.compile_or_warm_up_model()
-        assert events == ["warm True"]
-        assert runtime.is_warming_up is False
+        assert events == ["kernels", "warm True"]
+        runtime.end_warm_up.assert_called_once_with()
 
     @pytest.mark.parametrize(
         ("arguments", "captured"),

@@ -9,7 +9,7 @@ import torch
 
 from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall
 from flux_vllm.attention_backend.kernels import block_rows, fa3
-from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
+from flux_vllm.attention_backend.kernels.block_choice import LEAST_WIDTH, choose_blocks
 from flux_vllm.attention_backend.kernels.block_rows import (
     BlockLists,
     BlockRows,
@@ -28,6 +28,15 @@ from flux_vllm.transfer import to_device
 def plan(pattern: xattention.Pattern, batch: Batch, device: torch.device) -> "BlockPrefill":
     """Plan a batch by query blocks."""
     return BlockPrefill(pattern, batch, device)
+
+
+def long_contexts(max_len: int) -> list[int]:
+    """Return one length for each width of a query block's choice."""
+    lengths, blocks = [], LEAST_WIDTH
+    while blocks * BLOCK < max_len:
+        lengths.append(blocks * BLOCK + 1)
+        blocks *= 2
+    return lengths
 
 
 def nbytes(
