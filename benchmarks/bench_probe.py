@@ -28,6 +28,7 @@ from benchmarks.engine_process import Engine
 from benchmarks.host_times import TimedWorker
 from benchmarks.row_file import RowFile, say, time_limit
 from benchmarks.serve_cases import K, Shape
+from benchmarks.turns import longer_percent
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.route import Route
 from flux_vllm.routing.prompts import Prompt
