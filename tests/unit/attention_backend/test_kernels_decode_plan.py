@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import triton
 
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
@@ -26,6 +25,7 @@ from flux_vllm.attention_backend.kernels.decode_plan import (
     write_decode_plans,
 )
 from flux_vllm.attention_backend.kernels.decode_views import NO_REQUEST, ViewSizes
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.routing.decode_counts import DecodeCounts
 from tests.helpers import fa3_emulation
 from tests.unit.attention_backend.test_kernels_cases import (
@@ -408,7 +408,7 @@ def test_graph_replay_follows_plans_that_change() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here")
 def test_a_decode_step_plans_its_layers_calls(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
