@@ -6,6 +6,7 @@ Only a query that was rotated, and then handed to attention as it was, can be ro
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ _CONSTANT = (
     *(ast.boolop, ast.cmpop, ast.unaryop),
 )
 """What a condition may be made of that is the same whenever the module is called."""
+_ROPE = re.compile("rope|rotar|rotat|freqs|sin_?cos|cos_?sin", re.IGNORECASE)
+"""What code that rotates calls its parts."""
 _BRANCHES = (ast.IfExp, ast.For, ast.Match, ast.Try, ast.While, ast.With)
 """What may run a part of itself or not; `if` is looked into."""
 
@@ -28,12 +31,13 @@ def rotates(attention: Any) -> bool | None:
     Some models leave RoPE out in some layers: conditions on the module's own attributes are looked
     up, since they are the same for all its calls.
 
-    Returns: None where that depends on anything else, or there is no source to be read.
+    Returns: None where that depends on anything else, there is no source to be read, or it rotates
+        by another name than `rotary_emb`.
     """
     kind: Any = type(attention)
     tree = _rotating_function(kind)
     if tree is None:
-        return None
+        return None if _speaks_of_rope(kind) else False
     found: list[bool | None] = []
     for node, is_conditional in _statements(tree.body, attention):
         if _rotates_within(node):
@@ -89,6 +93,28 @@ def _rotating_function(attention_class: type) -> ast.FunctionDef | None:
             if tree is not None and _rotates_within(tree):
                 return tree
     return None
+
+
+@functools.cache
+def _speaks_of_rope(attention_class: type) -> bool:
+    """Say whether a name in a module's methods may stand for RoPE, or they cannot be read."""
+    for owner in attention_class.__mro__:
+        if owner.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for function in filter(inspect.isfunction, vars(owner).values()):
+            tree = _parse(function)
+            if tree is None or any(_ROPE.search(name) for name in _names(tree)):
+                return True
+    return False
+
+
+def _names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        yield from (
+            value
+            for name in ("id", "attr", "arg")
+            if isinstance(value := getattr(node, name, None), str)
+        )
 
 
 def _parse(function: Callable) -> ast.FunctionDef | None:
