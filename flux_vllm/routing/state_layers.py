@@ -1,4 +1,4 @@
-"""A hybrid model's layers beside attention in a probe: convolutions, state spaces, linear attention.
+"""A hybrid's layers beside attention, in a probe: convolutions, state spaces, linear attention.
 
 Such a layer carries a state from token to token, in blocks of vLLM's KV cache. In a probe it begins
 without a state, runs over the probe's tokens as over one sequence, and leaves its state in memory
@@ -28,31 +28,26 @@ class StateLayers:
     """
 
     def __init__(self, vllm_config: Any, tokens: int, device: torch.device) -> None:
-        from vllm.config import set_current_vllm_config
         from vllm.model_executor.layers.mamba.abstract import MambaBase
 
         context = vllm_config.compilation_config.static_forward_context
         layers = {name: layer for name, layer in context.items() if isinstance(layer, MambaBase)}
-        self._layers: list[Any] = list(layers.values())
         self.metadata: dict[str, Any] = {}
         """By layer name: vLLM's own metadata of a batch that is one prompt of so many tokens."""
-        # Layers run one after another, and none reads what another one left.
-        by_shape: dict[Any, tuple[torch.Tensor, ...]] = {}
+        self._layers: list[Any] = list(layers.values())
         self._states: list[tuple[torch.Tensor, ...]] = []
-        with set_current_vllm_config(vllm_config):
-            for name, layer in layers.items():
-                spec = _without_checkpoints(layer.get_kv_cache_spec(vllm_config))
-                builder = layer.get_attn_backend().get_builder_cls()(
-                    spec, [name], vllm_config, device
+        # Layers run one after another, and none reads what another one left.
+        memory: dict[Any, tuple[torch.Tensor, ...]] = {}
+        for name, layer in layers.items():
+            spec = _without_checkpoints(layer.get_kv_cache_spec(vllm_config))
+            self.metadata[name] = _metadata(name, layer, spec, vllm_config, tokens, device)
+            shapes = tuple(zip(map(tuple, spec.shapes), spec.dtypes, strict=True))
+            if shapes not in memory:
+                memory[shapes] = tuple(
+                    torch.zeros(_BLOCK + 1, *shape, dtype=dtype, device=device)
+                    for shape, dtype in shapes
                 )
-                self.metadata[name] = builder.build(0, _one_prompt(spec, tokens, device))
-                shapes = tuple(zip(map(tuple, spec.shapes), spec.dtypes, strict=True))
-                if shapes not in by_shape:
-                    by_shape[shapes] = tuple(
-                        torch.zeros(_BLOCK + 1, *shape, dtype=dtype, device=device)
-                        for shape, dtype in shapes
-                    )
-                self._states.append(by_shape[shapes])
+            self._states.append(memory[shapes])
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -73,6 +68,17 @@ class StateLayers:
 def _without_checkpoints(spec: Any) -> Any:
     """Ask for no state from within the prompt, which vLLM keeps for its prefix cache."""
     return replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
+
+
+def _metadata(
+    name: str, layer: Any, spec: Any, vllm_config: Any, tokens: int, device: torch.device
+) -> Any:
+    from vllm.config import set_current_vllm_config
+
+    builder_class = layer.get_attn_backend().get_builder_cls()
+    with set_current_vllm_config(vllm_config):
+        builder = builder_class(spec, [name], vllm_config, device)
+        return builder.build(0, _one_prompt(spec, tokens, device))
 
 
 def _one_prompt(spec: Any, tokens: int, device: torch.device) -> Any:

@@ -41,7 +41,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     layers = attention_layers(model)
     full = [layer for layer in layers if layer.has_full_attention]
     # The others of full attention stay undecided, hence FULL.
-    routed = layers_for_router(full) if config.needs_router else full
+    routed = layers_for_router(model, layers) if config.needs_router else full
     if info is not None:
         for layer in layers:
             if layer in routed or layer.index in info.context_layers:

@@ -62,13 +62,26 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
-def layers_for_router(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """Choose, of the layers with full attention, those that a router decides for.
+def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """Choose the layers that a router decides for: of full attention, with RoPE.
 
-    Where a model has RoPE in some of them, these: the others are its eyes for the whole context,
-    and stay FULL. Where it has none, all.
+    Layers without it beside others with it are those through which a model sees its whole context:
+    they stay FULL. A model without any RoPE has no such division: all are chosen.
+
+    Raises: UnsupportedConfigurationError: RoPE is in layers with a sliding window alone.
     """
-    return [layer for layer in layers if rotates(layer.parent) is not False] or list(layers)
+    full = [layer for layer in layers if layer.has_full_attention]
+    if all(rotates(layer.parent) is False for layer in layers):
+        return full
+    chosen = [layer for layer in full if rotates(layer.parent) is not False]
+    if not chosen:
+        raise UnsupportedConfigurationError(
+            '--attention-backend flux with policy "router": expected rotary position embeddings '
+            f"(RoPE) in layers with full attention, found none in {type(model).__name__}, whose "
+            "layers with a sliding window have them; choose a policy without a router "
+            '("full", "sparse", "static")'
+        )
+    return chosen
 
 
 def rotary_of(layer: AttentionLayer) -> Any:

@@ -3,32 +3,48 @@
 Oracles: stock vLLM, bit by bit, where every layer is FULL; tests/helpers/whole_reference.py,
 transformers' own code of each family in float32, for fixed routes and for a router's, in one
 chunk, in chunks and on a prefix-cache hit. `/metrics` names the layers that have routes.
+
+vLLM's CPU kernels of gated delta nets know bfloat16 alone: there, at most twice the r.m.s. error
+that stock vLLM makes against the same reference, whose weights are the same.
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from prometheus_client import generate_latest
-from transformers import FalconH1Config, GraniteMoeHybridConfig, NemotronHConfig, PreTrainedConfig
+from transformers import (
+    FalconH1Config,
+    GraniteMoeHybridConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
 
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.place import beside_weights
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse
-from tests.helpers.models import random_prompt, write_random_router, write_tiny_model
+from tests.helpers.models import (
+    random_prompt,
+    round_to_bfloat16,
+    write_random_router,
+    write_tiny_model,
+)
 from tests.helpers.reference import FULL, SPARSE, ReferenceRouter, SparsePattern
 from tests.helpers.replay import P_FULL_MARGIN, check_routes
 from tests.helpers.whole_reference import WholeModel
 
 pytestmark = pytest.mark.vllm
 
-LENGTHS = (100, 161, 333, 700)
+LENGTHS = (100, 161, 333, 500)
 OUTPUT = 8
 CHUNK = 97
 TOLERANCE = 0.02
@@ -45,7 +61,9 @@ class Family:
     attention: tuple[int, ...] = (1, 3)
     """Layers with attention, as the configuration says."""
     sparse: tuple[int, ...] = (3,)
-    sizes: dict[str, int] = field(default_factory=dict)
+    dtype: str = "float32"
+    lengths: tuple[int, ...] = LENGTHS
+    """Of the prompts; one is longer than a KV block."""
 
 
 FAMILIES = {
@@ -80,17 +98,60 @@ FAMILIES = {
             "chunk_size": 64,
         },
     ),
+    "qwen3-next": Family(
+        Qwen3NextConfig,
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            # In both: which experts low precision would choose is no matter here.
+            "num_experts": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        dtype="bfloat16",
+        lengths=(100, 161, 333, 1300),  # its KV blocks are of 1,152 tokens
+    ),
 }
 
 
 @dataclass
 class Case:
-    """A family's model, its reference and its router."""
+    """A family's model, its reference and router, and what stock vLLM answers."""
 
     folder: Path
     family: Family
     reference: WholeModel
     router: ReferenceRouter
+    stock: list[Answer]
+    block_size: int
+
+    @property
+    def pattern(self) -> SparsePattern:
+        """What SPARSE means."""
+        return SparsePattern(SINK_TOKENS, WINDOW_TOKENS, self.block_size)
+
+    def error(self, answers: Sequence[Answer], routes: Sequence[Sequence[int]]) -> float:
+        """Compare answers with what the reference makes of the routes of each."""
+        errors = [
+            error
+            for answer, taken in zip(answers, routes, strict=True)
+            for error in self.reference.errors(answer, self.pattern, taken)
+        ]
+        if self.family.dtype == "float32":
+            return max(errors)
+        return math.sqrt(sum(error**2 for error in errors) / len(errors))
+
+    @cached_property
+    def allowed(self) -> float:
+        """How large an error may be."""
+        if self.family.dtype == "float32":
+            return TOLERANCE
+        full = self.reference.full_routes()
+        return 2 * self.error(self.stock, [full] * len(self.stock))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -98,6 +159,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     write_tiny_model(folder, family.config_class, heads=4, **family.config)
+    if family.dtype == "bfloat16":
+        round_to_bfloat16(folder)
     reference = WholeModel(folder)
     assert reference.attention_layers == list(family.attention)
     write_random_router(
@@ -110,10 +173,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         model_folder=folder,
         model=reference,
     )
-    return Case(folder, family, reference, ReferenceRouter.load(beside_weights(folder)))
+    router = ReferenceRouter.load(beside_weights(folder))
+    with _engine(folder, family, None) as engine:
+        stock = list(_answers(engine, family))
+        block_size = engine.worker.vllm_config.cache_config.block_size
+    return Case(folder, family, reference, router, stock, block_size)
 
 
-def _engine(case: Case, flux: dict[str, Any] | None) -> Engine:
+def _engine(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
     from vllm.model_executor.layers.mamba.abstract import MambaBase
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
@@ -121,18 +188,19 @@ def _engine(case: Case, flux: dict[str, Any] | None) -> Engine:
     # prefix cache asks all the same. Without that, chunks end where a state is kept.
     with patch.object(MambaMixer2, "get_kv_cache_spec", MambaBase.get_kv_cache_spec):
         return Engine(
-            case.folder,
+            folder,
             flux,
-            max_num_batched_tokens=1024,
+            dtype=family.dtype,
+            max_num_batched_tokens=2048,
             max_num_seqs=4,
             enable_prefix_caching=True,
             served_model_name=f"hybrid-{next(_names)}",
         )
 
 
-def _answers(engine: Engine) -> Iterator[Answer]:
+def _answers(engine: Engine, family: Family) -> Iterator[Answer]:
     """Answer each prompt in one chunk, in chunks, and when its first blocks are cached."""
-    for length in LENGTHS:
+    for length in family.lengths:
         prompt = random_prompt(length, seed=length)
         for chunk in (0, CHUNK):
             engine.limit_chunks(chunk)
@@ -142,77 +210,71 @@ def _answers(engine: Engine) -> Iterator[Answer]:
         yield engine.generate([prompt], OUTPUT)[0]
 
 
-def _pattern(engine: Engine) -> SparsePattern:
-    return SparsePattern(
-        SINK_TOKENS, WINDOW_TOKENS, engine.worker.vllm_config.cache_config.block_size
-    )
-
-
 def _decided_layers(engine: Engine) -> set[int]:
     """List the layers for which `/metrics` has decisions."""
     engine.runtime.status()
     name = engine.worker.vllm_config.model_config.served_model_name
-    wanted = ("flux_route_decisions_total", ("model_name", name))
     return {
         int(dict(labels)["layer"])
         for (sample, labels), value in parse(generate_latest().decode()).items()
-        if sample == wanted[0] and wanted[1] in labels and value
+        if sample == "flux_route_decisions_total" and ("model_name", name) in labels and value
     }
 
 
 def test_fixed_routes(case: Case) -> None:
-    with _engine(case, None) as engine:
-        stock = list(_answers(engine))
     static = {
         "policy": "static",
         "sparse_layers": [],
         "sink_tokens": SINK_TOKENS,
         "window_tokens": WINDOW_TOKENS,
     }
-    with _engine(case, static) as engine:
-        full = list(_answers(engine))
+    with _engine(case.folder, case.family, static) as engine:
+        full = list(_answers(engine, case.family))
         engine.runtime.fix_routes(case.family.sparse)
-        sparse = list(_answers(engine))
-        pattern, decided = _pattern(engine), _decided_layers(engine)
-    for own, ours in zip(stock, full, strict=True):
+        sparse = list(_answers(engine, case.family))
+        decided = _decided_layers(engine)
+    for own, ours in zip(case.stock, full, strict=True):
         assert own.tokens == ours.tokens
         assert own.logprobs == ours.logprobs
         assert own.prompt_logprobs == ours.prompt_logprobs
-    routes = [SPARSE if layer in case.family.sparse else FULL for layer in range(4)]
-    for answer in sparse:
-        assert max(case.reference.errors(answer, pattern, routes)) < TOLERANCE
-    assert max(case.reference.errors(full[-3], pattern, routes)) > 5 * TOLERANCE
+        assert own.cached_tokens == ours.cached_tokens
+    routes = [[SPARSE if n in case.family.sparse else FULL for n in range(4)]] * len(sparse)
+    assert case.error(sparse, routes) < case.allowed
+    assert case.error(full, routes) > 2 * case.allowed, "the routes make no difference"
     assert max(answer.cached_tokens for answer in sparse) > 0
     assert decided == set(case.family.attention)
 
 
 def test_router(case: Case) -> None:
-    bits: dict[int, set] = {length: set() for length in LENGTHS}
-    with _engine(case, {}) as engine:
-        pattern = _pattern(engine)
-        for answer in _answers(engine):
-            _check_routed(case, answer, pattern)
-            bits[len(answer.prompt)].add(str((answer.routes, answer.p_full)))
+    with _engine(case.folder, case.family, {}) as engine:
+        answers = list(_answers(engine, case.family))
         decided = _decided_layers(engine)
-    assert [len(seen) for seen in bits.values()] == [1] * len(LENGTHS)
-    assert len(set(map(str, bits.values()))) > 2
+    assert case.error(answers, [_routes(case, answer) for answer in answers]) < case.allowed
+    bits = [
+        {str((answer.routes, answer.p_full)) for answer in answers if len(answer.prompt) == length}
+        for length in case.family.lengths
+    ]
+    assert [len(seen) for seen in bits] == [1] * len(bits)
+    assert len(set(map(str, bits))) > 2
     assert decided == set(case.family.attention)
 
 
-def _check_routed(case: Case, answer: Answer, pattern: SparsePattern) -> None:
+def _routes(case: Case, answer: Answer) -> list[int]:
+    """Check an answer's routes, and give them for the reference."""
     if len(answer.prompt) + OUTPUT <= SINK_TOKENS + WINDOW_TOKENS:
         assert answer.routes is None
-        routes = case.reference.full_routes()
-    else:
-        p_full = case.router.p_full(case.reference, answer.prompt)
-        layers = list(case.family.attention)
-        routes = [answer.routes[layer] if layer in layers else FULL for layer in range(4)]
-        check_routes([routes[n] for n in layers], p_full[layers], 0.5, P_FULL_MARGIN)
-        for layer in layers:
-            assert abs(answer.p_full[layer] - p_full[layer].item()) < P_FULL_MARGIN
-    assert max(case.reference.errors(answer, pattern, routes)) < TOLERANCE
+        return case.reference.full_routes()
+    margin = P_FULL_MARGIN if case.family.dtype == "float32" else 0.1
+    p_full = case.router.p_full(case.reference, answer.prompt)
+    layers = list(case.family.attention)
+    assert answer.routes is not None
+    assert answer.p_full is not None
+    check_routes([answer.routes[n] for n in layers], p_full[layers], 0.5, margin)
+    for layer in layers:
+        assert abs(answer.p_full[layer] - p_full[layer].item()) < margin
+    return [answer.routes[n] if n in layers else FULL for n in range(4)]
 
 
 def test_memory_of_sparse_layers_is_not_given_back(case: Case) -> None:
     with pytest.raises(UnsupportedConfigurationError, match="attention layers alone"):
-        _engine(case, {"policy": "sparse", "free_kv": True})
+        _engine(case.folder, case.family, {"policy": "sparse", "free_kv": True})

@@ -59,6 +59,7 @@ class WholeModel:
         self.attention_layers: list[int] = []
         self._masks: dict[int, torch.Tensor] = {}
         self._queries: dict[int, torch.Tensor] = {}
+        self._computed: dict[Any, torch.Tensor] = {}
         for module in self.model.modules():
             if not (hasattr(module, "q_proj") and hasattr(module, "layer_idx")):
                 continue
@@ -100,7 +101,6 @@ class WholeModel:
             queries[layer] = query
         return queries
 
-    @torch.inference_mode()
     def logprobs(
         self, tokens: Sequence[int], prompt_len: int, pattern: SparsePattern, routes: Sequence[int]
     ) -> torch.Tensor:
@@ -113,6 +113,16 @@ class WholeModel:
             routes: per layer; those of layers without attention are not read.
         Returns: [n, V] log-probabilities of the token after each.
         """
+        taken = tuple(routes[layer] for layer in self.attention_layers)
+        key = tuple(tokens), prompt_len, pattern, taken
+        if key not in self._computed:
+            self._computed[key] = self._compute(tokens, prompt_len, pattern, routes)
+        return self._computed[key]
+
+    @torch.inference_mode()
+    def _compute(
+        self, tokens: Sequence[int], prompt_len: int, pattern: SparsePattern, routes: Sequence[int]
+    ) -> torch.Tensor:
         self._masks = {}
         for route in {routes[layer] for layer in self.attention_layers}:
             spans = [(0, prompt_len, "prefill")]

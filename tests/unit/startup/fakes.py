@@ -65,6 +65,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         additional_config={"flux": flux or {}},
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
         load_config=SimpleNamespace(download_dir=None),
+        compilation_config=SimpleNamespace(static_forward_context={}),
     )
 
 

@@ -35,7 +35,10 @@ FULL_NOPE = {"sliding_window": None, "apply_rope_all_layers": False}
         ("llama4", "Llama4Attention", {"rotary_emb": None}, False),
         ("llama4", "Llama4Attention", {"rotary_emb": object()}, True),
         ("iquest_loopcoder", "LoopCoderAttention", {}, None),  # depends on the loop
-        ("opt", "OPTAttention", {}, None),  # has no RoPE
+        ("opt", "OPTAttention", {}, False),
+        ("nemotron_h", "NemotronHAttention", {}, False),
+        ("falcon_h1", "FalconH1AttentionDecoderLayer", {}, True),
+        ("chatglm", "GLMAttention", {}, True),
     ],
 )
 def test_rotates_on_vllms_models(
@@ -157,3 +160,36 @@ def test_what_a_condition_switches_off_changes_nothing() -> None:
     assert change_after_rope(module) is None
     module.is_shared = True
     assert change_after_rope(module) == "q = q * 2"
+
+
+class Helped(nn.Module):
+    """Rotates in a method of its own, like Qwen3-Next's."""
+
+    scales = False
+
+    def project(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate, and hand on among other things."""
+        q, k = self.rotary_emb(positions, q, k)
+        return k, q, None
+
+    def forward(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend."""
+        k, q, _ = self.project(positions, q, k)
+        if self.scales:
+            q = q * 2
+        return self.attn(q, k, k)
+
+
+def test_queries_are_followed_through_a_method_that_returns_them() -> None:
+    module = Helped()
+    assert rotates(module) is True
+    assert change_after_rope(module) is None
+    module.scales = True
+    assert change_after_rope(module) == "q = q * 2"
+
+
+def test_queries_that_nobody_takes_are_not_known() -> None:
+    class Alone(nn.Module):
+        project = Helped.project
+
+    assert change_after_rope(Alone()) == "project() without self.attn(q, ...)"
