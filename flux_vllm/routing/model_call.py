@@ -34,6 +34,13 @@ class RunnerModelCall:
             model_config.supports_multimodal_inputs or model_config.enable_prompt_embeds
         )
         self._has_adapters = vllm_config.lora_config is not None
+        self._axes: torch.Tensor | None = None
+        """Of a model with several position axes: their rows, all alike where nothing but text is
+        asked; as long as vLLM's own, for which it is compiled."""
+        if model_config.uses_mrope:
+            row = vllm_config.scheduler_config.max_num_batched_tokens + 1
+            shape = model_config.mrope_num_dims, row
+            self._axes = torch.zeros(shape, dtype=torch.int64, device=device)
 
     @property
     def can_be_captured(self) -> bool:
@@ -56,14 +63,16 @@ class RunnerModelCall:
         """
         from vllm.forward_context import set_forward_context
 
-        model = self._runner.get_model()
+        model, tokens = self._runner.get_model(), len(positions)
+        if self._axes is not None:
+            positions = self._axes[:, :tokens].copy_(positions)
         embeddings = None
         if self._takes_embeddings:
             embeddings = model.embed_input_ids(token_ids)
             if not getattr(model, "requires_raw_input_tokens", False):
                 token_ids = None  # type: ignore[assignment]
         context = set_forward_context(
-            metadata | self._states.metadata, self._vllm_config, num_tokens=len(positions)
+            metadata | self._states.metadata, self._vllm_config, num_tokens=tokens
         )
         with context, self._states.apart():
             model(

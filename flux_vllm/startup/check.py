@@ -88,7 +88,6 @@ def check_features(vllm_config: Any) -> None:
         "an encoder-decoder model": model.is_encoder_decoder,
         "a pooling or encoder model": model.runner_type != "generate",
         "a model without attention": model.is_attention_free,
-        "multi-dimensional RoPE": model.uses_mrope,
         "bidirectional attention over multimodal prefixes": model.is_mm_prefix_lm,
         "reference sliding window attention": model.rswa_window is not None,
     }

@@ -33,6 +33,9 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers: [1, N, n, H] to [1, n, N, H]; the mask is our own."""
     seen = module.whole_model.mask_of(module.layer_idx)
+    if kwargs.get("sliding_window") is not None:  # of the model's own, counted in tokens
+        token = torch.arange(query.shape[2])
+        seen = seen & (token[:, None] - token < kwargs["sliding_window"])
     group = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scores = query.float() @ keys.float().transpose(2, 3) * scaling
@@ -59,6 +62,7 @@ class WholeModel:
         self.attention_layers: list[int] = []
         self._masks: dict[int, torch.Tensor] = {}
         self._queries: dict[int, torch.Tensor] = {}
+        self._tokens = 0
         self._computed: dict[Any, torch.Tensor] = {}
         for module in self.model.modules():
             if not (hasattr(module, "q_proj") and hasattr(module, "layer_idx")):
@@ -73,8 +77,10 @@ class WholeModel:
         """Make the hook that keeps a layer's queries before RoPE, averaged over heads."""
 
         def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            heads = output[0].float().reshape(output.shape[1], -1, self.head_dim)
-            self._queries[layer] = heads.mean(dim=1)
+            query = output[0].float()
+            if query.shape[0] != self._tokens:  # Gemma norms them by head: [N, n, H]
+                query = query.transpose(0, 1)
+            self._queries[layer] = query.reshape(self._tokens, -1, self.head_dim).mean(dim=1)
 
         return hook
 
@@ -89,6 +95,7 @@ class WholeModel:
         Returns: [layers, tokens, H] queries before RoPE, averaged over heads; zeros for layers
             without attention.
         """
+        self._tokens = len(tokens)
         causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
         self._masks = dict.fromkeys(self.attention_layers, causal)
         self.model.base_model(
@@ -123,7 +130,7 @@ class WholeModel:
     def _compute(
         self, tokens: Sequence[int], prompt_len: int, pattern: SparsePattern, routes: Sequence[int]
     ) -> torch.Tensor:
-        self._masks = {}
+        self._masks, self._tokens = {}, len(tokens)
         for route in {routes[layer] for layer in self.attention_layers}:
             spans = [(0, prompt_len, "prefill")]
             spans += [(p, p + 1, "decode") for p in range(prompt_len, len(tokens))]

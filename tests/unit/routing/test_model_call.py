@@ -23,9 +23,11 @@ TOKENS, POSITIONS = torch.tensor([5, 6, 0], dtype=torch.int32), torch.tensor([0,
 
 def config(mode: str = "FULL_AND_PIECEWISE", lora: bool = False, **model: bool) -> Any:
     flags = {"supports_multimodal_inputs": False, "enable_prompt_embeds": False}
+    flags |= {"uses_mrope": False, "mrope_num_dims": 3}
     return SimpleNamespace(
         model_config=SimpleNamespace(**flags | model),
         lora_config=object() if lora else None,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
     )
 
@@ -55,6 +57,16 @@ def test_tokens_without_slots_or_graphs() -> None:
     model.assert_called_once_with(
         input_ids=TOKENS, positions=POSITIONS, intermediate_tensors=None, inputs_embeds=None
     )
+
+
+def test_model_with_several_position_axes() -> None:
+    """As rows of a buffer as long as vLLM's, for whose strides it is compiled."""
+    model = mock.Mock()
+    context = call(model, config(uses_mrope=True))
+    positions = model.call_args.kwargs["positions"]
+    assert positions.tolist() == [POSITIONS.tolist()] * 3
+    assert (positions.stride(), positions.dtype) == ((513, 1), torch.int64)
+    assert context.call_args.kwargs["num_tokens"] == 3
 
 
 @pytest.mark.parametrize("flag", ["supports_multimodal_inputs", "enable_prompt_embeds"])

@@ -1,4 +1,4 @@
-"""A hybrid's layers with a state, in a probe. The real ones run in tests/e2e/test_hybrids.py.
+"""A hybrid's layers with a state, in a probe. The real ones run in tests/e2e/test_layer_kinds.py.
 
 Oracle: what a fake layer and its metadata builder were asked for.
 """

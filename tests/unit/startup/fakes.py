@@ -27,6 +27,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             is_attention_free=False,
             is_hybrid=False,
             uses_mrope=False,
+            mrope_num_dims=3,
             is_mm_prefix_lm=False,
             rswa_window=None,
             supports_multimodal_inputs=False,

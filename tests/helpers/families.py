@@ -1,8 +1,9 @@
-"""Hybrids: attention layers among layers that carry a state; the former are routed, those alone.
+"""Tiny models of families whose layers are not all alike, served and held to their references.
 
-Oracles: stock vLLM, bit by bit, where every layer is FULL; tests/helpers/whole_reference.py,
-transformers' own code of each family in float32, for fixed routes and for a router's, in one
-chunk, in chunks and on a prefix-cache hit. `/metrics` names the layers that have routes.
+Oracles: stock vLLM, bit by bit, where every layer is as the model has it;
+tests/helpers/whole_reference.py, transformers' own code of each family in float32, for fixed routes
+and for a router's, in one chunk, in chunks and on a prefix-cache hit. `/metrics` names the layers
+that have routes.
 
 vLLM's CPU kernels of gated delta nets know bfloat16 alone: there, at most twice the r.m.s. error
 that stock vLLM makes against the same reference, whose weights are the same.
@@ -17,105 +18,46 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 from prometheus_client import generate_latest
-from transformers import (
-    FalconH1Config,
-    GraniteMoeHybridConfig,
-    NemotronHConfig,
-    PreTrainedConfig,
-    Qwen3NextConfig,
-)
+from transformers import PreTrainedConfig
 
-from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.router.place import beside_weights
-from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
-from tests.helpers.engine import Answer, Engine
-from tests.helpers.metrics import parse
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_model,
-)
-from tests.helpers.reference import FULL, SPARSE, ReferenceRouter, SparsePattern
-from tests.helpers.replay import P_FULL_MARGIN, check_routes
-from tests.helpers.whole_reference import WholeModel
 
-pytestmark = pytest.mark.vllm
+from .engine import Answer, Engine
+from .metrics import parse
+from .models import random_prompt, round_to_bfloat16, write_random_router, write_tiny_model
+from .reference import FULL, SPARSE, ReferenceRouter, SparsePattern
+from .replay import P_FULL_MARGIN, check_routes
+from .whole_reference import WholeModel
 
+SINK_TOKENS, WINDOW_TOKENS = 32, 128
 LENGTHS = (100, 161, 333, 500)
 OUTPUT = 8
 CHUNK = 97
 TOLERANCE = 0.02
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
+STATIC = {
+    "policy": "static",
+    "sparse_layers": [],
+    "sink_tokens": SINK_TOKENS,
+    "window_tokens": WINDOW_TOKENS,
+}
 _names = itertools.count()
 
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model of a family."""
+    """A tiny model of four layers."""
 
     config_class: type[PreTrainedConfig]
     config: dict[str, Any]
-    attention: tuple[int, ...] = (1, 3)
-    """Layers with attention, as the configuration says."""
+    routed: tuple[int, ...] = (1, 3)
+    """Layers that have a route, as the configuration says."""
     sparse: tuple[int, ...] = (3,)
+    """Layers to make SPARSE."""
     dtype: str = "float32"
     lengths: tuple[int, ...] = LENGTHS
     """Of the prompts; one is longer than a KV block."""
-
-
-FAMILIES = {
-    # Attention and a state space side by side in every layer.
-    "falcon-h1": Family(
-        FalconH1Config,
-        {**MAMBA, "mamba_d_ssm": 256, "mamba_chunk_size": 64},
-        attention=(0, 1, 2, 3),
-        sparse=(0, 3),
-    ),
-    "granite-hybrid-rope": Family(
-        GraniteMoeHybridConfig,
-        {
-            **MAMBA,
-            "mamba_chunk_size": 64,
-            "layer_types": ["mamba", "attention"] * 2,
-            "position_embedding_type": "rope",
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 256,
-        },
-    ),
-    # Queries that nothing rotates.
-    "nemotron-h": Family(
-        NemotronHConfig,
-        {
-            "layers_block_type": ["mamba", "attention"] * 2,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 32,
-            "n_groups": 1,
-            "ssm_state_size": 16,
-            "chunk_size": 64,
-        },
-    ),
-    "qwen3-next": Family(
-        Qwen3NextConfig,
-        {
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            # In both: which experts low precision would choose is no matter here.
-            "num_experts": 2,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        },
-        dtype="bfloat16",
-        lengths=(100, 161, 333, 1300),  # its KV blocks are of 1,152 tokens
-    ),
-}
+    head_dim: int = 32
 
 
 @dataclass
@@ -154,19 +96,19 @@ class Case:
         return 2 * self.error(self.stock, [full] * len(self.stock))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    family = FAMILIES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    write_tiny_model(folder, family.config_class, heads=4, **family.config)
+def make_case(family: Family, folder: Path) -> Case:
+    """Write a family's model and router, and answer with stock vLLM."""
+    write_tiny_model(
+        folder, family.config_class, heads=4, head_dim=family.head_dim, **family.config
+    )
     if family.dtype == "bfloat16":
         round_to_bfloat16(folder)
     reference = WholeModel(folder)
-    assert reference.attention_layers == list(family.attention)
+    assert set(family.routed) <= set(reference.attention_layers)
     write_random_router(
         beside_weights(folder).parent,
         num_layers=4,
-        head_dim=32,
+        head_dim=family.head_dim,
         pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
@@ -174,13 +116,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         model=reference,
     )
     router = ReferenceRouter.load(beside_weights(folder))
-    with _engine(folder, family, None) as engine:
+    with start(folder, family, None) as engine:
         stock = list(_answers(engine, family))
         block_size = engine.worker.vllm_config.cache_config.block_size
     return Case(folder, family, reference, router, stock, block_size)
 
 
-def _engine(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
+def start(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
+    """Start an engine: stock vLLM where there is no configuration of flux."""
     from vllm.model_executor.layers.mamba.abstract import MambaBase
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
@@ -194,7 +137,7 @@ def _engine(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine
             max_num_batched_tokens=2048,
             max_num_seqs=4,
             enable_prefix_caching=True,
-            served_model_name=f"hybrid-{next(_names)}",
+            served_model_name=f"family-{next(_names)}",
         )
 
 
@@ -221,14 +164,9 @@ def _decided_layers(engine: Engine) -> set[int]:
     }
 
 
-def test_fixed_routes(case: Case) -> None:
-    static = {
-        "policy": "static",
-        "sparse_layers": [],
-        "sink_tokens": SINK_TOKENS,
-        "window_tokens": WINDOW_TOKENS,
-    }
-    with _engine(case.folder, case.family, static) as engine:
+def check_fixed_routes(case: Case) -> None:
+    """Check `static` with no layer SPARSE, and with some."""
+    with start(case.folder, case.family, STATIC) as engine:
         full = list(_answers(engine, case.family))
         engine.runtime.fix_routes(case.family.sparse)
         sparse = list(_answers(engine, case.family))
@@ -242,11 +180,12 @@ def test_fixed_routes(case: Case) -> None:
     assert case.error(sparse, routes) < case.allowed
     assert case.error(full, routes) > 2 * case.allowed, "the routes make no difference"
     assert max(answer.cached_tokens for answer in sparse) > 0
-    assert decided == set(case.family.attention)
+    assert decided == set(case.family.routed)
 
 
-def test_router(case: Case) -> None:
-    with _engine(case.folder, case.family, {}) as engine:
+def check_router(case: Case) -> None:
+    """Check `router`: its routes, the same for every schedule, and what they make of answers."""
+    with start(case.folder, case.family, {}) as engine:
         answers = list(_answers(engine, case.family))
         decided = _decided_layers(engine)
     assert case.error(answers, [_routes(case, answer) for answer in answers]) < case.allowed
@@ -256,7 +195,7 @@ def test_router(case: Case) -> None:
     ]
     assert [len(seen) for seen in bits] == [1] * len(bits)
     assert len(set(map(str, bits))) > 2
-    assert decided == set(case.family.attention)
+    assert decided == set(case.family.routed)
 
 
 def _routes(case: Case, answer: Answer) -> list[int]:
@@ -266,15 +205,10 @@ def _routes(case: Case, answer: Answer) -> list[int]:
         return case.reference.full_routes()
     margin = P_FULL_MARGIN if case.family.dtype == "float32" else 0.1
     p_full = case.router.p_full(case.reference, answer.prompt)
-    layers = list(case.family.attention)
+    layers = list(case.family.routed)
     assert answer.routes is not None
     assert answer.p_full is not None
     check_routes([answer.routes[n] for n in layers], p_full[layers], 0.5, margin)
     for layer in layers:
         assert abs(answer.p_full[layer] - p_full[layer].item()) < margin
     return [answer.routes[n] if n in layers else FULL for n in range(4)]
-
-
-def test_memory_of_sparse_layers_is_not_given_back(case: Case) -> None:
-    with pytest.raises(UnsupportedConfigurationError, match="attention layers alone"):
-        _engine(case.folder, case.family, {"policy": "sparse", "free_kv": True})
