@@ -50,7 +50,8 @@ COHERE = {"tie_word_embeddings": True, "logit_scale": 0.1875}
 # Full attention without RoPE in every layer.
 COHERE2 = COHERE | {"layer_types": ["full_attention"] * 4}
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+# Every token goes to all: which ones rounding would choose between equals is no matter here.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True}
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2-bias": (Qwen2Config, {}),
@@ -60,7 +61,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "glm4-partial-interleaved": (Glm4Config, {"rope_parameters": PARTIAL}),
     "granite": (GraniteConfig, GRANITE),
     "qwen3-moe": (Qwen3MoeConfig, EXPERTS | {"moe_intermediate_size": 64}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 4}),
     "cohere": (CohereConfig, COHERE),
     "cohere-qk-norm": (CohereConfig, COHERE | {"use_qk_norm": True}),
 }
