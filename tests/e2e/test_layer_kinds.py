@@ -1,4 +1,4 @@
-"""Hybrids and models with sliding windows: layers of full attention are routed, others left alone.
+"""Layers of several kinds, and weights of another: those of full attention are routed, no others.
 
 Oracles: see tests/helpers/families.py.
 """
@@ -15,6 +15,7 @@ from transformers import (
     FalconH1Config,
     Gemma3TextConfig,
     GraniteMoeHybridConfig,
+    LlamaConfig,
     NemotronHConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -32,7 +33,7 @@ from tests.helpers.families import (
 )
 from tests.helpers.models import write_tiny_model
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
 DELTA_NET = {
@@ -86,6 +87,9 @@ FAMILIES = {
         },
         dtype="bfloat16",
         lengths=(100, 161, 333, 1300),  # its KV blocks are of 1,152 tokens
+    ),
+    "llama-gptq-4-bit": Family(
+        LlamaConfig, {}, routed=(0, 1, 2, 3), sparse=(0, 3), dtype="bfloat16", is_quantized=True
     ),
     # Layers with a sliding window of their own between those that see everything.
     "gemma3": Family(

@@ -26,6 +26,7 @@ from flux_vllm.router.place import beside_weights
 from .engine import Answer, Engine
 from .metrics import parse
 from .models import random_prompt, round_to_bfloat16, write_random_router, write_tiny_model
+from .quantized import quantize_to_gptq
 from .reference import FULL, SPARSE, ReferenceRouter, SparsePattern
 from .replay import P_FULL_MARGIN, check_routes
 from .whole_reference import WholeModel
@@ -58,6 +59,8 @@ class Family:
     lengths: tuple[int, ...] = LENGTHS
     """Of the prompts; one is longer than a KV block."""
     head_dim: int = 32
+    is_quantized: bool = False
+    """Whether its projections are of four bits."""
 
 
 @dataclass
@@ -103,7 +106,10 @@ def make_case(family: Family, folder: Path) -> Case:
     )
     if family.dtype == "bfloat16":
         round_to_bfloat16(folder)
-    reference = WholeModel(folder)
+    exact = folder / "exact" if family.is_quantized else folder
+    if family.is_quantized:
+        quantize_to_gptq(folder, exact)
+    reference = WholeModel(exact)
     assert set(family.routed) <= set(reference.attention_layers)
     write_random_router(
         beside_weights(folder).parent,
