@@ -44,6 +44,7 @@ IMPORTS_VLLM = (
     "flux_vllm/kv/worker.py",
     "flux_vllm/plugin.py",
     "flux_vllm/routing/model_call.py",
+    "flux_vllm/routing/state_layers.py",
     "flux_vllm/startup/attach.py",
     "flux_vllm/startup/layers.py",
     "flux_vllm/startup/memory.py",

@@ -14,7 +14,7 @@ import torch
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Answer, Engine
-from tests.helpers.models import random_prompt, write_random_router
+from tests.helpers.models import random_prompt, write_random_router, write_tiny_llama
 from tests.helpers.reference import ReferenceRouter, SparsePattern
 from tests.helpers.replay import assert_routed
 
@@ -217,3 +217,15 @@ def test_router_that_looks_at_more(tiny_model, reference, tmp_path) -> None:
     for answer in answers:
         _check(answer, reference, router)
     assert len({tuple(answer.routes) for answer in answers}) > 1
+
+
+def test_positions_past_the_rope_table_do_not_end_the_engine(tmp_path, monkeypatch) -> None:
+    """Where the operator allows them, vLLM answers with whatever it reads there; so do routes."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    model = write_tiny_llama(tmp_path, layers=2, max_position_embeddings=512)
+    write_random_router(tmp_path, num_layers=2, head_dim=32)
+    with Engine(model, {}, max_model_len=1024, block_size=BLOCK_SIZE) as engine:
+        for length in (900, 300):
+            (answer,) = engine.generate([random_prompt(length, seed=length)], 4)
+            assert len(answer.tokens) == 4
+            assert answer.routes is not None

@@ -190,9 +190,10 @@ class Engine:
         max_tokens: int,
         prompt_logprobs: bool = False,
         candidates: int = 0,
+        adapter: Any = None,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answer prompts together, greedily."""
+        """Answer prompts together, greedily, through a LoRA adapter (LoRARequest) or without."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(
@@ -208,7 +209,10 @@ class Engine:
         self._step_of.clear()
         self._preemptions.clear()
         outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+            lora_request=adapter,
         )
         if self.has_flux:
             self.runtime.status()  # the decisions of steps in flight

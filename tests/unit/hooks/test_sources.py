@@ -115,6 +115,19 @@ CALLS = {
 }
 # file, class: names it must define (fields, properties or methods) that start-up reads
 MEMBERS = {
+    ("model_executor/layers/mamba/abstract.py", "MambaBase"): {
+        "get_kv_cache_spec",
+        "get_attn_backend",
+        "kv_cache",
+    },
+    ("v1/kv_cache_interface.py", "MambaSpec"): {
+        "shapes",
+        "dtypes",
+        "mamba_cache_mode",
+        "num_speculative_blocks",
+        "num_prefill_checkpoint_blocks",
+        "prefill_checkpoint_alignment",
+    },
     ("config/model.py", "ModelConfig"): {
         "use_mla",
         "is_encoder_decoder",

@@ -110,23 +110,37 @@ class TestAttach:
         runtime = attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path, flux), CPU)
         assert runtime.routed_layers == (0, 1, 2, 3)
 
-    def test_no_layer_with_rope(self, tmp_path: Path, rope: Any) -> None:
+    def test_model_without_rope_is_routed_by_queries_as_they_are(
+        self, tmp_path: Path, rope: Any
+    ) -> None:
         write(tmp_path)
+        runtime = attach(runner_of(self.rotating(rope)), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (0, 1, 2, 3)
+        assert runtime.probe._rotations == []
+        assert all(data.mean_query is not None for data in runtime.probe._metadata.values())
+
+    def test_rope_beside_sliding_windows_alone(self, tmp_path: Path, rope: Any) -> None:
+        """Like Cohere2's: layers that see everything have none."""
+        write(tmp_path)
+        model = Model(self.attentions({1: 128}), rope, RotatingWhereTold)
+        for index, layer in enumerate(reversed(model.layers)):
+            layer.self_attn.use_rope = index == 1
         with pytest.raises(UnsupportedConfigurationError) as error:
-            attach(runner_of(self.rotating(rope)), make_config(tmp_path), CPU)
+            attach(runner_of(model), make_config(tmp_path), CPU)
         assert str(error.value) == (
             '--attention-backend flux with policy "router": expected rotary position embeddings '
-            "(RoPE) in layers with full attention, found none in Model; choose a policy without a "
-            'router ("full", "sparse", "static")'
+            "(RoPE) in layers with full attention, found none in Model, whose layers with a "
+            "sliding window have them; choose a policy without a router "
+            '("full", "sparse", "static")'
         )
 
     def test_context_layer_without_rope(self, tmp_path: Path, rope: Any) -> None:
+        """Nothing is undone there."""
         write(tmp_path, context_layers=(1,), pools=("tail:8",))
-        with pytest.raises(
-            UnsupportedConfigurationError,
-            match=r"in every layer whose queries a router sees, found none in model\.layers\.1\.",
-        ):
-            attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path), CPU)
+        runtime = attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path), CPU)
+        assert runtime.probe._rotations[0].layers.tolist() == [0, 2]
+        pooled = [data.mean_query is not None for data in runtime.probe._metadata.values()]
+        assert pooled == [True, True, True, False]
 
     def test_static_on_a_sliding_window_layer(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
@@ -157,8 +171,8 @@ class TestAttach:
         with pytest.raises(UnsupportedConfigurationError) as error:
             attach(runner_of(Model(self.attentions(), None)), make_config(tmp_path), CPU)
         assert str(error.value) == (
-            "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer "
-            "whose queries a router sees, found none in model.layers.0.self_attn.attn "
+            "--attention-backend flux: expected rotary position embeddings (RoPE) as `rotary_emb` "
+            "of a layer, or none at all, found others in model.layers.0.self_attn.attn "
             "(SelfAttention); serve this model without --attention-backend flux"
         )
 

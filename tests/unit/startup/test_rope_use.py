@@ -36,7 +36,10 @@ FULL_NOPE = {"sliding_window": None, "apply_rope_all_layers": False}
         ("llama4", "Llama4Attention", {"rotary_emb": None}, False),
         ("llama4", "Llama4Attention", {"rotary_emb": object()}, True),
         ("iquest_loopcoder", "LoopCoderAttention", {}, None),  # depends on the loop
-        ("opt", "OPTAttention", {}, None),  # has no RoPE
+        ("opt", "OPTAttention", {}, False),
+        ("nemotron_h", "NemotronHAttention", {}, False),
+        ("falcon_h1", "FalconH1AttentionDecoderLayer", {}, True),
+        ("chatglm", "GLMAttention", {}, True),
     ],
 )
 def test_rotates_on_vllms_models(
@@ -264,7 +267,7 @@ class Changing(nn.Module):
         ("slice_of_it", "q[..., :8] = 0"),
         ("by_a_function", "torch.mul(k, 2, out=q)"),
         ("two_at_once", "k, q = (k, q * 2)"),
-        ("handed_out", "return (q, k)"),
+        ("handed_out", "handed_out() without self.attn(q, ...)"),
         ("something_else", "something_else() without self.attn(q, ...)"),
         ("in_place_rotation", "self.rotary_emb(positions, q, k)"),
         ("renamed_and_reshaped", None),
@@ -273,3 +276,36 @@ class Changing(nn.Module):
 def test_change_after_rope_accepts_known_shapes_alone(method: str, change: str | None) -> None:
     kind = type(method, (nn.Module,), {"forward": vars(Changing)[method]})
     assert change_after_rope(kind()) == change
+
+
+class Helped(nn.Module):
+    """Rotates in a method of its own, like Qwen3-Next's."""
+
+    scales = False
+
+    def project(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate, and hand on among other things."""
+        q, k = self.rotary_emb(positions, q, k)
+        return k, q, None
+
+    def forward(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend."""
+        k, q, _ = self.project(positions, q, k)
+        if self.scales:
+            q = q * 2
+        return self.attn(q, k, k)
+
+
+def test_queries_are_followed_through_a_method_that_returns_them() -> None:
+    module = Helped()
+    assert rotates(module) is True
+    assert change_after_rope(module) is None
+    module.scales = True
+    assert change_after_rope(module) == "q = q * 2"
+
+
+def test_queries_that_nobody_takes_are_not_known() -> None:
+    class Alone(nn.Module):
+        project = Helped.project
+
+    assert change_after_rope(Alone()) == "project() without self.attn(q, ...)"
