@@ -135,6 +135,7 @@ MEMBERS = {
         "is_attention_free",
         "is_hybrid",
         "uses_mrope",
+        "mrope_num_dims",
         "is_mm_prefix_lm",
         "rswa_window",
         "get_total_num_hidden_layers",
