@@ -1,7 +1,6 @@
 """vLLM's schedulers, told what each request's routes let its KV cache groups give back."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
@@ -11,7 +10,6 @@ from vllm.v1.request import Request
 
 from flux_vllm.kv.channel import decided_routes
 from flux_vllm.kv.coordinator import FluxCoordinator
-from flux_vllm.kv.spec import FluxSpec
 from flux_vllm.metrics.directory import metrics_directory
 from flux_vllm.metrics.kv_report import KVReport
 from flux_vllm.metrics.store import MetricStore
@@ -21,12 +19,8 @@ class _FreesByRoute:
     """What both schedulers do besides; stands before one of vLLM's in the order of classes."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        groups = kv_cache_config.kv_cache_groups
-        for group in groups:
-            if isinstance(group.kv_cache_spec, FluxSpec):
-                # The scheduler's own copy: clusters that are alike are looked up in one call.
-                group.kv_cache_spec = replace(group.kv_cache_spec, cluster=0)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
+        groups = kv_cache_config.kv_cache_groups
         self._flux = FluxCoordinator(
             self.kv_cache_manager.coordinator,  # type: ignore[attr-defined]
             [[extract_layer_index(name) for name in group.layer_names] for group in groups],
@@ -47,9 +41,9 @@ class _FreesByRoute:
             scheduler_output, model_runner_output
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._flux.asking = request.request_id
-        return super()._get_local_prefix_cache_hit(request, *args)  # type: ignore[misc]
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._flux.forget(request.request_id)

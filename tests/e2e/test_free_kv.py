@@ -162,6 +162,7 @@ def test_more_requests_fit(tiny_model):
     preempted = sum(answer.preemptions for answer in answers)
     assert total(metrics, "flux_kv_blocks_freed_total", model_name="fits") == freed > 0
     assert total(metrics, "flux_request_kv_bytes_count", model_name="fits") == 5 + preempted
+    assert total(metrics, "flux_kv_admitted_requests_total", model_name="fits") > 0
 
 
 def _speculate(model, flux):
