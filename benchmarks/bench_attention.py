@@ -28,6 +28,7 @@ from flux_vllm.attention_backend.kernels.decode_views import (
     ViewSizes,
     write_views,
 )
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.sink_merge import MergeTile, merge_sinks
 from flux_vllm.attention_backend.kernels.triton_decode import (
     attend_decode,
@@ -124,7 +125,7 @@ class Batch:
             packed = torch.empty(
                 num_blocks, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM, dtype=DTYPE, device="cuda"
             ).normal_()
-            self.caches.append(packed.split(HEAD_DIM, dim=-1))
+            self.caches.append(KVCache(*packed.split(HEAD_DIM, dim=-1)))
         order = 1 + torch.randperm(num_blocks - 1)
         self.table = torch.zeros(rows, max(blocks) + 8, dtype=torch.int32)
         for row in range(rows):
@@ -167,6 +168,9 @@ class Batch:
             ViewSizes(BLOCK_SIZE, SINK, WINDOW, SINK + WINDOW),
             width=self.table.shape[1],
         )
+
+    def rows_of(self, seqused_k: torch.Tensor, seqused_q: torch.Tensor | None = None) -> PagedRows:
+        return PagedRows(self.table2, self.row(0), self.starts, seqused_k, seqused_q)
 
     def row(self, buffer: int) -> torch.Tensor:
         return self.per_layer[buffer][0, : self.rows]
@@ -228,12 +232,9 @@ def bench_decode(sms: int, sweep: bool) -> None:
             def run(layer: int, batch: Batch = batch, **extra: object) -> object:
                 return fa3.attend(
                     batch.query,
-                    *batch.caches[layer],
+                    batch.caches[layer],
                     batch.out,
-                    batch.table2,
-                    batch.row(0),
-                    batch.starts,
-                    batch.row(1),
+                    batch.rows_of(batch.row(1)),
                     max_query_len=1,
                     max_seq_len=batch.max_seq,
                     scale=SCALE,
@@ -250,12 +251,9 @@ def bench_decode(sms: int, sweep: bool) -> None:
                     def run_triton(layer: int, batch=batch, space=space, n=block_n) -> None:
                         attend_decode(
                             batch.query,
-                            *batch.caches[layer],
+                            batch.caches[layer],
                             batch.out,
-                            batch.table2,
-                            batch.row(0),
-                            batch.starts,
-                            batch.row(1),
+                            batch.rows_of(batch.row(1)),
                             space,
                             max_query_len=1,
                             scale=SCALE,
@@ -276,32 +274,29 @@ def bench_prefill(sweep: bool) -> None:
         shape = {"max_query_len": chunk, "max_seq_len": length, "scale": SCALE}
         sinks = {"scale": SCALE, "sink_tokens": SINK, "window_tokens": WINDOW}
         case = f"{chunk} at {length // 1024}K"
-        rows = (batch.table2, batch.row(0), batch.starts)
 
-        def full(layer: int, used=every, batch=batch, rows=rows, shape=shape) -> torch.Tensor:
-            return fa3.attend(
-                batch.query, *batch.caches[layer], batch.out, *rows, batch.lens, seqused_q=used,
-                **shape,
-            )  # fmt: skip
+        def full(layer: int, used=every, batch=batch, shape=shape) -> torch.Tensor:
+            rows = batch.rows_of(batch.lens, used)
+            return fa3.attend(batch.query, batch.caches[layer], batch.out, rows, **shape)
 
-        def window(layer: int, used=every, batch=batch, rows=rows, shape=shape) -> torch.Tensor:
+        def window(layer: int, used=every, batch=batch, shape=shape) -> torch.Tensor:
+            rows = batch.rows_of(batch.lens, used)
             return fa3.attend(
-                batch.query, *batch.caches[layer], batch.out, *rows, batch.lens, seqused_q=used,
-                window_tokens=WINDOW, **shape,
-            )  # fmt: skip
+                batch.query, batch.caches[layer], batch.out, rows, window_tokens=WINDOW, **shape
+            )
 
         lse = window(0)
 
         def merge(layer: int, used=every, tile=None, batch=batch, lse=lse, sinks=sinks) -> None:
             merge_sinks(
-                batch.query, *batch.caches[layer], batch.out, lse, batch.table2, batch.starts,
-                used, batch.lens, kv_batch_idx=batch.row(0), tile=tile, **sinks,
+                batch.query, batch.caches[layer], batch.out, lse,
+                batch.rows_of(batch.lens, used), tile=tile, **sinks,
             )  # fmt: skip
 
         def fused(layer: int, used=every, tile=None, sparse=True, batch=batch, sinks=sinks) -> None:
             attend_prefill(
-                batch.query, *batch.caches[layer], batch.out, batch.table2, batch.starts, used,
-                batch.lens, kv_batch_idx=batch.row(0), sparse=sparse, tile=tile, **sinks,
+                batch.query, batch.caches[layer], batch.out, batch.rows_of(batch.lens, used),
+                sparse=sparse, tile=tile, **sinks,
             )  # fmt: skip
 
         def both(layer: int, window=window, merge=merge) -> None:

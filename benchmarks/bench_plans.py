@@ -23,6 +23,7 @@ from flux_vllm.attention_backend.kernels.decode_plan import (
     plan_width,
     write_decode_plans,
 )
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 
 BLOCK_SIZE, SPLITS, SPARSE_KEYS = 16, 32, 2176
 SHAPES = [(32, 8, 128), (8, 2, 128), (9, 3, 64)]
@@ -72,12 +73,9 @@ class Batch(NamedTuple):
         """Attend over one of the caches."""
         fa3.attend(
             self.query,
-            *self.caches[cache],
+            KVCache(*self.caches[cache]),
             self.out,
-            self.table,
-            None,
-            self.starts,
-            self.lens,
+            PagedRows(self.table, None, self.starts, self.lens),
             max_query_len=1,
             max_seq_len=max(self.keys),
             scale=self.shape.head_dim**-0.5,

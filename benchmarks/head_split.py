@@ -18,6 +18,7 @@ from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall, Limits, V
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels.decode_views import LayerViews
+from flux_vllm.attention_backend.kernels.paged import KVCache
 
 
 class HeadSplitKernels:
@@ -71,7 +72,7 @@ def halves(call: LayerCall) -> tuple[LayerCall, LayerCall]:
 
     Raises: ValueError: an odd number of KV heads.
     """
-    heads, kv_heads = call.query.shape[1], call.keys.shape[2]
+    heads, kv_heads = call.query.shape[1], call.cache.keys.shape[2]
     if kv_heads % 2:
         raise ValueError(
             f"head split: expected an even number of KV heads, found {kv_heads}; choose another "
@@ -84,8 +85,7 @@ def halves(call: LayerCall) -> tuple[LayerCall, LayerCall]:
         return replace(
             call,
             query=call.query[:, queries],
-            keys=call.keys[:, :, groups],
-            values=call.values[:, :, groups],
+            cache=KVCache(call.cache.keys[:, :, groups], call.cache.values[:, :, groups]),
             out=call.out[:, queries],
         )
 

@@ -128,9 +128,9 @@ def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
         max_num_splits=32 if decodes else 0,  # as vLLM in and out of graphs
     )
     rows = LayerViews(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
-    keys, values = batch.caches[layer]
+    cache = batch.caches[layer]
     return LayerCall(
-        batch.query, keys, values, batch.out, metadata, batch.table2, batch.per_layer, 0, rows
+        batch.query, cache, batch.out, metadata, batch.table2, batch.per_layer, 0, rows
     )
 
 
@@ -178,12 +178,9 @@ def _window_alone(batch: Any, layer: int, window_tokens: int, scale: float) -> t
 
     return fa3.attend(
         batch.query,
-        *batch.caches[layer],
+        batch.caches[layer],
         batch.out,
-        batch.table2,
-        batch.row(0),
-        batch.starts,
-        batch.lens,
+        batch.rows_of(batch.lens),
         max_query_len=batch.max_query,
         max_seq_len=batch.max_seq,
         scale=scale,

@@ -37,7 +37,7 @@ class RoutedBatch:
 
 @dataclass(frozen=True, slots=True)
 class PendingReadback:
-    """A batch that was launched, with the routes decided for it on their way to the host."""
+    """A batch, with the routes decided for it on their way to the host."""
 
     rows: RoutedBatch
     routes: torch.Tensor | None
@@ -77,6 +77,20 @@ class PendingReadback:
         self.wait()
         names = [self.rows.batch.request_ids[row] for row in np.flatnonzero(touched.decided)]
         return dict(zip(names, self.routes.numpy().copy(), strict=True))
+
+    def routes_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the routes of rows that were decided, once they have arrived.
+
+        Args:
+            rows: [K] int64: their places in the batch.
+
+        Returns: [K, L] int8.
+        """
+        assert self.rows.touched is not None
+        assert self.routes is not None
+        place = np.cumsum(self.rows.touched.decided) - 1
+        routes: np.ndarray = self.routes.numpy()[place[rows]]
+        return routes
 
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""

@@ -17,6 +17,7 @@ from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.route import Route
 from flux_vllm.routing.decode_counts import DecodeCounts, DecodeKeys
+from flux_vllm.routing.known_routes import KnownRoutes
 from flux_vllm.routing.probe import PromptProbe
 from flux_vllm.routing.prompts import OpenPrompts, Prompt
 from flux_vllm.routing.readback import PendingReadback, RoutedBatch, TouchedRows
@@ -97,13 +98,9 @@ class FluxRuntime:
         self._new: set[int] = set()
         self._decided: set[int] = set()
         self._probed: set[int] = set()
+        self._readback: PendingReadback | None = None
         self._pending: deque[PendingReadback] = deque()
-        self._known_routes = np.empty((0, num_layers), dtype=np.int8)
-        # Of the latest batch that was counted: what is known of the slots stays while they do.
-        self._counted_slots = self._rows.slots
-        self._counted_routes = self._known_routes[:0][:, self._columns]
-        # Slots of which the host knows the routes that stand.
-        self._read: set[int] = set()
+        self._known = KnownRoutes(self.table, routed_layers)
         self._unread_routes = self._routes(() if info is None else info.always_sparse)
         self.fixed_routes: list[int] | None = None
         """By layer of the model, for policies that need no router."""
@@ -135,8 +132,7 @@ class FluxRuntime:
             )
         self.fixed_routes = self._routes(sparse_layers)
         self.table.fix(self.fixed_routes)
-        self._known_routes[:] = self.fixed_routes
-        self._counted_slots = np.empty(0, dtype=np.int64)
+        self._known.fix(self.fixed_routes)
 
     def set_threshold(self, threshold: float) -> None:
         """Decide later prompts by another threshold.
@@ -159,7 +155,7 @@ class FluxRuntime:
             slot, is_new = self.table.acquire(prompt.request_id)
             if is_new:
                 self._new.add(slot)
-                self._read.discard(slot)
+                self._known.forget(slot)
             if self.table.settled_prompt_len[slot] == prompt.length:
                 continue  # a session that takes more input has a longer one
             if self.fixed_routes is None:
@@ -194,8 +190,10 @@ class FluxRuntime:
     def _settle(self, slot: int, prompt: Prompt) -> None:
         self.table.settled_prompt_len[slot] = prompt.length
         self._decided.add(slot)
-        self._read.discard(slot)
+        self._known.forget(slot)
 
+    # vLLM's steps make tensors in inference mode, which nothing else may write to.
+    @torch.inference_mode()
     def begin_step(self, batch: Batch) -> None:
         """Take up the rows of the batch that is about to run, of requests that were admitted."""
         if self.current is not None:
@@ -210,6 +208,10 @@ class FluxRuntime:
             )
             self._forget_touched()
         self.current = RoutedBatch(batch, slots, touched)
+        # At once: the copies follow the probes, and the batch's later layers may find them there.
+        self._readback = None
+        if touched is not None and self.reads_back:
+            self._readback = PendingReadback.read(self.current, self.table, self.fixed_routes)
 
     def _slots(self, request_ids: tuple[str, ...]) -> np.ndarray:
         """Return the rows' slots [R]: the same array as long as nothing of them changes."""
@@ -229,8 +231,7 @@ class FluxRuntime:
         if self.fixed_routes is not None:
             return np.array([self.fixed_routes], dtype=np.int8)
         assert self.current is not None
-        slots = self.current.slots[rows]
-        return self._known_routes[slots] if self._read.issuperset(slots.tolist()) else None
+        return self._known.of_rows(self.current, self._readback, rows)
 
     # After a batch.
 
@@ -253,15 +254,16 @@ class FluxRuntime:
             return None
         if not self.reads_back:
             return None
-        pending = None
-        if current.touched is not None or not self._is_counted_on_device(current.batch):
-            pending = PendingReadback.read(current, self.table, self.fixed_routes)
-            self._pending.append(pending)
+        readback, self._readback = self._readback, None
+        if readback is not None:
+            self._pending.append(readback)
+        elif not self._is_counted_on_device(current.batch):
+            self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
         if self._pending:
             self._count_pending(wait=False)
         if self.decode_counts is not None and not self.is_warming_up:
             self._count_decode(self.decode_counts.poll())
-        return None if pending is None or pending.routes is None else pending
+        return None if readback is None or readback.routes is None else readback
 
     def _is_counted_on_device(self, batch: Batch) -> bool:
         return self.decode_counts is not None and not batch.has_prefill
@@ -283,36 +285,17 @@ class FluxRuntime:
             pending = self._pending.popleft()
             pending.wait()
             rows, touched = pending.rows, pending.rows.touched
-            self._known_routes = _grown(self._known_routes, len(self.table.settled_prompt_len))
-            # Only rows whose routes were decided in the batch can differ from what is known of
-            # their slot, once a new request has forgotten the slot's former owner.
-            if touched is not None:
-                self._known_routes[rows.slots[touched.is_new]] = int(Route.UNDECIDED)
-            if pending.routes is not None:
-                assert touched is not None
-                self._known_routes[rows.slots[touched.decided]] = pending.routes.numpy()
-                self._note_read(rows, touched)
-            if touched is not None or rows.slots is not self._counted_slots:
-                self._counted_slots = rows.slots
-                self._counted_routes = self._known_routes[rows.slots][:, self._columns]
+            routes = self._known.take(pending)
             if self.reporter is not None:
                 self.reporter.record(
                     rows.batch,
-                    self._counted_routes,
+                    routes,
                     None if touched is None else touched.decided,
                     counts_keys=not self._is_counted_on_device(rows.batch),
                 )
             if pending.full_probability is not None:
                 assert touched is not None
                 self._note_decisions(rows, touched, pending.full_probability.numpy())
-
-    def _note_read(self, rows: RoutedBatch, touched: TouchedRows) -> None:
-        """Note whose routes came in, but of requests that ended since or were decided anew."""
-        for row in np.flatnonzero(touched.decided):
-            slot, length = int(rows.slots[row]), rows.batch.prompt_lens[row]
-            is_owner = self.table.slot(rows.batch.request_ids[row]) == slot
-            if is_owner and self.table.settled_prompt_len[slot] == length:
-                self._read.add(slot)
 
     def _note_decisions(
         self, rows: RoutedBatch, touched: TouchedRows, full_probability: np.ndarray
@@ -328,7 +311,7 @@ class FluxRuntime:
             )
         for row, probability in zip(np.flatnonzero(touched.decided), full_probability, strict=True):
             name, prompt_tokens = batch.request_ids[row], int(batch.prompt_lens[row])
-            routes = self._known_routes[rows.slots[row]]
+            routes = self._known.of_slot(int(rows.slots[row]))
             self.recent.append(
                 RouteDecision(name, prompt_tokens, routes.tolist(), probability.tolist())
             )
@@ -337,7 +320,7 @@ class FluxRuntime:
 
     def abandon_step(self) -> None:
         """Drop the current batch after an error in it."""
-        self.current = None
+        self.current = self._readback = None
         self._forget_touched()
 
     def _forget_touched(self) -> None:
@@ -385,13 +368,6 @@ class _Rows(NamedTuple):
 def _among(slots: np.ndarray, wanted: set[int]) -> np.ndarray:
     """Say which of the slots [R] are wanted."""
     return np.isin(slots, list(wanted))
-
-
-def _grown(known: np.ndarray, slots: int) -> np.ndarray:
-    missing = slots - len(known)
-    if missing <= 0:
-        return known
-    return np.pad(known, ((0, missing), (0, 0)), constant_values=int(Route.UNDECIDED))
 
 
 def recent_decisions(llm: object) -> list[RouteDecision]:

@@ -13,7 +13,7 @@ take twice the time and memory of capturing, to save a few microseconds.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from flux_vllm.attention_backend.cuda.calls import (
 )
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
 from flux_vllm.attention_backend.cuda.memory import most_rows
+from flux_vllm.attention_backend.cuda.passes import LayerPasses
 from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.attention_backend.cuda.share import join_views, kind_of
 from flux_vllm.attention_backend.cuda.views import GroupViews
@@ -48,7 +49,6 @@ from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.router.route import Route
 from flux_vllm.routing.probe import ProbeMetadata
 from flux_vllm.routing.runtime import FluxRuntime
 from flux_vllm.selection import BACKEND_NAME
@@ -109,11 +109,8 @@ class CudaRoutes:
 
     group: GroupViews
     """Of the metadata's KV cache group."""
-    has_prefill: bool = False
-    full_pass: list[bool] = field(default_factory=list)
-    """By layer of the group, with prefill rows: whether any row may need the full pass."""
-    sparse_pass: list[bool] = field(default_factory=list)
-    """Likewise: whether any row may need the sparse pass."""
+    passes: LayerPasses | None = None
+    """By layer of the group; None in a step without prefill rows."""
     sparse_prefill: BatchPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
 
@@ -189,19 +186,11 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         # vLLM's warm-up has short prompts only: let it run all passes all the same.
         if not beyond.any() and not batch.is_warmup:
             return None
-        layers = len(self._layers)
-        routes = CudaRoutes(group, True, [True] * layers, [True] * layers)
-        apart = np.flatnonzero(beyond & batch.is_prefill)
-        known = None if batch.is_warmup else runtime.known_routes(apart)
-        if known is not None:
-            is_sparse = known[:, [layer.impl.binding.layer for layer in self._layers]]
-            is_sparse = is_sparse == Route.SPARSE
-            routes.sparse_pass = (is_sparse.any(axis=0) & (len(apart) > 0)).tolist()
-            all_apart = len(apart) == len(batch)
-            routes.full_pass = (~(is_sparse.all(axis=0) & all_apart)).tolist()
-        if any(routes.sparse_pass):
-            routes.sparse_prefill = plan_batch(runtime.pattern, batch, self.device)
-        return routes
+        columns = [layer.impl.binding.layer for layer in self._layers]
+        passes = LayerPasses(runtime, columns, batch, beyond & batch.is_prefill)
+        if not any(passes.sparse):
+            return CudaRoutes(group, passes)
+        return CudaRoutes(group, passes, plan_batch(runtime.pattern, batch, self.device))
 
 
 class FluxCUDAImpl(FlashAttentionImpl):
@@ -268,30 +257,33 @@ class FluxCUDAImpl(FlashAttentionImpl):
             )  # fmt: skip
         assert attn_metadata is not None
         group, views = routes.group, routes.group.views
+        passes = routes.passes
         if views.is_pending:
-            views.write(attn_metadata.seq_lens, attn_metadata.query_start_loc, routes.has_prefill)
-            if not routes.has_prefill:
+            has_prefill = passes is not None
+            views.write(attn_metadata.seq_lens, attn_metadata.query_start_loc, has_prefill)
+            if not has_prefill:
                 views.plans = self.kernels.plan(views, attn_metadata)
         tokens = attn_metadata.num_actual_tokens
         if query.shape[0] != tokens:  # a slice costs the host more than the question
             query, output = query[:tokens], output[:tokens]
-        keys, values = split_cache(kv_cache, self.head_size)
+        cache = split_cache(kv_cache, self.head_size)
         index = self.group_index
         of_views = group.first_layer + index
         rows = views.layer_rows(attn_metadata.seq_lens.shape[0])[of_views]
         assert group.table is not None
         out = output.view(query.shape)
         call = LayerCall(
-            query, keys, values, out, attn_metadata, group.table, views.layer_views, of_views, rows
+            query, cache, out, attn_metadata, group.table, views.layer_views, of_views, rows
         )
-        if not routes.has_prefill:
+        if passes is None:
             if views.plans is not None:
                 call.plan = views.plans[of_views]
             self.kernels.decode(call)
             return output
-        if routes.full_pass[index]:
+        passes.look()
+        if passes.full[index]:
             self.kernels.full_pass(call)
-        if routes.sparse_pass[index]:
+        if passes.sparse[index]:
             assert routes.sparse_prefill is not None
             routes.sparse_prefill.attend(call, self.kernels)
         return output

@@ -8,6 +8,7 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels.decode_views import LayerViews
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
@@ -19,10 +20,7 @@ class LayerCall:
 
     query: torch.Tensor
     """[T, N, H]."""
-    keys: torch.Tensor
-    """[num_blocks, block_size, K, H], a view of the KV cache."""
-    values: torch.Tensor
-    """Likewise."""
+    cache: KVCache
     out: torch.Tensor
     """[T, N, H]; rows that a pass leaves out keep theirs."""
     metadata: "FlashAttentionMetadata"
@@ -37,6 +35,20 @@ class LayerCall:
     """The layer's part of the views, each [R]."""
     plan: torch.Tensor | None = None
     """[size]: the layer's part of what `Kernels.plan` returned for the batch."""
+
+    def paged_rows(
+        self,
+        seqused_q: torch.Tensor | None = None,
+        query_start_loc: torch.Tensor | None = None,
+    ) -> PagedRows:
+        """Return the rows, each through its view: all of them, or by so many queries each.
+
+        Args:
+            seqused_q: [R] int32 contiguous: queries of each row, 0 to skip it.
+            query_start_loc: [R + 1] int32, where those begin, if not where the batch's do.
+        """
+        starts = self.metadata.query_start_loc if query_start_loc is None else query_start_loc
+        return PagedRows(self.table, self.rows.kv_batch_idx, starts, self.rows.seqused_k, seqused_q)
 
 
 class Sizes(NamedTuple):
@@ -140,7 +152,9 @@ def tokens_by_tile(most_tokens: int, many_tokens: int) -> list[int]:
     return [min(2, most_tokens)] + [most_tokens] * (most_tokens >= many_tokens)
 
 
-def split_cache(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_cache(kv_cache: torch.Tensor, head_size: int) -> KVCache:
     """View vLLM's [num_blocks, K, block_size, 2 * H] as keys and values [blocks, size, K, H]."""
     keys, values = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
+    return KVCache(
+        canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
+    )

@@ -13,6 +13,7 @@ from flux_vllm.attention_backend.cuda.calls import (
     tokens_by_tile,
 )
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.triton_decode import (
     QUERIES,
     DecodeWorkspace,
@@ -43,7 +44,7 @@ class SharedWorkspace:
     def of(self, call: LayerCall) -> DecodeWorkspace:
         """Return the part that a call needs."""
         tokens, heads, head_dim = call.query.shape
-        rows, kv_heads = call.metadata.seq_lens.shape[0], call.keys.shape[2]
+        rows, kv_heads = call.metadata.seq_lens.shape[0], call.cache.keys.shape[2]
         if self._whole is None:
             shares = self._shares(call.table.shape[0] // 2, kv_heads)
             self._whole = decode_workspace(shares, heads, head_dim, 1, call.query.device)
@@ -95,13 +96,9 @@ class TritonKernels:
         """Attend in one split-KV call over the views."""
         attend_decode(
             call.query,
-            call.keys,
-            call.values,
+            call.cache,
             call.out,
-            call.table,
-            call.rows.kv_batch_idx,
-            call.metadata.query_start_loc,
-            call.rows.seqused_k,
+            call.paged_rows(),
             self._workspace.of(call),
             max_query_len=call.metadata.max_query_len,
             scale=self.scale,
@@ -109,8 +106,7 @@ class TritonKernels:
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend by tiles of queries."""
-        seqused_q = call.rows.full_seqused_q
-        self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=False)
+        self._prefill(call, call.paged_rows(call.rows.full_seqused_q), sparse=False)
 
     def every_key_pass(
         self,
@@ -120,32 +116,20 @@ class TritonKernels:
         max_query_len: int,
     ) -> None:
         """Attend likewise."""
-        self._prefill(call, query_start_loc, seqused_q, sparse=False)
+        self._prefill(call, call.paged_rows(seqused_q, query_start_loc), sparse=False)
 
     def sink_window_pass(self, call: LayerCall) -> None:
         """Attend sinks and window in one fused kernel."""
-        seqused_q = call.rows.sparse_seqused_q
-        self._prefill(call, call.metadata.query_start_loc, seqused_q, sparse=True)
+        self._prefill(call, call.paged_rows(call.rows.sparse_seqused_q), sparse=True)
 
-    def _prefill(
-        self,
-        call: LayerCall,
-        query_start_loc: torch.Tensor,
-        seqused_q: torch.Tensor,
-        sparse: bool,
-    ) -> None:
+    def _prefill(self, call: LayerCall, rows: PagedRows, sparse: bool) -> None:
         attend_prefill(
             call.query,
-            call.keys,
-            call.values,
+            call.cache,
             call.out,
-            call.table,
-            query_start_loc,
-            seqused_q,
-            call.rows.seqused_k,
+            rows,
             scale=self.scale,
             sparse=sparse,
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,
-            kv_batch_idx=call.rows.kv_batch_idx,
         )

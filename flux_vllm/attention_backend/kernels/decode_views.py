@@ -259,7 +259,7 @@ def _views_kernel(
             apart = compact & prefills & (seq_len > SPARSE_BEYOND)
             tl.store(full_seqused_q + entry, tl.where(apart, 0, queries), mask=wanted)
             tl.store(sparse_seqused_q + entry, tl.where(apart, queries, 0), mask=wanted)
-            compact = compact & (prefills == 0)
+            compact = compact & ~prefills
         compact_len = seq_len - skipped * BLOCK_SIZE
         tl.store(kv_batch_idx + entry, row + tl.where(compact, capacity, 0), mask=wanted)
         tl.store(seqused_k + entry, tl.where(compact, compact_len, seq_len), mask=wanted)

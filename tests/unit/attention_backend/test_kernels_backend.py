@@ -94,7 +94,7 @@ def test_all_batches_share_one_workspace_that_is_reserved(
             for layer in worker.layers:
                 layer.kv_cache = batch.kv_cache
             worker.check(batch, worker.step(batch))
-        used += [call.args[8] for call in spy.call_args_list]
+        used += [call.args[4] for call in spy.call_args_list]
     assert [space.num_splits for space in used[::LAYERS]] == splits
     assert len({(space.out.data_ptr(), space.lse.data_ptr()) for space in used}) == 1
     taken = used[0].out.nbytes + used[0].lse.nbytes

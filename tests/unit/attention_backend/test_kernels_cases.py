@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 
+from flux_vllm.attention_backend.kernels.paged import KVCache
 from flux_vllm.patterns.base import SparsePattern
 from tests.helpers.oracle import naive
 from tests.helpers.oracle.masks import visible
@@ -99,6 +100,10 @@ class PagedBatch:
     @property
     def scale(self) -> float:
         return self.shape.head_dim**-0.5
+
+    @property
+    def cache(self) -> KVCache:
+        return KVCache(self.key_cache, self.value_cache)
 
     def poisoned_output(self) -> torch.Tensor:
         return torch.full_like(self.query, float("nan"))

@@ -15,6 +15,7 @@ from flux_vllm.attention_backend.kernels.decode_views import (
     ViewSizes,
     write_views,
 )
+from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.triton_decode import (
     DecodeWorkspace,
     attend_decode,
@@ -124,6 +125,17 @@ class Views:
             width=self.table2.shape[1],
         )
         return self
+
+    def rows_of(self, batch: PagedBatch, seqused_q: torch.Tensor | None = None) -> PagedRows:
+        """Return the batch's rows through the first layer's views."""
+        rows = len(batch.rows)
+        return PagedRows(
+            self.table2,
+            self.kv_batch_idx[0, :rows],
+            batch.query_start_loc,
+            self.seqused_k[0, :rows],
+            seqused_q,
+        )
 
 
 def sizes_of(shape: Shape) -> ViewSizes:
@@ -293,10 +305,10 @@ def run_decode(
     views: Views,
     splits: int,
     workspace: DecodeWorkspace | None = None,
+    seqused_q: torch.Tensor | None = None,
     **extra: object,
 ) -> torch.Tensor:
     out = batch.poisoned_output()
-    rows = len(batch.rows)
     tokens, heads, head_dim = batch.query.shape
     if workspace is None:
         workspace = decode_workspace(tokens + 3, heads, head_dim, splits, batch.query.device)
@@ -304,13 +316,9 @@ def run_decode(
     workspace.lse.fill_(float("nan"))
     attend_decode(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
-        views.table2,
-        views.kv_batch_idx[0, :rows],
-        batch.query_start_loc,
-        views.seqused_k[0, :rows],
+        views.rows_of(batch, seqused_q),
         workspace,
         max_query_len=max(row.query_len for row in batch.rows),
         scale=batch.scale,

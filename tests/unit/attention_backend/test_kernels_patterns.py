@@ -17,6 +17,7 @@ from flux_vllm.attention_backend.cuda.patterns import plan_batch, prefill_nbytes
 from flux_vllm.attention_backend.kernels import block_rows, block_sparse, fa3
 from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import make_pattern
@@ -254,8 +255,9 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
     counts = torch.full((shape.heads, len(tasks)), -7, dtype=torch.int32, device=device)
     seqused_q, sizes = batch.seqused_q(active), {"most_blocks": packed.most_blocks}
     score_blocks(
-        batch.query, batch.key_cache, batch.block_table, batch.query_start_loc, seqused_q,
-        batch.seq_lens, tasks, lse, scale=scale, stride=stride, **sizes,
+        batch.query, batch.key_cache,
+        PagedRows(batch.block_table, None, batch.query_start_loc, batch.seq_lens, seqused_q),
+        tasks, lse, scale=scale, stride=stride, **sizes,
     )  # fmt: skip
     choose_blocks(
         lse, tasks, seqused_q, batch.seq_lens, chosen, counts, threshold=threshold, stride=stride,
@@ -296,10 +298,9 @@ def test_memory_is_bounded_before_it_is_needed(
     monkeypatch.setattr(block_rows, "SLICE_NBYTES", slice_nbytes)
     tokens, length, heads = 300, 20_000, 12
     pattern = make_pattern("xattention", 32, 128, {"stride": stride})
-    call = SimpleNamespace(
-        query=torch.empty(tokens, heads, 64, dtype=torch.float16),
-        keys=torch.empty(1, 16, heads, 64, dtype=torch.float16),
-    )
+    query = torch.empty(tokens, heads, 64, dtype=torch.float16)
+    keys = torch.empty(1, 16, heads, 64, dtype=torch.float16)
+    call = SimpleNamespace(query=query, cache=KVCache(keys, keys))
     reserved = prefill_nbytes(pattern, heads, tokens, length, 2 * 64)
     for rows in (1, tokens):
         lengths = [np.full(rows, n) for n in (length, length - tokens // rows, tokens // rows)]
@@ -352,4 +353,4 @@ def test_warm_up_asks_a_fixed_policys_pattern_too(
         assert step is None
         return
     assert step.sparse_prefill is not None
-    assert step.sparse_pass == step.full_pass == [True] * LAYERS
+    assert step.passes.sparse == step.passes.full == [True] * LAYERS

@@ -260,15 +260,31 @@ class TestKnownRoutes:
         found = runtime.known_routes(np.array(rows, dtype=np.int64))
         return None if found is None else found[:, list(ROUTED)].tolist()
 
-    def test_from_the_step_after_the_decision(self) -> None:
+    def begin_late(self, runtime: Any, step: Any) -> Any:
+        """Begin a step whose decisions come in once the event that is returned has passed."""
+        event = SimpleNamespace(has_passed=False, synchronize=lambda: None)
+        event.query = lambda: event.has_passed
+        begin(runtime, step)
+        if runtime._readback is not None:
+            object.__setattr__(runtime._readback, "event", event)
+        return event
+
+    def test_from_when_they_have_come_in(self) -> None:
+        """In the step itself, or in a later one."""
         runtime = make(answers=ANSWERS)
-        begin(runtime, batch(("a", 0, 30, 90)))
+        event = self.begin_late(runtime, batch(("a", 0, 30, 90)))
         assert self.known(runtime, 0) is None
+        event.has_passed = True
+        assert self.known(runtime, 0) == [A]
         runtime.end_step()
-        begin(runtime, batch(("b", 0, 30, 90), ("a", 30, 30, 90)))
-        assert self.known(runtime, 1) == [A]
-        assert self.known(runtime, 0, 1) is None
+        event = self.begin_late(runtime, batch(("c", 0, 9, 9), ("b", 0, 30, 90), ("a", 30, 30, 90)))
+        assert self.known(runtime, 2) == [A]
+        assert self.known(runtime, 1, 2) is None
         assert self.known(runtime) == []
+        event.has_passed = True
+        assert self.known(runtime, 1, 2) == [B, A]
+        assert self.known(runtime, 2, 1) == [A, B]
+        assert self.known(runtime, 0, 1) is None
         runtime.end_step()
         begin(runtime, batch(("b", 30, 30, 90), ("a", 60, 30, 90)))
         assert self.known(runtime, 0, 1) == [B, A]
@@ -286,6 +302,7 @@ class TestKnownRoutes:
         runtime._count_pending = count
         begin(runtime, batch(("b", 30, 30, 90)))
         assert slot is None
+        assert len(runtime._pending) == 2
         pending = runtime._pending.pop()
         runtime._count_pending(wait=True)
         assert self.known(runtime, 0) is None
@@ -296,8 +313,15 @@ class TestKnownRoutes:
     def test_a_longer_prompt_is_not_known(self) -> None:
         runtime = make(answers=dict(ANSWERS))
         run(runtime, batch(("a", 0, 50, 50)))
+        runtime.probe.answers["a"] = C
+        event = self.begin_late(runtime, batch(("a", 50, 30, 80)))
+        assert self.known(runtime, 0) == [A]  # not announced
         begin(runtime, batch(("a", 50, 30, 80)), announced="a")
+        assert event.has_passed is False
+        object.__setattr__(runtime._readback, "event", event)
         assert self.known(runtime, 0) is None
+        event.has_passed = True
+        assert self.known(runtime, 0) == [C]
 
     def test_fixed_routes_always(self) -> None:
         runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
