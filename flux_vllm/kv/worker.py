@@ -44,8 +44,8 @@ def cluster_kv_cache(worker: Any) -> None:
     if clusters.routed and clusters.size > 1 and not (info is not None and info.freeing_order):
         logger.warning(
             "flux: expected a router file that says in which order layers are freed, found none; "
-            "clusters follow the layers' own order, and fewer of them are SPARSE as a whole: train "
-            "the router anew, or serve with free_kv as it is"
+            "clusters follow the layers' own order, and fewer of them are SPARSE as a whole: put "
+            "the order into the file with `python -m training order`"
         )
     hook_runner(
         runner,
