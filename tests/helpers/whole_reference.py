@@ -136,7 +136,7 @@ class WholeModel:
             spans += [(p, p + 1, "decode") for p in range(prompt_len, len(tokens))]
             rows = [
                 torch.nn.functional.pad(
-                    visible_keys(start, end, route, phase, pattern, prompt_len),
+                    visible_keys(range(start, end), route, phase, pattern, prompt_len),
                     (0, len(tokens) - end),
                 )
                 for start, end, phase in spans
