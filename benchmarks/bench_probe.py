@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_overhead import longer
 from benchmarks.engine_process import Engine
 from benchmarks.host_times import TimedWorker
 from benchmarks.row_file import RowFile, say, time_limit
 from benchmarks.serve_cases import K, Shape
+from benchmarks.turns import longer_percent
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.route import Route
 from flux_vllm.routing.prompts import Prompt
@@ -195,7 +195,7 @@ def first_token_row(context: int, times: dict[str, list[float]]) -> dict[str, An
         "values": times,
     }
     for name in (PROBED, CONTROL):
-        percent, interval = longer(times[name], times[GIVEN])
+        percent, interval = longer_percent(times[name], times[GIVEN])
         row[name] = {
             "percent": percent,
             "interval_percent": interval,

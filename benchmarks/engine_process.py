@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import prompt_load
+from benchmarks.host_times import HostTimer
+from benchmarks.queue_load import QueueLoad
+
 
 class Engine:
     """The caller's end of an engine process; engines made one after another load together.
@@ -88,18 +92,63 @@ class Engine:
         """Time a decode step, the mean of so many; all requests must decode in each."""
         return self._call("step_seconds", steps, batch)
 
-    def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
-        """Answer more requests than fit at once, all there from the beginning.
+    def mixed_seconds(self, tokens: int, batch: int, times: int) -> list[float]:
+        """Time prompts beside running requests, each to its first output token.
+
+        Args:
+            tokens: of each prompt.
+            batch: requests that decode meanwhile, from `start`.
+            times: prompts, one after another.
+        """
+        return self._call("mixed_seconds", tokens, batch, times)
+
+    def set_sparse_share(self, share: float, tokens: int) -> float:
+        """Choose the threshold at which a router makes such a share of the layers SPARSE.
+
+        Args:
+            share: wanted.
+            tokens: of the prompts that are tried.
+
+        Returns: the share of the last prompt's layers.
+        """
+        return self._call("set_sparse_share", share, tokens)
+
+    def answer_queue(self, context: int, tokens: int, seconds: float) -> dict[str, float]:
+        """Answer requests of a queue that is never empty; see `QueueLoad.run`.
 
         Args:
             context: tokens of each prompt.
-            requests: how many.
-            tokens: that each gets.
-
-        Returns: `most_running` requests at once, `seconds`, `tokens_per_second`, and
-            `tokens_per_second_at_most`, of the steps in which nearly the most rows decoded.
+            tokens: that each request gets.
+            seconds: most that it may take.
         """
-        return self._call("answer_load", context, requests, tokens)
+        return self._call("answer_queue", context, tokens, seconds)
+
+    def answer_prompts(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stop_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """Answer prompts that are all there from the beginning; see `prompt_load.answer_prompts`.
+
+        Args:
+            prompts: token ids.
+            tokens: most of an answer.
+            stop_ids: tokens that end one.
+
+        Returns: as there, and the `routes` of flux engines, [R, layers].
+        """
+        return self._call("answer_prompts", prompts, tokens, stop_ids)
+
+    def soak(self, prompts: Sequence[Sequence[int]], requests: int, seed: int) -> dict[str, int]:
+        """Run mixed requests, some of them aborted; see `prompt_load.soak`."""
+        return self._call("soak", prompts, requests, seed)
+
+    def host_times(self, steps: int, batch: int) -> dict[str, float]:
+        """Time functions on the host in decode steps: microseconds a step, callees included.
+
+        Args:
+            steps: decode steps.
+            batch: requests, which all decode.
+        """
+        return self._call("host_times", steps, batch)
 
     def stop(self, names: Sequence[str]) -> None:
         """End requests."""
@@ -254,29 +303,82 @@ class _Driver:
             outputs = self._core.step()
             if len(outputs) != batch:
                 raise RuntimeError(f"expected {batch} rows to decode, found {len(outputs)}")
-        return (time.perf_counter() - begin) / steps
+        seconds = (time.perf_counter() - begin) / steps
+        self._finish_steps_in_flight()
+        return seconds
 
-    def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
-        for number in range(requests):
-            prompt = {"prompt_token_ids": self._random_prompt(context)}
-            self._core.add_request(f"load-{number}", prompt, _sampling(tokens))
-        scheduler = self._core.engine_core.engine_core.scheduler
-        steps: list[tuple[int, float]] = []
-        most_running = 0
-        while self._core.has_unfinished_requests():
+    def _finish_steps_in_flight(self) -> None:
+        """Leave the GPU to the engine that is timed next."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def mixed_seconds(self, tokens: int, batch: int, times: int) -> list[float]:
+        seconds = []
+        for _ in range(times):
+            name = f"mixed-{self._next}"
+            prompt = {"prompt_token_ids": self._random_prompt(tokens)}
             begin = time.perf_counter()
-            rows = len(self._core.step())
-            steps.append((rows, time.perf_counter() - begin))
-            most_running = max(most_running, len(scheduler.running))
-        seconds = sum(taken for _, taken in steps)
-        most = max(rows for rows, _ in steps)
-        full = [(rows, taken) for rows, taken in steps if rows >= 0.9 * most]
-        return {
-            "most_running": most_running,
-            "seconds": seconds,
-            "tokens_per_second": requests * tokens / seconds,
-            "tokens_per_second_at_most": sum(r for r, _ in full) / sum(t for _, t in full),
-        }
+            self._core.add_request(name, prompt, _sampling(1))
+            while all(output.request_id != name for output in self._core.step()):
+                pass
+            seconds.append(time.perf_counter() - begin)
+            for _ in range(4):  # back to steps of decode rows alone
+                self._core.step()
+        self._finish_steps_in_flight()
+        return seconds
+
+    def set_sparse_share(self, share: float, tokens: int) -> float:
+        set_threshold = partial(self._llm.collective_rpc, "flux_set_threshold")
+        set_threshold(args=(0.5,))
+        self.prefill_seconds(tokens, 1)
+        decision = self.call_worker("flux_status")["recent"][-1]
+        p_full = sorted(p for p in decision["full_probability"] if p == p)
+        count = round(share * len(p_full))
+        above = p_full[count] if count < len(p_full) else 1.0
+        set_threshold(args=((p_full[count - 1] + above) / 2 if count else 0.0,))
+        self.prefill_seconds(tokens, 1)
+        routes = self.call_worker("flux_status")["recent"][-1]["routes"]
+        return routes.count(0) / len(p_full)
+
+    def answer_queue(self, context: int, tokens: int, seconds: float) -> dict[str, float]:
+        names: list[str] = []
+
+        def add() -> None:
+            prompt = {"prompt_token_ids": self._random_prompt(context)}
+            names.append(f"queue-{self._next}")
+            self._core.add_request(names[-1], prompt, _sampling(tokens))
+
+        try:
+            return QueueLoad(self._core, self._scheduler, add).run(seconds)
+        finally:
+            self.stop(names)
+
+    @property
+    def _scheduler(self) -> Any:
+        return self._core.engine_core.engine_core.scheduler
+
+    def answer_prompts(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stop_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        sampling = _sampling(tokens, stop_token_ids=list(stop_ids))
+        found = prompt_load.answer_prompts(self._core, self._scheduler, prompts, sampling)
+        recent = self.call_worker("flux_status")["recent"]
+        return found | {"routes": [decision["routes"] for decision in recent]}
+
+    def soak(self, prompts: Sequence[Sequence[int]], requests: int, seed: int) -> dict[str, int]:
+        return prompt_load.soak(self._core, self._scheduler, prompts, requests, seed, _sampling)
+
+    def host_times(self, steps: int, batch: int) -> dict[str, float]:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        timer = HostTimer()
+        for name in ("schedule", "update_from_output"):
+            timer.time(Scheduler, name)
+        self.call_worker("begin_host_times")
+        self.step_seconds(steps, batch)
+        totals = self.call_worker("end_host_times") | timer.totals
+        timer.stop()
+        return {name: 1e6 * seconds / steps for name, (_, seconds) in totals.items()}
 
     def stop(self, names: Sequence[str]) -> None:
         self._core.abort_request(list(names))
@@ -297,7 +399,9 @@ def _kernels(work: Callable[[], object]) -> list[tuple[str, int, float]]:
     return [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
 
 
-def _sampling(tokens: int) -> Any:
+def _sampling(tokens: int, **others: Any) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    return SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **others
+    )

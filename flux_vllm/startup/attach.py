@@ -54,6 +54,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
         tuple(layer.index for layer in routed),
         vllm_config.scheduler_config.max_num_seqs,
         device,
+        step_tokens=1 + vllm_config.num_speculative_tokens,
     )
     for layer in full:
         layer.attention.impl.binding = LayerBinding(runtime, layer.index)

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import triton
 
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
@@ -25,6 +24,9 @@ from flux_vllm.attention_backend.kernels.decode_plan import (
     plan_width,
     write_decode_plans,
 )
+from flux_vllm.attention_backend.kernels.decode_views import NO_REQUEST, ViewSizes
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
+from flux_vllm.routing.decode_counts import DecodeCounts
 from tests.helpers import fa3_emulation
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
@@ -275,10 +277,14 @@ def test_write_decode_plans_leaves_other_calls_to_fa3(
 
 
 def test_view_buffers_count_their_plans() -> None:
-    views = ViewBuffers(6, 10, [0, 1, 3], 16, 20, 24, 44, torch.device("cpu"))
+    device = torch.device("cpu")
+    views = ViewBuffers(6, 5, ViewSizes(16, 20, 24, 44), DecodeCounts(6, device), device)
+    groups = [views.join([0, 1], [True] * 2), views.join([3], [False])]
+    for group in groups:
+        group.begin_step(torch.zeros(2, 10, dtype=torch.int32))
     held = [value for value in vars(views).values() if isinstance(value, torch.Tensor)]
-    fixed = views._columns.nbytes
-    assert sum(tensor.nbytes for tensor in held) - fixed == ViewBuffers.nbytes(6, 10, 3)
+    held += [*views.layer_views, *(group.table for group in groups)]
+    assert sum(tensor.nbytes for tensor in held) == ViewBuffers.nbytes(6, [10, 10], 3, 5)
 
 
 @pytest.mark.gpu
@@ -380,7 +386,7 @@ def test_graph_replay_follows_plans_that_change() -> None:
     views, out = views_of(batch), batch.poisoned_output()
     seq_lens, starts = batch.seq_lens.clone(), batch.query_start_loc.clone()
     batch.seq_lens.clamp_(max=16)
-    views.write(batch, torch.full((5, 1), FULL, dtype=torch.int8), list(range(5)), [0])
+    views.write(batch, torch.full((5, 1), FULL, dtype=torch.int8), [0])
     plans = torch.zeros(1, plan_width(5), dtype=torch.int32, device="cuda")
     plan = planned(batch, views, plans)
     attend(batch, views, out, scheduler_metadata=plan, num_splits=NUM_SPLITS)
@@ -393,8 +399,8 @@ def test_graph_replay_follows_plans_that_change() -> None:
         batch.rows += [Row(0, 0)] * padding
         batch.seq_lens.copy_(seq_lens)[real:] = 0
         batch.query_start_loc.copy_(starts.clamp(max=real))
-        table = torch.tensor([[route] for route in routes], dtype=torch.int8)
-        views.write(batch, table, [*range(real), *[-1] * padding], [0])
+        table = torch.tensor([[route] for route in routes + [NO_REQUEST] * padding])
+        views.write(batch, table.to(torch.int8), [0])
         assert planned(batch, views, plans).data_ptr() == plan.data_ptr()
         out.fill_(float("nan"))
         graph.replay()
@@ -402,7 +408,7 @@ def test_graph_replay_follows_plans_that_change() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here")
 def test_a_decode_step_plans_its_layers_calls(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -450,6 +456,5 @@ def test_a_decode_step_plans_its_layers_calls(
     prompt = make_batch([Row(30, 30)], Shape(), "cpu")
     worker.begin_step(prompt.rows)
     metadata = worker.metadata(prompt)
-    assert metadata.flux.by_vllm
-    assert metadata.flux.plans is None
+    assert metadata.flux is None
     assert fast == [False, True, False]

@@ -2,7 +2,7 @@
 
 Oracle: vLLM's own source, read with `ast` alike for both (0.33's Python files are fetched once by
 `tools/vllm_sources.py`), so that a function which changes its parameters or goes away fails here
-first. `test_hooks.py` runs the wrappers themselves.
+first. `test_wrap.py`, `test_engines.py` and `test_worker.py` run the wrappers themselves.
 """
 
 import ast

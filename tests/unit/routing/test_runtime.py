@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.routing.decode_counts import DecodeCounts, DecodeKeys
+from flux_vllm.routing.prompts import Prompt
 from flux_vllm.routing.readback import PendingReadback
 from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
+    CPU,
     FULL,
     INFO,
     OPEN,
@@ -82,7 +85,10 @@ class TestLifeOfARequest:
     def test_resumed_before_it_was_probed(self) -> None:
         runtime = make(answers=ANSWERS)
         run(runtime, batch(("a", 0, 10, 10)))
-        assert run(runtime, batch(("a", 0, REACH + 1, 10)), announced="a") == ["a"]
+        for end in range(11, REACH + 1):
+            run(runtime, batch(("a", end - 1, 1, 10)))
+        assert run(runtime, batch(("a", 0, 20, 10)), announced="a") == []
+        assert run(runtime, batch(("a", 20, REACH - 19, 10))) == ["a"]
 
     def test_longer_prompt_under_the_same_id(self) -> None:
         """A session that takes more input is a new prompt."""
@@ -167,6 +173,162 @@ class TestNumbers:
         assert recorded(runtime) == [(("a",), [A], [True])]
 
 
+class TestCountedOnTheDevice:
+    """Kernels count decode steps where a backend gave the runtime its counts."""
+
+    def make(self) -> Any:
+        runtime = make(answers=ANSWERS)
+        runtime.decode_counts = DecodeCounts(4, CPU)
+        return runtime
+
+    def test_only_steps_with_prefill_or_decisions_are_noted(self) -> None:
+        runtime = self.make()
+        run(runtime, batch(("a", 0, 90, 90), ("b", 0, 9, 9)))
+        for end in range(91, 100):
+            run(runtime, batch(("a", end - 1, 1, 90), ("b", end - 82, 1, 9)))
+        assert recorded(runtime) == [(("a", "b"), [A, NONE], [True, False])]
+        assert not runtime._pending
+
+    def test_a_decision_in_a_decode_step_counts_no_keys(self) -> None:
+        runtime = self.make()
+        run(runtime, batch(("a", 0, 10, 10)))
+        for end in range(11, REACH + 3):
+            run(runtime, batch(("a", end - 1, 1, 10)))
+        assert recorded(runtime)[1:] == [(("a",), [A], [True])]
+        assert runtime.reporter.keys_counted == [True, False]  # type: ignore[union-attr]
+
+    def test_totals_reach_the_metrics(self) -> None:
+        runtime = self.make()
+        run(runtime, batch(("a", 0, 90, 90)))
+        runtime.decode_counts.totals[:, 0] = torch.tensor([7, 9, 1])
+        runtime.status()
+        runtime.decode_counts.totals[:, 1] = torch.tensor([1, 2, 0])
+        runtime.end_step()  # vLLM's empty step
+        found = runtime.reporter.decode_keys  # type: ignore[union-attr]
+        assert found == [DecodeKeys(7, 9, 1), DecodeKeys(1, 2, 0)]
+
+    def test_warm_up_counts_nowhere(self) -> None:
+        runtime = self.make()
+        runtime.is_warming_up = True
+        run(runtime, batch(("a", 0, 9, 9), is_warmup=True))
+        runtime.decode_counts.totals += 5
+        runtime.end_warm_up()
+        assert not runtime.is_warming_up
+        runtime.decode_counts.totals[:, 0] += 2
+        runtime.status()
+        found = runtime.reporter.decode_keys  # type: ignore[union-attr]
+        assert found == [DecodeKeys(2, 2, 2)]
+
+
+class TestRowsThatStay:
+    def test_slots_are_looked_up_when_something_changed(self) -> None:
+        """The same array says that nothing did."""
+        runtime = make(answers=ANSWERS)
+        seen = []
+        for step in (
+            batch(("a", 0, 90, 90), ("b", 0, 8, 8)),
+            batch(("a", 90, 1, 90), ("b", 8, 1, 8)),
+            batch(("a", 91, 1, 90), ("b", 9, 1, 8)),
+            batch(("b", 10, 1, 8), ("a", 92, 1, 90)),
+            batch(("b", 11, 1, 8)),
+        ):
+            begin(runtime, step)
+            seen.append(runtime.current.slots)
+            runtime.end_step()
+        assert seen[1] is seen[0]
+        assert seen[2] is seen[0]
+        assert seen[3].tolist() == seen[0][::-1].tolist()
+        runtime.finish({"a"})
+        begin(runtime, batch(("b", 12, 1, 8)))
+        assert runtime.current.slots is not seen[4]
+
+    def test_one_id_two_requests(self) -> None:
+        runtime = make(answers=dict(ANSWERS))
+        run(runtime, batch(("a", 0, 90, 90), ("b", 0, 90, 90)))
+        runtime.finish({"a", "b"})
+        for name in ("b", "a"):
+            runtime.admit([Prompt(name, 90, [0])])
+        runtime.begin_step(batch(("a", 0, 90, 90), ("b", 0, 90, 90)))
+        expected = [runtime.table.slot("a"), runtime.table.slot("b")]
+        assert runtime.current.slots.tolist() == expected
+
+
+class TestKnownRoutes:
+    """The host knows routes once they were read back, and until they are decided anew."""
+
+    def known(self, runtime: Any, *rows: int) -> list | None:
+        found = runtime.known_routes(np.array(rows, dtype=np.int64))
+        return None if found is None else found[:, list(ROUTED)].tolist()
+
+    def begin_late(self, runtime: Any, step: Any) -> Any:
+        """Begin a step whose decisions come in once the event that is returned has passed."""
+        event = SimpleNamespace(has_passed=False, synchronize=lambda: None)
+        event.query = lambda: event.has_passed
+        begin(runtime, step)
+        if runtime._readback is not None:
+            object.__setattr__(runtime._readback, "event", event)
+        return event
+
+    def test_from_when_they_have_come_in(self) -> None:
+        """In the step itself, or in a later one."""
+        runtime = make(answers=ANSWERS)
+        event = self.begin_late(runtime, batch(("a", 0, 30, 90)))
+        assert self.known(runtime, 0) is None
+        event.has_passed = True
+        assert self.known(runtime, 0) == [A]
+        runtime.end_step()
+        event = self.begin_late(runtime, batch(("c", 0, 9, 9), ("b", 0, 30, 90), ("a", 30, 30, 90)))
+        assert self.known(runtime, 2) == [A]
+        assert self.known(runtime, 1, 2) is None
+        assert self.known(runtime) == []
+        event.has_passed = True
+        assert self.known(runtime, 1, 2) == [B, A]
+        assert self.known(runtime, 2, 1) == [A, B]
+        assert self.known(runtime, 0, 1) is None
+        runtime.end_step()
+        begin(runtime, batch(("b", 30, 30, 90), ("a", 60, 30, 90)))
+        assert self.known(runtime, 0, 1) == [B, A]
+
+    def test_a_slot_that_changed_hands_is_not_known(self) -> None:
+        """Also where the former owner's routes come in late."""
+        runtime = make(answers=ANSWERS, max_requests=1)
+        begin(runtime, batch(("a", 0, 30, 90)))
+        count, runtime._count_pending = runtime._count_pending, lambda wait: None
+        runtime.end_step()
+        runtime.finish({"a"})
+        slot = runtime.table._slots.get("b")
+        begin(runtime, batch(("b", 0, 30, 90)))
+        runtime.end_step()
+        runtime._count_pending = count
+        begin(runtime, batch(("b", 30, 30, 90)))
+        assert slot is None
+        assert len(runtime._pending) == 2
+        pending = runtime._pending.pop()
+        runtime._count_pending(wait=True)
+        assert self.known(runtime, 0) is None
+        runtime._pending.append(pending)
+        runtime._count_pending(wait=True)
+        assert self.known(runtime, 0) == [B]
+
+    def test_a_longer_prompt_is_not_known(self) -> None:
+        runtime = make(answers=dict(ANSWERS))
+        run(runtime, batch(("a", 0, 50, 50)))
+        runtime.probe.answers["a"] = C
+        event = self.begin_late(runtime, batch(("a", 50, 30, 80)))
+        assert self.known(runtime, 0) == [A]  # not announced
+        begin(runtime, batch(("a", 50, 30, 80)), announced="a")
+        assert event.has_passed is False
+        object.__setattr__(runtime._readback, "event", event)
+        assert self.known(runtime, 0) is None
+        event.has_passed = True
+        assert self.known(runtime, 0) == [C]
+
+    def test_fixed_routes_always(self) -> None:
+        runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
+        begin(runtime, batch(("a", 0, 50, 50)))
+        assert self.known(runtime, 0) == [[FULL, SPARSE, FULL]]
+
+
 class TestSlots:
     def test_finished_requests_leave_nothing(self) -> None:
         runtime = make(answers={f"r{i}": A for i in range(50)})
@@ -183,7 +345,7 @@ class TestSlots:
         run(runtime, batch(("a", 0, 10, length)))
         runtime.finish({"a"})
         assert runtime.status()["live_requests"] == 0
-        assert not runtime.has_open_prompts
+        assert not runtime.prompts_may_be_due()
         runtime.probe.answers["a"] = B  # type: ignore[union-attr]
         assert run(runtime, batch(("a", 0, 90, 90))) == ["a"]
         assert recorded(runtime)[-1] == (("a",), [B], [True])
@@ -290,6 +452,14 @@ class TestSetThreshold:
         with pytest.raises(FluxConfigError, match="expected a number from 0 to 1"):
             runtime.set_threshold(1.5)
         assert runtime.probe.thresholds == []  # type: ignore[union-attr]
+
+    def test_layers_whose_keys_are_given_back_stay_sparse(self) -> None:
+        runtime = make(answers=ANSWERS, free_kv=True)
+        runtime.set_threshold(0.01)
+        with pytest.raises(FluxConfigError, match='a threshold above 0 with "free_kv"'):
+            runtime.set_threshold(0)
+        assert runtime.config.threshold == 0.01
+        assert runtime.probe.thresholds == [0.01]  # type: ignore[union-attr]
 
     def test_fixed_routes_have_none(self) -> None:
         with pytest.raises(AssertionError, match="the policy is not `router`"):

@@ -53,7 +53,12 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             block_size=32,
         ),
     }
-    root = {"kv_transfer_config": None, "speculative_config": None, "lora_config": None}
+    root = {
+        "kv_transfer_config": None,
+        "speculative_config": None,
+        "num_speculative_tokens": 0,
+        "lora_config": None,
+    }
     for name, value in changes.items():
         part, _, field = name.partition("__")
         if part == "root":

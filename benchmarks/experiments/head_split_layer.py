@@ -40,7 +40,7 @@ LAYER_CASES = (
 def measure_layer(case: LayerCase, rows: RowFile) -> None:
     """Time one attention layer in all ways."""
     from benchmarks import bench_attention as attention
-    from benchmarks.head_split import HeadSplitKernels
+    from benchmarks.experiments.head_split import HeadSplitKernels
     from flux_vllm.attention_backend.cuda.calls import Sizes
     from flux_vllm.attention_backend.cuda.fa3_calls import FA3Kernels
     from flux_vllm.router.route import Route
@@ -118,7 +118,7 @@ def layer_row(case: LayerCase, times: dict[str, dict[str, float] | None]) -> dic
 def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
     """Make the `LayerCall` that the backend would for a batch of `bench_attention`."""
     from flux_vllm.attention_backend.cuda.calls import LayerCall
-    from flux_vllm.attention_backend.cuda.views import LayerRows
+    from flux_vllm.attention_backend.kernels.decode_views import LayerViews
 
     metadata = SimpleNamespace(
         query_start_loc=batch.starts,
@@ -127,10 +127,11 @@ def layer_call(batch: Any, layer: int, decodes: bool) -> Any:
         max_seq_len=batch.max_seq,
         max_num_splits=32 if decodes else 0,  # as vLLM in and out of graphs
     )
-    views = SimpleNamespace(table=batch.table2, capacity=len(batch.table2) // 2)
-    rows = LayerRows(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
-    keys, values = batch.caches[layer]
-    return LayerCall(batch.query, keys, values, batch.out, metadata, views, rows)
+    rows = LayerViews(*(buffer[0, : len(batch.lens)] for buffer in batch.per_layer))
+    cache = batch.caches[layer]
+    return LayerCall(
+        batch.query, cache, batch.out, metadata, batch.table2, batch.per_layer, 0, rows
+    )
 
 
 class SideBySide:
@@ -146,14 +147,14 @@ class SideBySide:
 
     def decode(self, call: Any) -> None:
         """Attend a batch without prefill rows."""
-        from benchmarks.head_split import halves
+        from benchmarks.experiments.head_split import halves
 
         full, routed = halves(call)
         self._both(lambda: self._kernels.decode(full), lambda: self._kernels.decode(routed))
 
     def sink_window_pass(self, call: Any) -> None:
         """Attend SPARSE prefill rows."""
-        from benchmarks.head_split import halves
+        from benchmarks.experiments.head_split import halves
 
         full, routed = halves(call)
         rows, metadata = full.rows.sparse_seqused_q, call.metadata
@@ -177,12 +178,9 @@ def _window_alone(batch: Any, layer: int, window_tokens: int, scale: float) -> t
 
     return fa3.attend(
         batch.query,
-        *batch.caches[layer],
+        batch.caches[layer],
         batch.out,
-        batch.table2,
-        batch.row(0),
-        batch.starts,
-        batch.lens,
+        batch.rows_of(batch.lens),
         max_query_len=batch.max_query,
         max_seq_len=batch.max_seq,
         scale=scale,

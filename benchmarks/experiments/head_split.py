@@ -14,9 +14,11 @@ import torch
 
 from benchmarks.worker_extension import BenchmarkWorker
 from flux_vllm.attention_backend.cuda import backend as cuda
-from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall
+from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall, Limits, Variants
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
-from flux_vllm.attention_backend.cuda.views import LayerRows, ViewBuffers
+from flux_vllm.attention_backend.cuda.views import ViewBuffers
+from flux_vllm.attention_backend.kernels.decode_views import LayerViews
+from flux_vllm.attention_backend.kernels.paged import KVCache
 
 
 class HeadSplitKernels:
@@ -29,6 +31,10 @@ class HeadSplitKernels:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self.scale = kernels.scale
+
+    def variants(self, limits: Limits) -> Variants:
+        """Return those of the kernels that attend."""
+        return self._kernels.variants(limits)
 
     def plan(self, views: ViewBuffers, metadata: Any) -> None:
         """Plan nothing: FA3 plans each half's call in the call."""
@@ -66,7 +72,7 @@ def halves(call: LayerCall) -> tuple[LayerCall, LayerCall]:
 
     Raises: ValueError: an odd number of KV heads.
     """
-    heads, kv_heads = call.query.shape[1], call.keys.shape[2]
+    heads, kv_heads = call.query.shape[1], call.cache.keys.shape[2]
     if kv_heads % 2:
         raise ValueError(
             f"head split: expected an even number of KV heads, found {kv_heads}; choose another "
@@ -79,20 +85,19 @@ def halves(call: LayerCall) -> tuple[LayerCall, LayerCall]:
         return replace(
             call,
             query=call.query[:, queries],
-            keys=call.keys[:, :, groups],
-            values=call.values[:, :, groups],
+            cache=KVCache(call.cache.keys[:, :, groups], call.cache.values[:, :, groups]),
             out=call.out[:, queries],
         )
 
     return replace(part(0), rows=_real_rows(call)), part(1)
 
 
-def _real_rows(call: LayerCall) -> LayerRows:
+def _real_rows(call: LayerCall) -> LayerViews:
     """Let all rows read their real table rows.
 
     Which rows are whose in a batch with prefill stays as the layer has it.
     """
-    numbers = _row_numbers(call.views.capacity, call.query.device)
+    numbers = _row_numbers(len(call.table) // 2, call.query.device)
     seq_lens = call.metadata.seq_lens
     return call.rows._replace(kv_batch_idx=numbers[: len(seq_lens)], seqused_k=seq_lens)
 
@@ -121,7 +126,7 @@ class HeadSplitWorker(BenchmarkWorker):
         """
         context = self.model_runner.vllm_config.compilation_config.static_forward_context
         for name, layer in context.items():
-            found = type(getattr(layer.impl, "_kernels", None)).__name__
+            found = type(getattr(layer.impl, "kernels", None)).__name__
             if found != HeadSplitKernels.__name__:
                 raise RuntimeError(
                     f"head split: expected {HeadSplitKernels.__name__} in {name}, found {found}; "
