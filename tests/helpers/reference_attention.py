@@ -17,26 +17,6 @@ Phase = Literal["prefill", "decode"]
 _QUERY_SLICE = 256  # queries per product: bounds the score matrix at 3,500 tokens
 
 
-def visible_keys(
-    positions: range,
-    route: int,
-    phase: Phase,
-    pattern: SparsePattern,
-    prompt_len: int | None = None,
-) -> torch.Tensor:
-    """Build the mask [Q, S] bool of queries at positions, S keys up to the last; not XAttention's.
-
-    In decode the positions are those of one row, which shares the window of its first query.
-    """
-    if route == FULL:
-        return naive.prefill_mask(positions, FULL, 0, 0)
-    if phase == "decode":
-        sizes = (pattern.sink_tokens, pattern.window_tokens, pattern.block_size)
-        return naive.decode_mask(positions, route, *sizes)
-    assert prompt_len is not None or pattern.kind == "streaming", "expected prompt_len"
-    return masks.of_positions(pattern, positions, prompt_len or 0)
-
-
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -66,7 +46,8 @@ def masked_attention(
     length, end = len(q), len(k)
     if (route, phase) == (SPARSE, "decode"):
         # The window of a decode row is its first query's, so the row is not cut.
-        mask = visible_keys(range(end - length, end), route, phase, pattern)
+        sizes = (pattern.sink_tokens, pattern.window_tokens, pattern.block_size)
+        mask = naive.decode_mask(range(end - length, end), route, *sizes)
         return naive.attend(q, k, v, mask, scaling)
     blocks = None
     if (route, pattern.kind) == (SPARSE, "xattention"):
@@ -80,8 +61,11 @@ def masked_attention(
         positions = range(end - length + low, end - length + high)
         if blocks is not None:
             mask = masks.of_blocks(blocks, len(positions), positions.stop)
+        elif route == FULL:
+            mask = naive.prefill_mask(positions, FULL, 0, 0)
         else:
-            mask = visible_keys(positions, route, phase, pattern, prompt_len)
+            assert prompt_len is not None or pattern.kind == "streaming", "expected prompt_len"
+            mask = masks.of_positions(pattern, positions, prompt_len or 0)
         seen = slice(0, positions.stop)
         output[low:high] = naive.attend(q[low:high], k[seen], v[seen], mask, scaling)
     return output

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from tests.helpers.oracle import naive
+from tests.helpers.oracle.masks import SparsePattern
+
 from .engine import Answer
-from .reference_attention import SparsePattern, visible_keys
 from .reference_router import FULL
 
 _ATTENTION_NAME = "flux_whole_reference"
@@ -132,16 +134,7 @@ class WholeModel:
     ) -> torch.Tensor:
         self._masks, self._tokens = {}, len(tokens)
         for route in {routes[layer] for layer in self.attention_layers}:
-            spans = [(0, prompt_len, "prefill")]
-            spans += [(p, p + 1, "decode") for p in range(prompt_len, len(tokens))]
-            rows = [
-                torch.nn.functional.pad(
-                    visible_keys(range(start, end), route, phase, pattern, prompt_len),
-                    (0, len(tokens) - end),
-                )
-                for start, end, phase in spans
-            ]
-            mask = torch.cat(rows)
+            mask = _mask(prompt_len, len(tokens), route, pattern)
             self._masks |= {n: mask for n in self.attention_layers if routes[n] == route}
         logits = self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), dim=-1)
@@ -169,3 +162,14 @@ class WholeModel:
     def full_routes(self) -> list[int]:
         """Give the routes under which every layer is as the model has it."""
         return [FULL] * self.num_layers
+
+
+def _mask(prompt_len: int, length: int, route: int, pattern: SparsePattern) -> torch.Tensor:
+    """Give the keys that each query sees under `streaming`: [length, length] bool."""
+    sinks, window, block = pattern.sink_tokens, pattern.window_tokens, pattern.block_size
+    rows = [naive.prefill_mask(range(prompt_len), route, sinks, window)]
+    rows += [
+        naive.decode_mask(range(place, place + 1), route, sinks, window, block)
+        for place in range(prompt_len, length)
+    ]
+    return torch.cat([torch.nn.functional.pad(r, (0, length - r.shape[1])) for r in rows])
