@@ -8,19 +8,24 @@ wrapper with the work plan that its backend computes ahead (`flash_attn_varlen_f
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 
+from benchmarks.row_file import RowFile
 from flux_vllm.attention_backend.kernels import fa3
-from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
+from flux_vllm.attention_backend.kernels.decode_views import (
+    GroupTables,
+    LayerViews,
+    RoutedColumns,
+    StepRows,
+    ViewSizes,
+    write_views,
+)
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.sink_merge import MergeTile, merge_sinks
 from flux_vllm.attention_backend.kernels.triton_decode import (
     attend_decode,
@@ -30,7 +35,7 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
 from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile, attend_prefill
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
-SINK, WINDOW, POOL = 128, 2048, 100
+SINK, WINDOW = 128, 2048
 SCALE = HEAD_DIM**-0.5
 DTYPE = torch.bfloat16
 ROWS: list[dict[str, object]] = []
@@ -62,7 +67,9 @@ def record(kernel: str, case: str, fn: Callable[[int], object], layers: int, **e
             times.append(start.elapsed_time(end) * 1000 / layers)
         times = times[1:]
     except Exception as error:  # noqa: BLE001 - one failing variant must not cost the others
-        print(f"{kernel:34s} {case:34s} FAILED {type(error).__name__}: {str(error)[:150]}")
+        failure = f"{type(error).__name__}: {str(error)[:150]}"
+        ROWS.append({"kernel": kernel, "case": case, "failure": failure})
+        print(f"{kernel:34s} {case:34s} FAILED {failure}")
         torch.cuda.synchronize()
         return None
     row = {
@@ -82,26 +89,12 @@ def record(kernel: str, case: str, fn: Callable[[int], object], layers: int, **e
 
 
 def write_rows(path: Path) -> None:
-    """Write every row with what it ran on."""
-    import vllm
-
-    commit = (
-        os.environ.get("FLUX_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+    """Write every row with its shape and what it ran on."""
+    shape = (
+        f"heads {HEADS}/{KV_HEADS}, head_dim {HEAD_DIM}, bf16, block {BLOCK_SIZE}, "
+        f"sink {SINK}, window {WINDOW}"
     )
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": getattr(vllm, "__version__", "?"),
-        "commit": commit,
-        "shape": f"heads {HEADS}/{KV_HEADS}, head_dim {HEAD_DIM}, bf16, block {BLOCK_SIZE}, "
-        f"sink {SINK}, window {WINDOW}, pool {POOL}",
-        "rows": ROWS,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    RowFile(path).keep_all([row | {"shape": shape} for row in ROWS])
 
 
 class Batch:
@@ -117,7 +110,7 @@ class Batch:
             packed = torch.empty(
                 num_blocks, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM, dtype=DTYPE, device="cuda"
             ).normal_()
-            self.caches.append(packed.split(HEAD_DIM, dim=-1))
+            self.caches.append(KVCache(*packed.split(HEAD_DIM, dim=-1)))
         order = 1 + torch.randperm(num_blocks - 1)
         self.table = torch.zeros(rows, max(blocks) + 8, dtype=torch.int32)
         for row in range(rows):
@@ -131,13 +124,19 @@ class Batch:
         self.max_query, self.max_seq = max(query_lens), max(seq_lens)
         self.capacity = capacity = max(4, rows)
         self.table2 = torch.zeros(2 * capacity, self.table.shape[1], dtype=torch.int32).cuda()
-        self.compact_lens = torch.zeros(capacity, dtype=torch.int32).cuda()
-        self.per_layer = [
-            torch.zeros(32, capacity, dtype=torch.int32, device="cuda") for _ in range(4)
-        ]
-        self.slots = torch.arange(rows, device="cuda")
-        self.is_prefill = torch.full((rows,), int(prefill), dtype=torch.int8, device="cuda")
-        self.columns = torch.arange(32, dtype=torch.int32, device="cuda")
+        self.per_layer = LayerViews(
+            *(torch.zeros(32, capacity, dtype=torch.int32, device="cuda") for _ in range(4))
+        )
+        self.is_prefill = torch.ones(rows, dtype=torch.int8, device="cuda") if prefill else None
+        self.columns = RoutedColumns(
+            torch.arange(32, dtype=torch.int32, device="cuda"),
+            torch.ones(32, dtype=torch.int8, device="cuda"),
+        )
+        layout = GroupTables.measure([self.table], [self.table2])
+        self.tables = GroupTables(self.table, self.table2, torch.tensor(layout, device="cuda"))
+        self.totals = None
+        if not prefill:
+            self.totals = torch.zeros(3, capacity, dtype=torch.int64, device="cuda")
 
     def write_views(self, routes: list[int]) -> None:
         table = torch.tensor(routes, dtype=torch.int8)[:, None].expand(-1, 32).contiguous().cuda()
@@ -145,22 +144,18 @@ class Batch:
         self.views()
 
     def views(self) -> None:
-        write_decode_views(
-            self.table,
-            self.lens,
-            self.starts,
-            self.slots,
-            self.is_prefill,
-            self.routes,
+        write_views(
+            self.tables,
+            StepRows(self.lens, self.starts, self.routes, self.is_prefill),
             self.columns,
-            self.table2,
-            self.compact_lens,
-            *self.per_layer,
-            block_size=BLOCK_SIZE,
-            sink_tokens=SINK,
-            window_tokens=WINDOW,
-            sparse_beyond_tokens=SINK + WINDOW,
+            self.per_layer,
+            self.totals,
+            ViewSizes(BLOCK_SIZE, SINK, WINDOW, SINK + WINDOW),
+            width=self.table.shape[1],
         )
+
+    def rows_of(self, seqused_k: torch.Tensor, seqused_q: torch.Tensor | None = None) -> PagedRows:
+        return PagedRows(self.table2, self.row(0), self.starts, seqused_k, seqused_q)
 
     def row(self, buffer: int) -> torch.Tensor:
         return self.per_layer[buffer][0, : self.rows]
@@ -222,12 +217,9 @@ def bench_decode(sms: int, sweep: bool) -> None:
             def run(layer: int, batch: Batch = batch, **extra: object) -> object:
                 return fa3.attend(
                     batch.query,
-                    *batch.caches[layer],
+                    batch.caches[layer],
                     batch.out,
-                    batch.table2,
-                    batch.row(0),
-                    batch.starts,
-                    batch.row(1),
+                    batch.rows_of(batch.row(1)),
                     max_query_len=1,
                     max_seq_len=batch.max_seq,
                     scale=SCALE,
@@ -244,12 +236,9 @@ def bench_decode(sms: int, sweep: bool) -> None:
                     def run_triton(layer: int, batch=batch, space=space, n=block_n) -> None:
                         attend_decode(
                             batch.query,
-                            *batch.caches[layer],
+                            batch.caches[layer],
                             batch.out,
-                            batch.table2,
-                            batch.row(0),
-                            batch.starts,
-                            batch.row(1),
+                            batch.rows_of(batch.row(1)),
                             space,
                             max_query_len=1,
                             scale=SCALE,
@@ -258,7 +247,7 @@ def bench_decode(sms: int, sweep: bool) -> None:
 
                     record(f"triton decode P{splits} N{block_n}", f"{name} {what}", run_triton,
                            layers)  # fmt: skip
-        record("write_decode_views 32 layers", name, lambda _, b=batch: b.views(), 8)
+        record("write_views 32 layers", name, lambda _, b=batch: b.views(), 8)
         del batch
 
 
@@ -270,32 +259,29 @@ def bench_prefill(sweep: bool) -> None:
         shape = {"max_query_len": chunk, "max_seq_len": length, "scale": SCALE}
         sinks = {"scale": SCALE, "sink_tokens": SINK, "window_tokens": WINDOW}
         case = f"{chunk} at {length // 1024}K"
-        rows = (batch.table2, batch.row(0), batch.starts)
 
-        def full(layer: int, used=every, batch=batch, rows=rows, shape=shape) -> torch.Tensor:
-            return fa3.attend(
-                batch.query, *batch.caches[layer], batch.out, *rows, batch.lens, seqused_q=used,
-                **shape,
-            )  # fmt: skip
+        def full(layer: int, used=every, batch=batch, shape=shape) -> torch.Tensor:
+            rows = batch.rows_of(batch.lens, used)
+            return fa3.attend(batch.query, batch.caches[layer], batch.out, rows, **shape)
 
-        def window(layer: int, used=every, batch=batch, rows=rows, shape=shape) -> torch.Tensor:
+        def window(layer: int, used=every, batch=batch, shape=shape) -> torch.Tensor:
+            rows = batch.rows_of(batch.lens, used)
             return fa3.attend(
-                batch.query, *batch.caches[layer], batch.out, *rows, batch.lens, seqused_q=used,
-                window_tokens=WINDOW, **shape,
-            )  # fmt: skip
+                batch.query, batch.caches[layer], batch.out, rows, window_tokens=WINDOW, **shape
+            )
 
         lse = window(0)
 
         def merge(layer: int, used=every, tile=None, batch=batch, lse=lse, sinks=sinks) -> None:
             merge_sinks(
-                batch.query, *batch.caches[layer], batch.out, lse, batch.table2, batch.starts,
-                used, batch.lens, kv_batch_idx=batch.row(0), tile=tile, **sinks,
+                batch.query, batch.caches[layer], batch.out, lse,
+                batch.rows_of(batch.lens, used), tile=tile, **sinks,
             )  # fmt: skip
 
         def fused(layer: int, used=every, tile=None, sparse=True, batch=batch, sinks=sinks) -> None:
             attend_prefill(
-                batch.query, *batch.caches[layer], batch.out, batch.table2, batch.starts, used,
-                batch.lens, kv_batch_idx=batch.row(0), sparse=sparse, tile=tile, **sinks,
+                batch.query, batch.caches[layer], batch.out, batch.rows_of(batch.lens, used),
+                sparse=sparse, tile=tile, **sinks,
             )  # fmt: skip
 
         def both(layer: int, window=window, merge=merge) -> None:

@@ -11,9 +11,7 @@ rows also say how much longer than that, and than the mean of the two.
 
 import argparse
 import json
-import random
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -23,8 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.engine_process import Engine
-from benchmarks.provenance import provenance
+from benchmarks.row_file import RowFile, say
 from benchmarks.serve_cases import Shape
+from benchmarks.turns import longer_percent
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
 
@@ -51,20 +50,15 @@ def main() -> None:
                 stack.enter_context(engine)
             for engine in engines.values():
                 engine.wait()
-            sys.stdout.write("all engines are loaded\n")
-            sys.stdout.flush()
+            say("all engines are loaded")
             while args.go is not None and not args.go.exists():
                 time.sleep(0.2)
-            rows: list[dict[str, Any]] = []
-            source = provenance()
+            rows = RowFile(args.out)
             settings = {name: engine.settings() for name, engine in engines.items()}
             for context in args.contexts:
                 for row in _measure(engines, args, context):
-                    rows.append(row | {"engine": settings[row["policy"]], "provenance": source})
-                    sys.stdout.write(f"{describe(row)}\n")
-                sys.stdout.flush()
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(rows, indent=1) + "\n")
+                    key = row["metric"], context, row["policy"]
+                    rows.keep(key, row | {"engine": settings[row["policy"]]}, describe(row))
             if args.profile:
                 _profile(engines, args)
 
@@ -165,7 +159,7 @@ def overhead_rows(
         times = {name: [turn[column] for turn in found] for name, found in turns.items()}
         base, control = times[baseline], times.get(_control(baseline))
         for name, values in times.items():
-            median, interval = _longer(values, base)
+            median, interval = longer_percent(values, base)
             row = {
                 "metric": metric,
                 "context": context,
@@ -178,7 +172,7 @@ def overhead_rows(
             if control is not None:
                 mean = [(b + c) / 2 for b, c in zip(base, control, strict=True)]
                 for key, others in (("against_control", control), ("against_mean", mean)):
-                    median, interval = _longer(values, others)
+                    median, interval = longer_percent(values, others)
                     row |= {f"{key}_percent": median, f"{key}_interval_percent": interval}
             rows.append(row)
     return rows
@@ -204,21 +198,6 @@ def _percent(median: float, interval: tuple[float, float]) -> str:
 def _control(baseline: str) -> str:
     """Name the second engine of the baseline."""
     return f"{baseline} again"
-
-
-def _longer(values: list[float], others: list[float]) -> tuple[float, tuple[float, float]]:
-    """Return by how many per cent values exceed others of the same turn: median, interval."""
-    percent = [100 * (v / o - 1) for v, o in zip(values, others, strict=True)]
-    return statistics.median(percent), _interval(percent)
-
-
-def _interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """Bootstrap a 95 % interval of the median."""
-    generator = random.Random(0)
-    medians = sorted(
-        statistics.median(generator.choices(values, k=len(values))) for _ in range(draws)
-    )
-    return medians[round(0.025 * draws)], medians[round(0.975 * draws)]
 
 
 def _parse() -> argparse.Namespace:

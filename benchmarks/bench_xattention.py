@@ -33,9 +33,11 @@ from benchmarks.bench_attention import (
 )
 from flux_vllm.attention_backend.kernels import block_rows, fa3
 from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
+from flux_vllm.attention_backend.kernels.block_lists import BlockLists
 from flux_vllm.attention_backend.kernels.block_sparse import SparseTile, attend_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS, pack_block_tasks
 from flux_vllm.attention_backend.kernels.head_pages import head_pages
+from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 
 STRIDE, THRESHOLD = 16, 0.9
@@ -89,7 +91,7 @@ class RowsOfLists:
 
     def __init__(self, batch: Batch, lists: Lists, used: torch.Tensor) -> None:
         self.batch = batch
-        self.lists = block_rows.BlockLists(
+        self.lists = BlockLists(
             batch.table, batch.starts, used, batch.lens, lists.tasks, lists.chosen, lists.counts
         )
         self.rows = block_rows.make_block_rows(
@@ -119,7 +121,7 @@ class RowsOfLists:
 
     def attend(self, layer: int) -> None:
         """Do all of it."""
-        caches = (self.batch.query, *self.batch.caches[layer], self.batch.out)
+        caches = (self.batch.query, self.batch.caches[layer], self.batch.out)
         block_rows.attend_block_rows(*caches, self.lists, self.rows, scale=SCALE)
 
 
@@ -141,31 +143,29 @@ def bench(length: int, sweep: bool, write: Callable[[], None]) -> None:
     batch.write_views([0])
     used = torch.full_like(batch.row(3), CHUNK)
     by_fa3 = RowsOfLists(batch, lists, used)
-    rows = by_fa3.lists[:4]
-    views = (batch.table2, batch.row(0), batch.starts)
+    rows = PagedRows(batch.table, None, batch.starts, batch.lens, used)
+    views = batch.rows_of(batch.lens, used)
     shape = {"max_query_len": CHUNK, "max_seq_len": length, "scale": SCALE}
     case = f"{CHUNK} at {length // 1024}K"
 
     def full(layer: int) -> object:
         return fa3.attend(
             batch.query,
-            *batch.caches[layer],
+            batch.caches[layer],
             batch.out,
-            *views,
-            batch.lens,
-            seqused_q=used,
+            views,
             **shape,
         )
 
     def streaming(layer: int) -> None:
         fa3.attend_sparse_prefill(
-            batch.query, *batch.caches[layer], batch.out, *views, used, batch.lens,
+            batch.query, batch.caches[layer], batch.out, views,
             sink_tokens=SINK, window_tokens=WINDOW, **shape,
         )  # fmt: skip
 
     def score(layer: int) -> None:
         score_blocks(
-            batch.query, batch.caches[layer][0], *rows, lists.tasks, lists.lse, scale=SCALE,
+            batch.query, batch.caches[layer].keys, rows, lists.tasks, lists.lse, scale=SCALE,
             stride=STRIDE, **lists.sizes,
         )  # fmt: skip
 
@@ -177,7 +177,7 @@ def bench(length: int, sweep: bool, write: Callable[[], None]) -> None:
 
     def attend(tile: SparseTile | None = None) -> Callable[[int], None]:
         return lambda layer: attend_blocks(
-            batch.query, *batch.caches[layer], batch.out, *by_fa3.lists, scale=SCALE, tile=tile
+            batch.query, batch.caches[layer], batch.out, by_fa3.lists, scale=SCALE, tile=tile
         )
 
     def whole_layer(layer: int) -> None:

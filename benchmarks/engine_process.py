@@ -1,15 +1,12 @@
 """A `vllm.LLM` driven step by step, in a process of its own: several load and live side by side."""
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
+from benchmarks.engine_driver import EngineDriver
 
 
 class Engine:
@@ -88,18 +85,63 @@ class Engine:
         """Time a decode step, the mean of so many; all requests must decode in each."""
         return self._call("step_seconds", steps, batch)
 
-    def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
-        """Answer more requests than fit at once, all there from the beginning.
+    def mixed_seconds(self, tokens: int, batch: int, times: int) -> list[float]:
+        """Time prompts beside running requests, each to its first output token.
+
+        Args:
+            tokens: of each prompt.
+            batch: requests that decode meanwhile, from `start`.
+            times: prompts, one after another.
+        """
+        return self._call("mixed_seconds", tokens, batch, times)
+
+    def set_sparse_share(self, share: float, tokens: int) -> float:
+        """Choose the threshold at which a router makes such a share of the layers SPARSE.
+
+        Args:
+            share: wanted.
+            tokens: of the prompts that are tried.
+
+        Returns: the share of the last prompt's layers.
+        """
+        return self._call("set_sparse_share", share, tokens)
+
+    def answer_queue(self, context: int, tokens: int, seconds: float) -> dict[str, float]:
+        """Answer requests of a queue that is never empty; see `QueueLoad.run`.
 
         Args:
             context: tokens of each prompt.
-            requests: how many.
-            tokens: that each gets.
-
-        Returns: `most_running` requests at once, `seconds`, `tokens_per_second`, and
-            `tokens_per_second_at_most`, of the steps in which nearly the most rows decoded.
+            tokens: that each request gets.
+            seconds: most that it may take.
         """
-        return self._call("answer_load", context, requests, tokens)
+        return self._call("answer_queue", context, tokens, seconds)
+
+    def answer_prompts(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stop_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """Answer prompts that are all there from the beginning; see `prompt_load.answer_prompts`.
+
+        Args:
+            prompts: token ids.
+            tokens: most of an answer.
+            stop_ids: tokens that end one.
+
+        Returns: as there, and the `routes` of flux engines, [R, layers].
+        """
+        return self._call("answer_prompts", prompts, tokens, stop_ids)
+
+    def soak(self, prompts: Sequence[Sequence[int]], requests: int, seed: int) -> dict[str, int]:
+        """Run mixed requests, some of them aborted; see `prompt_load.soak`."""
+        return self._call("soak", prompts, requests, seed)
+
+    def host_times(self, steps: int, batch: int) -> dict[str, float]:
+        """Time functions on the host in decode steps: microseconds a step, callees included.
+
+        Args:
+            steps: decode steps.
+            batch: requests, which all decode.
+        """
+        return self._call("host_times", steps, batch)
 
     def stop(self, names: Sequence[str]) -> None:
         """End requests."""
@@ -148,7 +190,7 @@ def _serve(pipe: Connection, vocab_size: int, arguments: dict[str, Any]) -> None
     # that are asked for, beside the engine that is measured.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
-        driver = _Driver(vocab_size, arguments)
+        driver = EngineDriver(vocab_size, arguments)
     except Exception as error:
         pipe.send((False, repr(error)))
         raise
@@ -163,141 +205,3 @@ def _serve(pipe: Connection, vocab_size: int, arguments: dict[str, Any]) -> None
         except Exception as error:
             pipe.send((False, repr(error)))
             raise
-
-
-class _Driver:
-    """The engine's end: one `vllm.LLM`."""
-
-    def __init__(self, vocab_size: int, arguments: dict[str, Any]) -> None:
-        from vllm import LLM
-
-        self._vocab_size = vocab_size
-        self._next = 0
-        defaults = {
-            "skip_tokenizer_init": True,
-            "enable_prefix_caching": False,
-            "worker_extension_cls": "benchmarks.worker_extension.BenchmarkWorker",
-        }
-        self._llm = LLM(**(defaults | arguments))
-        self._core = self._llm.llm_engine
-
-    def settings(self) -> dict[str, Any]:
-        config = self._core.vllm_config
-        scheduler, cache = config.scheduler_config, config.cache_config
-        step = scheduler.max_num_batched_tokens
-        return {
-            "max_num_seqs": scheduler.max_num_seqs,
-            "max_num_batched_tokens": step,
-            # The most tokens of one prompt in a step.
-            "chunk": min(step, scheduler.long_prefill_token_threshold or step),
-            "kv_gib": (cache.kv_cache_memory_bytes or 0) / 2**30 or None,  # None: vLLM measured it
-            "max_model_len": config.model_config.max_model_len,
-            "block_size": cache.block_size,
-            "enforce_eager": config.model_config.enforce_eager,
-            "async_scheduling": scheduler.async_scheduling,
-        }
-
-    def fix_routes(self, layers: Sequence[int] | None) -> None:
-        self._llm.collective_rpc("flux_fix_routes", args=(layers,))
-
-    def mix_rows(self, sparse_rows: int) -> None:
-        self._llm.collective_rpc("mix_rows", args=(sparse_rows,))
-
-    def call_worker(self, method: str) -> Any:
-        return self._llm.collective_rpc(method)[0]
-
-    def peak_memory(self) -> tuple[int, int] | None:
-        return self.call_worker("peak_memory")
-
-    def prefill_seconds(self, tokens: int, times: int) -> float:
-        seconds = []
-        self.call_worker("forget_peak_memory")
-        for _ in range(times):
-            prompt = self._random_prompt(tokens)
-            begin = time.perf_counter()
-            self._llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
-            seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds)
-
-    def profile(self, tokens: int) -> list[tuple[str, int, float]]:
-        return _kernels(partial(self.prefill_seconds, tokens, 1))
-
-    def profile_steps(self, steps: int, batch: int) -> list[tuple[str, int, float]]:
-        return _kernels(partial(self.step_seconds, steps, batch))
-
-    def _random_prompt(self, tokens: int) -> list[int]:
-        self._next += 1
-        generator = torch.Generator().manual_seed(self._next)
-        return torch.randint(1, self._vocab_size, (tokens,), generator=generator).tolist()
-
-    def start(self, context: int, batch: int, attend: bool) -> list[str]:
-        if not attend:
-            self._llm.collective_rpc("skip_attention", args=(True,))
-        names = []
-        for _ in range(batch):
-            prompt = {"prompt_token_ids": self._random_prompt(context)}
-            # Aborted by this name, not by the longer one that the engine gives it.
-            names.append(f"decode-{self._next}")
-            self._core.add_request(names[-1], prompt, _sampling(4096))
-        decoding: set[str] = set()
-        while len(decoding) < batch:
-            decoding |= {output.request_id for output in self._core.step()}
-        if not attend:
-            self._llm.collective_rpc("skip_attention", args=(False,))
-        for _ in range(16):
-            self._core.step()
-        return names
-
-    def step_seconds(self, steps: int, batch: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(steps):
-            outputs = self._core.step()
-            if len(outputs) != batch:
-                raise RuntimeError(f"expected {batch} rows to decode, found {len(outputs)}")
-        return (time.perf_counter() - begin) / steps
-
-    def answer_load(self, context: int, requests: int, tokens: int) -> dict[str, float]:
-        for number in range(requests):
-            prompt = {"prompt_token_ids": self._random_prompt(context)}
-            self._core.add_request(f"load-{number}", prompt, _sampling(tokens))
-        scheduler = self._core.engine_core.engine_core.scheduler
-        steps: list[tuple[int, float]] = []
-        most_running = 0
-        while self._core.has_unfinished_requests():
-            begin = time.perf_counter()
-            rows = len(self._core.step())
-            steps.append((rows, time.perf_counter() - begin))
-            most_running = max(most_running, len(scheduler.running))
-        seconds = sum(taken for _, taken in steps)
-        most = max(rows for rows, _ in steps)
-        full = [(rows, taken) for rows, taken in steps if rows >= 0.9 * most]
-        return {
-            "most_running": most_running,
-            "seconds": seconds,
-            "tokens_per_second": requests * tokens / seconds,
-            "tokens_per_second_at_most": sum(r for r, _ in full) / sum(t for _, t in full),
-        }
-
-    def stop(self, names: Sequence[str]) -> None:
-        self._core.abort_request(list(names))
-        while self._core.has_unfinished_requests():
-            self._core.step()
-
-
-def _kernels(work: Callable[[], object]) -> list[tuple[str, int, float]]:
-    """List what runs on the GPU meanwhile: name, calls, total milliseconds; longest first."""
-    kind = torch.profiler.ProfilerActivity
-    activity = kind.CUDA if torch.cuda.is_available() else kind.CPU
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # steps in flight
-    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
-    events.sort(key=lambda e: -e.self_device_time_total)
-    return [(e.key, e.count, e.self_device_time_total / 1000) for e in events]
-
-
-def _sampling(tokens: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)

@@ -35,6 +35,7 @@ class BenchmarkWorker:
         slots = [*runtime.table._slots.values()][:sparse_rows]
         rows = torch.tensor(slots, dtype=torch.long)[:, None]
         runtime.table.routes[rows, torch.tensor(runtime.routed_layers)] = int(Route.SPARSE)
+        runtime.table.version += 1
 
     def forget_peak_memory(self) -> None:
         """Begin anew to look for the most memory that tensors take."""

@@ -47,5 +47,10 @@ class Batch:
         }
         return cls(tuple(name for batch in batches for name in batch.request_ids), **arrays)
 
+    @property
+    def has_prefill(self) -> bool:
+        """Whether any row is not a decode row."""
+        return bool(self.is_prefill.any())
+
     def __len__(self) -> int:
         return len(self.request_ids)

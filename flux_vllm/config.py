@@ -42,7 +42,7 @@ class FluxConfig:
     kernels: str | None = None
     """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
     free_kv: bool = False
-    """Whether layers that are SPARSE for every request give their KV blocks back meanwhile."""
+    """Whether SPARSE layers give their KV blocks back while requests run."""
 
     def __post_init__(self) -> None:
         _check_type("router", self.router, str, "a path")
@@ -65,6 +65,11 @@ class FluxConfig:
         _check_type("pattern_options", self.pattern_options, Mapping, expected)
         if self.kernels is not None and self.kernels not in KERNELS:
             raise _error("kernels", f"one of {list(KERNELS)}", self.kernels)
+        self._check_free_kv()
+        self._check_sparse_layers()
+
+    def _check_free_kv(self) -> None:
+        """Refuse what makes layers FULL for every request: then nothing can be given back."""
         if not isinstance(self.free_kv, bool):
             raise _error("free_kv", "true or false", self.free_kv)
         if self.free_kv and self.policy == "full":
@@ -72,7 +77,11 @@ class FluxConfig:
                 'flux config: expected a policy with SPARSE layers together with "free_kv", found '
                 "policy 'full', which reads every key again; drop \"free_kv\" or change the policy"
             )
-        self._check_sparse_layers()
+        if self.free_kv and self.policy == "router" and self.threshold == 0:
+            raise FluxConfigError(
+                "flux config: expected a threshold above 0 with \"free_kv\" and policy 'router', "
+                'found 0, which makes every layer FULL; raise it, or drop "free_kv"'
+            )
 
     def _check_sparse_layers(self) -> None:
         layers = self.sparse_layers

@@ -8,7 +8,7 @@ from typing import Any
 
 from flux_vllm.errors import RouterCheckpointError, UnsupportedConfigurationError
 from training import cli, recipes
-from training.config import DivergenceConfig, EvalConfig, TrainConfig
+from training.config import DivergenceConfig, EvalConfig, OrderConfig, TrainConfig
 from training.prompts import commands as prompt_commands
 
 
@@ -30,6 +30,10 @@ def _parser() -> argparse.ArgumentParser:
         help="compare a router and static patterns with full attention on prompts from files",
     )
     cli.add_flags(divergence, DivergenceConfig, DivergenceConfig())
+    order = commands.add_parser(
+        "order", help="put into a router file in which order a server frees its layers"
+    )
+    cli.add_flags(order, OrderConfig, OrderConfig())
     corpus = commands.add_parser("corpus", help="collect text to build prompts from")
     corpus.add_argument("--out", type=Path, required=True, help=".jsonl, .jsonl.xz or .jsonl.gz")
     corpus.add_argument("--limit_mib", type=float, default=8.0, help="text from each folder, MiB")
@@ -134,6 +138,12 @@ def _run(arguments: argparse.Namespace) -> None:
         compared = cli.apply_flags(DivergenceConfig(), arguments)
         report = compare(_require(compared, "model", "router", "out"))
         print(json.dumps(report["rows"], indent=1))
+    elif arguments.command == "order":
+        from training.freeing import add_order
+
+        ordered = cli.apply_flags(OrderConfig(), arguments)
+        path, order = add_order(_require(ordered, "model", "router", "out"))
+        print(f"{path}: {list(order)}")
     elif arguments.command == "prompts":
         from training.evaluation.prompts import write_prompts
 

@@ -338,6 +338,25 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OrderConfig:
+    """The order in which a server frees layers, put into a router file that says none."""
+
+    model: str = ""
+    """Folder or name of the language model."""
+    router: str = ""
+    """Router file or folder."""
+    out: str = ""
+    """Folder for the router file with its order; everything else in it stays as it is."""
+    seed: int = 0
+    """Of the prompts' order."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Files of prompts, of which the training split is looked at."""
+    prompts: int = 256
+    """Prompts to look at."""
+    system: SystemSettings = field(default_factory=SystemSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceConfig:
     """One comparison of routers and static patterns with full attention, on prompts from files."""
 

@@ -24,6 +24,7 @@ from training.data.encoding import Encoded
 from training.data.prompt_files import FilePrompts
 from training.data.stream import PromptStream
 from training.distributed import World, start_world
+from training.freeing import freeing_order
 from training.logs import RunLog
 from training.losses import excess_confidence, mean_by_prompt
 from training.model_loading import load_routed, load_tokenizer
@@ -222,13 +223,17 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Standardise the routers' inputs on a few prompts."""
+        self.router.fit(self._features())
+
+    def _features(self) -> torch.Tensor:
+        """Return what the routers see of a few prompts: [L, P, F]."""
         prompts = [self.stream[index] for index in range(_CALIBRATION_PROMPTS)]
         cut = collate_probes([p.token_ids[: p.prompt_len] for p in prompts], self.inputs)
         parts = [
             self.routed.probe(part.to(self.world.device), self.inputs)
             for part in cut.split(_PROBES_AT_ONCE)
         ]
-        self.router.fit(torch.cat(parts, dim=1))
+        return torch.cat(parts, dim=1)
 
     def _batches(self) -> Iterator[list[Encoded]]:
         """Yield this process's prompts of each step, from the current step on."""
@@ -290,6 +295,8 @@ class Trainer:
     def write(self) -> Path:
         """Write the router file."""
         router = self.config.router
+        dtypes = stored_dtypes(self.router.router)
+        folded = round_for_storage(self.router.fold(dtypes["features.0"]), dtypes)
         info = RouterInfo(
             base_model=model_name(self.config.model),
             num_layers=self.routed.num_layers,
@@ -302,6 +309,7 @@ class Trainer:
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
             sparse_pattern=router.sparse_pattern,
+            freeing_order=freeing_order(folded, self._features()),
             provenance=provenance(self.world.device, *self.config.data.sources)
             | {
                 "config": self.config.to_dict(),
@@ -311,8 +319,6 @@ class Trainer:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.world.is_main:
-            dtypes = stored_dtypes(self.router.router)
-            folded = round_for_storage(self.router.fold(dtypes["features.0"]), dtypes)
             write_router(self.folder, folded, info, dtypes)
         self.world.wait()
         return self.folder / "flux_router.safetensors"

@@ -149,13 +149,19 @@ def defects() -> stat.Panel:
 def memory_panels() -> list:
     """Make the panels of `free_kv`."""
     freed = f"sum(rate(flux_kv_blocks_freed_total{{{CHOSEN}}}[$__rate_interval]))"
+    admitted = f"sum(rate(flux_kv_admitted_requests_total{{{CHOSEN}}}[$__rate_interval]))"
     held = (
         query(quantile(share, "flux_request_kv_bytes"), f"p{100 * share:g}", ref)
         for ref, share in (("A", 0.5), ("B", 0.95))
     )
     return [
-        lines("KV blocks given back a second", "short", query(freed, "by living requests")),
-        lines("KV memory a request held at its end", "bytes", *held),
+        lines("KV blocks given back a second", "short", query(freed, "by living requests")).span(
+            THIRD
+        ),
+        lines("KV memory a request held at its end", "bytes", *held).span(THIRD),
+        lines("Requests admitted thanks to it a second", "short", query(admitted, "admitted")).span(
+            THIRD
+        ),
     ]
 
 

@@ -14,6 +14,7 @@ from flux_vllm.hooks.rows import (
     prompt_of,
 )
 from flux_vllm.hooks.wrap import wrap, wrap_object
+from flux_vllm.kv.channel import send_routes
 from flux_vllm.kv.worker import cluster_kv_cache
 from flux_vllm.router.place import ROUTER_FILE_NAME
 from flux_vllm.selection import uses_flux
@@ -73,8 +74,9 @@ def hook_worker(worker: Any, runtime: Any) -> None:
     def execute_model(original: Callable, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         runtime.finish(scheduler_output.finished_req_ids)
         try:
-            runtime.admit(map(prompt_of, scheduler_output.scheduled_new_reqs))
-            if runtime.has_open_prompts:
+            if scheduler_output.scheduled_new_reqs:
+                runtime.admit(map(prompt_of, scheduler_output.scheduled_new_reqs))
+            if runtime.prompts_may_be_due():
                 runtime.decide_due(context_ends(scheduler_output))
             output = original(scheduler_output, *args, **kwargs)
         except BaseException:
@@ -90,15 +92,19 @@ def hook_worker(worker: Any, runtime: Any) -> None:
         except BaseException:
             runtime.abandon_step()
             raise
-        runtime.end_step()
+        decided = runtime.end_step()
+        if decided is not None and runtime.config.free_kv:
+            output = send_routes(output, decided)
         return output
 
     def warm_up(original: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime.is_warming_up = True
         try:
+            # Before vLLM's own, at whose end it begins to report what is compiled.
+            runtime.warm_up(worker.model_runner)
             return original(*args, **kwargs)
         finally:
-            runtime.is_warming_up = False
+            runtime.end_warm_up()
 
     wrap_object(worker, "compile_or_warm_up_model", warm_up)
     wrap_object(worker, "execute_model", execute_model)

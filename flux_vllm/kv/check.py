@@ -1,29 +1,42 @@
 """What `free_kv` cannot be combined with, found before the model loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flux_vllm.config import FluxConfig
-from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.hooks.wrap import wrap
-from flux_vllm.kv.groups import cluster_layers
+from flux_vllm.kv.groups import Clusters, cluster_by_route, cluster_layers
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.selection import uses_flux
 
+SCHEDULERS = ("flux_vllm.kv.scheduler.FluxScheduler", "flux_vllm.kv.scheduler.AsyncFluxScheduler")
+"""For synchronous and for asynchronous scheduling."""
 
-def always_sparse_layers(
-    config: FluxConfig, info: RouterInfo | None, num_layers: int
-) -> tuple[int, ...]:
-    """Return the layers that are SPARSE for every request."""
+
+def choose_clusters(config: FluxConfig, info: RouterInfo | None, layers: Iterable[int]) -> Clusters:
+    """Cut a model's layers into KV cache groups, by what its policy says of them.
+
+    Args:
+        config: the operator's.
+        info: the router file's; None where there is none.
+        layers: indices of all layers with a KV cache.
+
+    Raises: FluxConfigError: too few layers that are SPARSE for every request, under a policy that
+        has the same routes for all.
+    """
+    layers = list(layers)
     if config.policy == "sparse":
-        return tuple(range(num_layers))
+        return cluster_layers(layers, layers)
     if config.policy == "static":
-        return config.sparse_layers or ()
-    return () if info is None else info.always_sparse
+        return cluster_layers(layers, config.sparse_layers or ())
+    assert info is not None, "policy `router` has one"
+    order = info.freeing_order or range(info.num_layers)
+    return cluster_by_route([i for i in order if i in set(layers)], info.always_sparse)
 
 
 def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any) -> None:
-    """Check a configuration that asks for `free_kv`, and refuse later what only requests show.
+    """Check a configuration that asks for `free_kv`, and have vLLM schedule by it.
 
     Raises: FluxConfigError, UnsupportedConfigurationError.
     """
@@ -32,17 +45,18 @@ def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any)
             'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
             '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
         )
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    layers = always_sparse_layers(config, info, num_layers)
-    if config.policy == "router" and not (layers and config.threshold):
-        raise FluxConfigError(
-            'flux config: expected a router file that names layers as "always_sparse", and a '
-            "threshold above 0, with \"free_kv\" and policy 'router', found "
-            f"always_sparse {list(layers)} and threshold {config.threshold:g}; serve with policy "
-            '"static" or "sparse", or drop "free_kv"'
-        )
-    cluster_layers(range(num_layers), layers)
+    choose_clusters(config, info, range(vllm_config.model_config.get_total_num_hidden_layers()))
+    _choose_scheduler(vllm_config.scheduler_config)
     _refuse_sessions()
+
+
+def _choose_scheduler(scheduler_config: Any) -> None:
+    if scheduler_config.scheduler_cls not in (None, *SCHEDULERS):
+        raise UnsupportedConfigurationError(
+            'flux config: expected vLLM\'s own scheduler with "free_kv", which flux extends, found '
+            f'--scheduler-cls {scheduler_config.scheduler_cls}; drop it, or drop "free_kv"'
+        )
+    scheduler_config.scheduler_cls = SCHEDULERS[bool(scheduler_config.async_scheduling)]
 
 
 def _refuse_sessions() -> None:

@@ -4,22 +4,46 @@ Groups of flux hold equal blocks for the same tokens, so most steps of a request
 of them: nothing changes until its next block begins.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
+from flux_vllm.kv.hits import longest_hit
 from flux_vllm.kv.manager import FluxManager
 from flux_vllm.metrics.kv_report import KVReport
+from flux_vllm.router.route import Route
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that holds blocks, or asks for its first ones."""
+
+    prefill_end: int
+    """Its prompt's length, or the tokens that it computes again after a preemption."""
+    freed_end: int = 0
+    """Blocks up to which its SPARSE groups have given back."""
+    given_back: int = 0
+    """Blocks that it would hold besides, were nothing given back."""
+    is_admitted: bool = False
+    had_room: bool = True
+    """Whether it would have been admitted had all others kept their blocks."""
 
 
 class FluxCoordinator:
     """Stands before a coordinator of vLLM's in the calls that every step makes for every request.
 
+    Until a request's routes are known it is taken for FULL in all clusters that wait for them: in
+    what it is admitted for, in the prefixes that serve it, and in what it holds.
+
     Args:
         stock: vLLM's, with a `FluxManager` among its managers and all blocks of one size.
+        group_layers: of each group, indices of its layers.
         max_in_flight_tokens: most tokens that are scheduled but not yet processed.
         max_model_len: most tokens of a request.
         report: counts what is freed; None counts nothing.
@@ -28,43 +52,65 @@ class FluxCoordinator:
     def __init__(
         self,
         stock: KVCacheCoordinator,
+        group_layers: Sequence[Sequence[int]],
         max_in_flight_tokens: int,
         max_model_len: int,
         report: KVReport | None = None,
     ) -> None:
         self._managers = stock.single_type_managers
         self._first = self._managers[0]
-        self._sparse = tuple(m for m in self._managers if isinstance(m, FluxManager))
-        self._spec = self._sparse[0].kv_cache_spec
+        self._freeing = tuple(m for m in self._managers if isinstance(m, FluxManager))
+        self._waiting = tuple(m for m in self._freeing if m.kv_cache_spec.waits_for_routes)
+        self._spec = self._freeing[0].kv_cache_spec
+        self._group_layers = group_layers
         self._no_blocks: tuple[tuple[KVCacheBlock, ...], ...] = ((),) * len(self._managers)
-        self._prefill_end: dict[str, int] = {}
-        """By request: its prompt's length, or the tokens it computes again after a preemption."""
+        self._live: dict[str, _Live] = {}
+        self._given_back = 0
         self._report = report
         self._stock = stock
+        self._pool = stock.block_pool
         self._num_to_allocate = stock.get_num_blocks_to_allocate
         self._allocate = stock.allocate_new_blocks
         self._cache = stock.cache_blocks
         self._free = stock.free
         self._pop = stock.pop_blocks_for_free
-        for manager in self._sparse:
+        self.asking = ""
+        """The request for which the next hit is looked up."""
+        for manager in self._freeing:
             manager.most_blocks = self._spec.most_blocks(max_in_flight_tokens, max_model_len)
 
-    def install(self) -> None:
-        """Take the calls over."""
+    def install(self) -> "FluxCoordinator":
+        """Take the calls over; returns itself."""
         for name in (
             "remove_skipped_blocks",
             "get_num_blocks_to_allocate",
             "allocate_new_blocks",
             "cache_blocks",
+            "find_longest_cache_hit",
             "free",
             "pop_blocks_for_free",
         ):
             setattr(self._stock, name, getattr(self, name))
+        return self
 
-    def sparse_groups(self, request_id: str) -> tuple[FluxManager, ...]:
-        """Return the managers of the groups whose layers are all SPARSE for a request."""
-        del request_id  # the same for all of them
-        return self._sparse
+    # Routes.
+
+    def settle(self, request_id: str, routes: Sequence[int] | np.ndarray) -> None:
+        """Take up a request's routes, one `Route` value a layer of the model."""
+        for manager in self._waiting:
+            layers = self._group_layers[manager.kv_cache_group_id]
+            if all(routes[layer] == Route.SPARSE for layer in layers):
+                manager.sparse_requests.add(request_id)
+        live = self._live.get(request_id)
+        if live is not None:
+            live.freed_end = 0  # these groups have given nothing back yet
+
+    def forget(self, request_id: str) -> None:
+        """Forget the routes of a request that ended; a preempted one keeps them."""
+        for manager in self._waiting:
+            manager.sparse_requests.discard(request_id)
+
+    # What vLLM calls.
 
     def remove_skipped_blocks(
         self,
@@ -74,18 +120,23 @@ class FluxCoordinator:
     ) -> None:
         """Free what a request's SPARSE layers no longer read; FULL ones keep everything."""
         del num_prompt_tokens  # a resumed request computes more than its prompt again
-        if not self._spec.frees_in_prefill:
-            # Model runner V2 takes the last recomputed token for prefill too.
-            prefill_end = self._prefill_end.get(request_id)
-            if prefill_end is None or processed_computed_tokens <= prefill_end:
-                return
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        # Model runner V2 takes the last recomputed token for prefill too.
+        if not self._spec.frees_in_prefill and processed_computed_tokens <= live.prefill_end:
+            return
         end = self._spec.freed_end(processed_computed_tokens)
-        freed = 0
-        for manager in self.sparse_groups(request_id):
-            count = manager.free_middle(request_id, end)
-            if not count:
-                break  # all of them hold blocks of the same tokens
-            freed += count
+        if end <= live.freed_end:
+            return
+        live.freed_end = end
+        freed = sum(
+            manager.free_middle(request_id, end)
+            for manager in self._freeing
+            if manager.is_sparse(request_id)
+        )
+        live.given_back += freed
+        self._given_back += freed
         if freed and self._report is not None:
             self._report.freed(freed)
 
@@ -100,22 +151,25 @@ class FluxCoordinator:
     ) -> int:
         """Count the blocks that a request lacks for so many tokens, over all groups."""
         held = self._first.req_to_blocks.get(request_id)
-        if not held:
-            self._prefill_end[request_id] = prefill_end
-        elif not apply_admission_cap:
+        if held and not apply_admission_cap:
             return len(self._managers) * max(cdiv(num_tokens, self._spec.block_size) - len(held), 0)
-        return self._num_to_allocate(
-            request_id=request_id,
-            num_tokens=num_tokens,
-            apply_admission_cap=apply_admission_cap,
-            prefill_end=prefill_end,
-            **others,
-        )
+        asked = {"request_id": request_id, "num_tokens": num_tokens, "prefill_end": prefill_end}
+        needed = self._num_to_allocate(apply_admission_cap=apply_admission_cap, **asked, **others)
+        if not held and apply_admission_cap:
+            room = self._pool.get_num_free_blocks() - self._given_back
+            whole = self._num_to_allocate(**asked, **others)
+            self._live[request_id] = _Live(prefill_end, had_room=whole <= room)
+        elif not held and request_id not in self._live:
+            self._live[request_id] = _Live(prefill_end)
+        return needed
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
         """Give a request the blocks that it lacks for so many tokens, in every group."""
+        live = self._live[request_id]
+        if not live.is_admitted:
+            self._admit(request_id, live)
         held = self._first.req_to_blocks.get(request_id, ())
         if cdiv(num_tokens, self._spec.block_size) <= len(held):
             return self._no_blocks
@@ -129,19 +183,57 @@ class FluxCoordinator:
         ):
             self._cache(request, num_computed_tokens)
 
+    def find_longest_cache_hit(
+        self, block_hashes: list[BlockHash], max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """Find the longest prefix that serves the asking request; see `longest_hit`.
+
+        Returns: the blocks of each group, tokens, and 0: what vLLM's own groups that forget may
+            have missed.
+        """
+        size = self._spec.block_size
+        hashes = resolve_block_hashes(block_hashes, self._pool.hash_block_size, size)
+        sparse = [
+            manager.kv_cache_group_id for manager in self._freeing if manager.is_sparse(self.asking)
+        ]
+        groups = range(len(self._managers))
+        tables, end = longest_hit(
+            hashes,
+            min(max_cache_hit_length // size, len(hashes)),
+            self._pool,
+            self._spec,
+            sparse=sparse,
+            full=[group for group in groups if group not in sparse],
+        )
+        return tuple(tables[group] for group in groups), end * size, 0
+
     def free(self, request_id: str) -> None:
         """Free all that a request holds: it ended or is preempted."""
-        self._forget(request_id)
+        self._leave(request_id)
         self._free(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Take all that a request holds, for the caller to free."""
-        self._forget(request_id)
+        self._leave(request_id)
         return self._pop(request_id)
 
-    def _forget(self, request_id: str) -> None:
-        self._prefill_end.pop(request_id, None)
-        if self._report is None or not self._first.req_to_blocks.get(request_id):
+    def _admit(self, request_id: str, live: _Live) -> None:
+        """Count a request that gets its first blocks; it may lack those between hits."""
+        live.is_admitted = True
+        live.given_back = sum(
+            block.is_null
+            for manager in self._freeing
+            for block in manager.req_to_blocks.get(request_id, ())
+        )
+        self._given_back += live.given_back
+        if self._report is not None and not live.had_room:
+            self._report.admitted()
+
+    def _leave(self, request_id: str) -> None:
+        live = self._live.pop(request_id, None)
+        if live is None or not live.is_admitted:
             return
-        tables = [manager.req_to_blocks.get(request_id, ()) for manager in self._managers]
-        self._report.held(sum(not block.is_null for table in tables for block in table))
+        self._given_back -= live.given_back
+        if self._report is not None:
+            tables = [manager.req_to_blocks.get(request_id, ()) for manager in self._managers]
+            self._report.held(sum(map(len, tables)) - live.given_back)

@@ -1,16 +1,19 @@
-"""Which layers share a KV cache group: clusters of SPARSE layers, as large as the FULL groups.
+"""Which layers share a KV cache group: clusters that give blocks back together.
 
 vLLM's groups draw blocks of one size from one pool, so all of them hold as many layers. A group
 with fewer is padded and pays for the layers that it lacks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flux_vllm.errors import FluxConfigError
 
 MOST_GROUPS = 8
 """Every step costs the scheduler and the worker's metadata some time a group."""
+ROUTED_GROUPS = (6, 10)
+"""Least and most where routes differ by request: a cluster is freed once all its layers are
+SPARSE, so smaller ones free more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +23,14 @@ class Clusters:
     size: int
     """Layers a group."""
     sparse: tuple[tuple[int, ...], ...]
-    """Layers of each freed group, `size` of them."""
-    full_groups: int
+    """Layers of each group that can be freed: `size` of them, or one fewer."""
+    full_groups: int = 0
     """Groups of the other layers, the last one padded if they do not divide."""
-    unfreed: tuple[int, ...]
+    unfreed: tuple[int, ...] = ()
     """SPARSE layers that fill no cluster: they lie in the FULL groups and keep all their keys."""
+    routed: int = 0
+    """How many of `sparse`, the last ones, are freed for the requests alone that route all their
+    layers SPARSE."""
 
     @property
     def num_groups(self) -> int:
@@ -33,7 +39,7 @@ class Clusters:
 
     @property
     def freed_share(self) -> float:
-        """Share of the blocks of an endless request that are given back, 0 to 1."""
+        """Most of the blocks of an endless request that are given back, 0 to 1."""
         return len(self.sparse) / self.num_groups
 
 
@@ -75,3 +81,37 @@ def cluster_layers(layers: Iterable[int], sparse_layers: Iterable[int]) -> Clust
         full_groups=held // size,
         unfreed=tuple(sparse[count * size :]),
     )
+
+
+def cluster_by_route(order: Sequence[int], always_sparse: Iterable[int]) -> Clusters:
+    """Cut a model's layers into clusters that requests free by their routes.
+
+    Layers that are often FULL lie together, so that the other clusters are often freed whole. The
+    fewest padded layers win, then the most clusters.
+
+    Args:
+        order: all layers with a KV cache, those first that are seldom FULL.
+        always_sparse: of them, those that are SPARSE for every request; they come first.
+
+    Returns: Clusters.
+    """
+    always = set(always_sparse)
+    layers = [*(i for i in order if i in always), *(i for i in order if i not in always)]
+    counts = [n for n in range(1, ROUTED_GROUPS[1] + 1) if _divides(len(layers), n)]
+    finest = [n for n in counts if n >= min(ROUTED_GROUPS[0], len(layers))] or counts[-1:]
+    count = min(finest, key=lambda n: (-(-len(layers) // n) * n, -n))
+    # The smaller ones first: a padded cluster wastes least where it is freed most.
+    size, larger = divmod(len(layers), count)
+    ends = [size * i + max(0, i - (count - larger)) for i in range(count + 1)]
+    clusters = tuple(tuple(layers[a:b]) for a, b in zip(ends, ends[1:], strict=False))
+    return Clusters(
+        size=size + (larger > 0),
+        sparse=clusters,
+        routed=sum(not always.issuperset(cluster) for cluster in clusters),
+    )
+
+
+def _divides(layers: int, count: int) -> bool:
+    """Say whether vLLM keeps so many groups: it cuts the largest where one is far smaller."""
+    smallest, larger = divmod(layers, count)
+    return smallest > 0 and (not larger or smallest + 1 < 1.5 * smallest)

@@ -1,6 +1,5 @@
-"""The block table of a cluster of SPARSE layers, for vLLM's KV cache manager."""
+"""The block table of a cluster of layers that can be SPARSE, for vLLM's KV cache manager."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -8,14 +7,24 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_blo
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from flux_vllm.kv.hits import longest_hit
 from flux_vllm.kv.spec import FluxSpec
 
 
 class FluxManager(SingleTypeKVCacheManager):
-    """Gives back the blocks that neither sinks nor window hold."""
+    """Gives back the blocks of SPARSE requests that neither sinks nor window hold."""
 
     most_blocks: int | None = None
-    """Most blocks that a request holds, for admission; None where nobody said."""
+    """Most blocks that a SPARSE request holds, for admission; None where nobody said."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sparse_requests: set[str] = set()
+        """Requests for which all layers of a cluster that waits for routes are SPARSE."""
+
+    def is_sparse(self, request_id: str) -> bool:
+        """Say whether all layers are known to be SPARSE for a request."""
+        return not self.kv_cache_spec.waits_for_routes or request_id in self.sparse_requests
 
     def remove_skipped_blocks(
         self,
@@ -24,7 +33,7 @@ class FluxManager(SingleTypeKVCacheManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Free as vLLM asks, if prefill allows it; else `FluxCoordinator` says when."""
-        if self.kv_cache_spec.frees_in_prefill:
+        if self.kv_cache_spec.frees_in_prefill and self.is_sparse(request_id):
             self.free_middle(request_id, self.kv_cache_spec.freed_end(processed_computed_tokens))
 
     def free_middle(self, request_id: str, end: int) -> int:
@@ -48,11 +57,13 @@ class FluxManager(SingleTypeKVCacheManager):
         return len(freed)
 
     def get_num_blocks_to_allocate(
-        self, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+        self, request_id: str, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
-        """Count as vLLM does; to admit a whole prompt, what it holds at once is enough."""
-        needed = super().get_num_blocks_to_allocate(*args, apply_admission_cap=False, **kwargs)
-        if apply_admission_cap and self.most_blocks is not None:
+        """Count as vLLM does; to admit a whole SPARSE prompt, what it holds at once is enough."""
+        needed = super().get_num_blocks_to_allocate(
+            request_id, *args, apply_admission_cap=False, **kwargs
+        )
+        if apply_admission_cap and self.most_blocks is not None and self.is_sparse(request_id):
             return min(needed, self.most_blocks)
         return needed
 
@@ -69,35 +80,20 @@ class FluxManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Find the longest prefix whose next token finds its keys: sinks, and the window before it.
-
-        Where SPARSE prefill reads other keys too, every block of the prefix is needed.
-        """
+        """Find the longest prefix that serves any request, whatever its routes will be."""
         assert isinstance(kv_cache_spec, FluxSpec)
         assert not drop_eagle_block, "draft models are refused at start"
         assert dcp_world_size == pcp_world_size == 1, "context parallelism is refused at start"
         size = kv_cache_spec.block_size
         assert alignment_tokens == size, "all groups have blocks of one size"
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
-        most = min(max_length // size, len(hashes))
-        found: dict[int, Sequence[KVCacheBlock]] = {}
-
-        def is_cached(index: int) -> bool:
-            blocks = block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
-            if blocks is not None:
-                found[index] = blocks
-            return blocks is not None
-
-        leading = min(most, kv_cache_spec.sink_blocks) if kv_cache_spec.frees_in_prefill else most
-        run = next((index for index in range(leading) if not is_cached(index)), leading)
-        end = most if run == leading else run
-        index = end - 1
-        while index >= max(run, kv_cache_spec.window_block(end * size)):
-            if not is_cached(index):
-                end = index  # the hit ends before it, so an earlier window is asked for
-            index -= 1
-        hit = tuple(
-            [found[i][group] if i in found else block_pool.null_block for i in range(end)]
-            for group in range(len(kv_cache_group_ids))
+        waits = kv_cache_spec.waits_for_routes
+        tables, end = longest_hit(
+            hashes,
+            min(max_length // size, len(hashes)),
+            block_pool,
+            kv_cache_spec,
+            sparse=() if waits else kv_cache_group_ids,
+            full=kv_cache_group_ids if waits else (),
         )
-        return hit, end * size
+        return tuple(tables[group] for group in kv_cache_group_ids), end * size

@@ -1,4 +1,4 @@
-"""The KV cache of a layer that is SPARSE for every request, as vLLM is told of it."""
+"""The KV cache of a layer that can be SPARSE, as vLLM is told of it."""
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ it masks there has to be finite, hence this request's own."""
 
 @dataclass(frozen=True, kw_only=True)
 class FluxSpec(AttentionSpec):
-    """A KV cache that holds sinks, window and what is in flight, once the rest is freed.
+    """A KV cache that holds, where SPARSE, sinks, window and what is in flight.
 
     No `FullAttentionSpec`: vLLM takes for granted that a shorter prefix of a hit of those is a hit.
     """
@@ -28,6 +28,9 @@ class FluxSpec(AttentionSpec):
     """The query's own included."""
     frees_in_prefill: bool
     """Whether SPARSE prefill reads no key between sinks and window."""
+    waits_for_routes: bool = False
+    """Whether each request's routes say if the cluster is SPARSE for it; until they are known it
+    holds every block. False: it is SPARSE for all."""
 
     @classmethod
     def of(
@@ -38,6 +41,7 @@ class FluxSpec(AttentionSpec):
         sink_tokens: int,
         window_tokens: int,
         frees_in_prefill: bool,
+        waits_for_routes: bool = False,
     ) -> "FluxSpec":
         """Take over vLLM's spec of a layer; its pages stay as they are."""
         pages = {field.name: getattr(spec, field.name) for field in fields(AttentionSpec)}
@@ -47,6 +51,7 @@ class FluxSpec(AttentionSpec):
             sink_tokens=sink_tokens,
             window_tokens=window_tokens,
             frees_in_prefill=frees_in_prefill,
+            waits_for_routes=waits_for_routes,
         )
 
     @property
@@ -68,7 +73,7 @@ class FluxSpec(AttentionSpec):
         return self.window_block(processed_tokens - kept)
 
     def most_blocks(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Return the most blocks that one request holds.
+        """Return the most blocks that a request holds for which the cluster is SPARSE.
 
         Args:
             max_in_flight_tokens: most tokens that are scheduled but not yet processed.
@@ -84,9 +89,10 @@ class FluxSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
         """Return the most memory that one request takes in one layer."""
-        most = self.most_blocks(
-            vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
-        )
+        max_model_len = vllm_config.model_config.max_model_len
+        if self.waits_for_routes:
+            return cdiv(max_model_len, self.block_size) * self.page_size_bytes
+        most = self.most_blocks(vllm_config.max_in_flight_tokens, max_model_len)
         return most * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:

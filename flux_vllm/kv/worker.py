@@ -1,4 +1,4 @@
-"""The worker's side of `free_kv`: layers that are always SPARSE get a spec of their own."""
+"""The worker's side of `free_kv`: layers that can be SPARSE get a spec of their cluster."""
 
 import logging
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.hooks.wrap import wrap_object
-from flux_vllm.kv.check import always_sparse_layers
-from flux_vllm.kv.groups import Clusters, cluster_layers
+from flux_vllm.kv.check import SCHEDULERS, choose_clusters
+from flux_vllm.kv.groups import Clusters
 from flux_vllm.patterns import make_pattern
 from flux_vllm.patterns.base import SparsePattern
 from flux_vllm.startup.router_file import read_router_for
@@ -20,7 +20,7 @@ _BLOCK_TOKENS = 64
 
 
 def cluster_kv_cache(worker: Any) -> None:
-    """Split the KV cache into groups that are freed and groups that are not, if `free_kv` asks.
+    """Split the KV cache into groups that can be freed and groups that cannot, for `free_kv`.
 
     Args:
         worker: vLLM's, its model loaded.
@@ -29,32 +29,40 @@ def cluster_kv_cache(worker: Any) -> None:
     """
     vllm_config = worker.vllm_config
     config = FluxConfig.from_additional_config(vllm_config.additional_config)
-    if not config.free_kv:
+    runner = worker.model_runner
+    if not config.free_kv or "get_kv_cache_spec" in vars(runner):
         return
+    found = vllm_config.scheduler_config.scheduler_cls
+    if found not in SCHEDULERS:
+        raise UnsupportedConfigurationError(
+            'flux config: expected a configuration that vLLM\'s EngineArgs made with "free_kv", '
+            f"where flux chooses the scheduler, found scheduler_cls {found!r}; make it so, or set "
+            f"scheduler_cls to one of {list(SCHEDULERS)}"
+        )
     _, info = read_router_for(config, vllm_config)
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    clusters = choose_clusters(config, info, _indices(runner.get_kv_cache_spec()).values())
+    if clusters.routed and clusters.size > 1 and not (info is not None and info.freeing_order):
+        logger.warning(
+            "flux: expected a router file that says in which order layers are freed, found none; "
+            "clusters follow the layers' own order, and fewer of them are SPARSE as a whole: put "
+            "the order into the file with `python -m training order`"
+        )
     hook_runner(
-        worker.model_runner,
-        always_sparse_layers(config, info, num_layers),
+        runner,
+        clusters,
         make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options),
     )
 
 
-def hook_runner(runner: Any, sparse_layers: tuple[int, ...], pattern: SparsePattern) -> None:
-    """Have a model runner give vLLM specs by cluster from now on; only the first call counts.
+def hook_runner(runner: Any, clusters: Clusters, pattern: SparsePattern) -> None:
+    """Have a model runner give vLLM specs by cluster from now on.
 
     Args:
         runner: vLLM's, its model loaded.
-        sparse_layers: indices of the layers that are SPARSE for every request.
+        clusters: of its layers.
         pattern: what SPARSE means.
-
-    Raises: FluxConfigError: too few SPARSE layers.
-        UnsupportedConfigurationError: layers whose KV caches differ.
     """
-    if "get_kv_cache_spec" in vars(runner):
-        return
     specs = runner.get_kv_cache_spec()
-    clusters = cluster_layers(_indices(specs).values(), sparse_layers)
     _log(clusters, next(iter(specs.values())).block_size, pattern)
 
     def get_kv_cache_spec(original: Callable) -> dict[str, Any]:
@@ -66,14 +74,14 @@ def hook_runner(runner: Any, sparse_layers: tuple[int, ...], pattern: SparsePatt
 def cluster_specs(
     specs: dict[str, Any], clusters: Clusters, pattern: SparsePattern
 ) -> dict[str, Any]:
-    """Give layers that are SPARSE for every request the spec of their cluster.
+    """Give layers that can be freed the spec of their cluster.
 
     Args:
         specs: vLLM's KV cache specs by name of the layer.
         clusters: of these layers.
         pattern: what SPARSE means.
 
-    Returns: the specs in the same order; FULL layers keep vLLM's own.
+    Returns: the specs in the same order; the other layers keep vLLM's own.
     Raises: UnsupportedConfigurationError: layers whose KV caches differ.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -90,6 +98,7 @@ def cluster_specs(
         )
     register()
     cluster_of = {layer: i for i, cluster in enumerate(clusters.sparse) for layer in cluster}
+    static = len(clusters.sparse) - clusters.routed
     return {
         name: FluxSpec.of(
             first,
@@ -97,6 +106,7 @@ def cluster_specs(
             sink_tokens=pattern.sink_tokens,
             window_tokens=pattern.window_tokens,
             frees_in_prefill=pattern.is_local,
+            waits_for_routes=cluster_of[layer] >= static,
         )
         if layer in cluster_of
         else first
@@ -113,10 +123,11 @@ def _indices(specs: dict[str, Any]) -> dict[str, int]:
 def _log(clusters: Clusters, block_size: int, pattern: SparsePattern) -> None:
     logger.info(
         "flux: free_kv cuts the KV cache into %d groups of %d layers; %d of them give blocks back, "
-        "%s",
+        "%d where a request routes all their layers SPARSE, %s",
         clusters.num_groups,
         clusters.size,
         len(clusters.sparse),
+        clusters.routed,
         "as a prompt goes on" if pattern.is_local else "once a prompt is complete",
     )
     if clusters.unfreed:

@@ -4,7 +4,7 @@ Dimension legend: R requests, L routed layers of the model.
 """
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from flux_vllm.router.route import Route
 
 if TYPE_CHECKING:
     from flux_vllm.patterns.base import SparsePattern
+    from flux_vllm.routing.decode_counts import DecodeKeys
 
 RATIO_BUCKETS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
@@ -30,6 +31,25 @@ _INFO = "The router in use and its configuration; always 1."
 
 FLUSH_SECONDS = 0.2
 """How long what a step read may go uncounted while others follow it."""
+
+
+class _RowRoutes(NamedTuple):
+    """What counts of a step's routes."""
+
+    routes: np.ndarray
+    """[R, L] int8."""
+    num_sparse: np.ndarray
+    """[R] SPARSE layers."""
+    is_open: np.ndarray
+    """[R] bool: any layer is UNDECIDED."""
+
+    @classmethod
+    def of(cls, routes: np.ndarray) -> "_RowRoutes":
+        return cls(
+            routes,
+            (routes == Route.SPARSE).sum(axis=1),
+            (routes == Route.UNDECIDED).any(axis=1),
+        )
 
 
 class RouteReporter:
@@ -53,7 +73,7 @@ class RouteReporter:
         self._layers = layers
         self._block_size = block_size
         self._pattern = pattern
-        self._pending: list[tuple[Batch, np.ndarray]] = []
+        self._pending: list[tuple[Batch, _RowRoutes]] = []
         self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
             for layer in layers:
@@ -68,23 +88,40 @@ class RouteReporter:
         """Publish `flux_router_info`."""
         self._store.set("flux_router_info", 1, _INFO, **labels)
 
-    def record(self, batch: Batch, routes: np.ndarray, decided: np.ndarray) -> None:
+    def record(
+        self,
+        batch: Batch,
+        routes: np.ndarray,
+        decided: np.ndarray | None,
+        counts_keys: bool = True,
+    ) -> None:
         """Count one step; all but its decisions may wait for the next ones, a fifth of a second.
 
         Args:
             batch: of the step that ran.
-            routes: [R, L] int8, as the rows attended.
-            decided: [R] bool: the row's routes were decided for this step.
+            routes: [R, L] int8, as the rows attended; the same array says the same.
+            decided: [R] bool: the row's routes were decided for this step; None for no row.
+            counts_keys: False where kernels counted the rows' keys, see `record_decode`.
         """
         if batch.is_warmup or not len(batch):
             return
-        self._pending.append((batch, routes))
-        if decided.any():
+        if counts_keys:
+            if self._pending and self._pending[-1][1].routes is routes:
+                self._pending.append((batch, self._pending[-1][1]))
+            else:
+                self._pending.append((batch, _RowRoutes.of(routes)))
+        if decided is not None and decided.any():
             for row in np.flatnonzero(decided):
                 self._count_request(routes[row])
             self.flush()
         elif time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
+
+    def record_decode(self, keys: "DecodeKeys") -> None:
+        """Count what kernels counted of decode steps."""
+        if keys.unrouted_rows:
+            self._store.add("flux_unrouted_rows", keys.unrouted_rows, _UNROUTED)
+        self._count_tokens("decode", keys.attended, keys.context)
 
     def flush(self) -> None:
         """Count the steps that wait, all rows at once: a step by itself costs as much as many."""
@@ -92,14 +129,15 @@ class RouteReporter:
         if not self._pending:
             return
         batch = Batch.concatenate([batch for batch, _ in self._pending])
-        routes = np.concatenate([routes for _, routes in self._pending])
+        num_sparse = np.concatenate([routes.num_sparse for _, routes in self._pending])
+        is_open = np.concatenate([routes.is_open for _, routes in self._pending])
         self._pending.clear()
         reach = self._pattern.sink_tokens + self._pattern.window_tokens
         is_long = batch.computed + batch.scheduled > reach
-        unrouted = (routes[is_long] == Route.UNDECIDED).any(axis=1).sum()
+        unrouted = (is_long & is_open).sum()
         if unrouted:
             self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
-        self._count_keys(batch, (routes == Route.SPARSE).sum(axis=1))
+        self._count_keys(batch, num_sparse)
 
     def _count_request(self, routes: np.ndarray) -> None:
         for layer, route in zip(self._layers, routes.tolist(), strict=True):

@@ -32,7 +32,7 @@ _BOUNDS = {
     "sink_tokens": (0, 2**30),
     "window_tokens": (1, 2**30),
 }
-_LISTS = ("pools", "context_layers", "widths", "always_sparse")
+_LISTS = ("pools", "context_layers", "widths", "always_sparse", "freeing_order")
 """Fields that are written where they are not empty."""
 _MOST_ENTRIES = 1024
 _Entry = TypeVar("_Entry", str, int)
@@ -68,6 +68,9 @@ class RouterInfo:
     """Outputs of a router's first four linear layers; empty: the paper's."""
     always_sparse: tuple[int, ...] = ()
     """Layers that are SPARSE for every request, whatever their routers' tensors say."""
+    freeing_order: tuple[int, ...] = ()
+    """All layers, those first that are seldom FULL: how `free_kv` puts them into KV cache groups.
+    Empty: not known."""
     provenance: dict[str, object] = field(default_factory=dict)
     """How it was trained: time, versions, data, arguments."""
 
@@ -154,6 +157,7 @@ class RouterInfo:
             context_layers=_list(metadata, "context_layers", int, path),
             widths=_list(metadata, "widths", int, path),
             always_sparse=_list(metadata, "always_sparse", int, path),
+            freeing_order=_list(metadata, "freeing_order", int, path),
             **numbers,
         )
         info.check(path)
@@ -181,6 +185,11 @@ class RouterInfo:
                 f"found context_layers {_shortened(self.context_layers)}, always_sparse "
                 f"{_shortened(self.always_sparse)}, widths {_shortened(self.widths)} and "
                 f"{inputs.vectors} pooled vectors of {self.head_dim}; write the file again"
+            )
+        if self.freeing_order and sorted(self.freeing_order) != [*range(self.num_layers)]:
+            raise RouterCheckpointError(
+                f"{path}: expected each of {self.num_layers} layers once in freeing_order, found "
+                f"{_shortened(self.freeing_order)}; write the file again"
             )
 
 

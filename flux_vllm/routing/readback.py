@@ -4,6 +4,7 @@ Dimension legend: R rows of the batch, P rows whose routes were decided for it, 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,9 @@ from flux_vllm.batch import Batch
 from flux_vllm.routing.route_table import RouteTable
 
 
-@dataclass(frozen=True, slots=True)
-class RoutedBatch:
-    """A Batch with the route table's view of its rows."""
+class TouchedRows(NamedTuple):
+    """The rows of a batch in which any request came new or got its routes."""
 
-    batch: Batch
-    slots: np.ndarray
-    """[R] int64."""
     is_new: np.ndarray
     """[R] bool: requests that got their slot for this batch."""
     decided: np.ndarray
@@ -28,8 +25,19 @@ class RoutedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedBatch:
+    """A Batch with the route table's view of its rows."""
+
+    batch: Batch
+    slots: np.ndarray
+    """[R] int64."""
+    touched: TouchedRows | None = None
+    """None, by far most often, where all rows are as they were."""
+
+
+@dataclass(frozen=True, slots=True)
 class PendingReadback:
-    """A batch that was launched, with the routes decided for it on their way to the host."""
+    """A batch, with the routes decided for it on their way to the host."""
 
     rows: RoutedBatch
     routes: torch.Tensor | None
@@ -45,12 +53,14 @@ class PendingReadback:
     ) -> "PendingReadback":
         """Start copying what was decided, unless it is known; returns at once."""
         event = routes = probability = None
-        decided = int(rows.decided.sum())
+        touched = rows.touched
+        decided = 0 if touched is None else int(touched.decided.sum())
         if decided and fixed_routes is not None:
             routes = torch.tensor(fixed_routes, dtype=torch.int8).expand(decided, -1)
             probability = torch.full((decided, table.num_layers), float("nan"))
         elif decided:
-            routes, probability = table.of_slots(rows.slots[rows.decided])
+            assert touched is not None
+            routes, probability = table.of_slots(rows.slots[touched.decided])
             if table.device.type != "cpu":
                 routes, probability = _to_host(routes), _to_host(probability)
                 event = torch.cuda.Event()
@@ -58,6 +68,29 @@ class PendingReadback:
             else:
                 routes, probability = routes.clone(), probability.clone()
         return cls(rows, routes, probability, event)
+
+    def routes_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the routes of rows that were decided, once they have arrived.
+
+        Args:
+            rows: [K] int64: their places in the batch.
+
+        Returns: [K, L] int8.
+        """
+        assert self.rows.touched is not None
+        assert self.routes is not None
+        place = np.cumsum(self.rows.touched.decided) - 1
+        routes: np.ndarray = self.routes.numpy()[place[rows]]
+        return routes
+
+    def by_request(self) -> dict[str, np.ndarray]:
+        """Return what was decided, [L] int8 by request; waits until it has arrived."""
+        touched = self.rows.touched
+        if self.routes is None or touched is None:
+            return {}
+        self.wait()
+        names = [self.rows.batch.request_ids[row] for row in np.flatnonzero(touched.decided)]
+        return dict(zip(names, self.routes.numpy().copy(), strict=True))
 
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""

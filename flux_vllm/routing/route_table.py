@@ -32,6 +32,9 @@ class RouteTable:
         self.full_probability = torch.empty(0, num_layers, device=device)
         self.settled_prompt_len = np.zeros(0, dtype=np.int64)
         """[S] length of the prompt that the routes were settled for; 0 while they are open."""
+        self.version = 0
+        """Grows whenever a slot changes its owner or its routes: what was read under the same
+        version still holds."""
         self._default = torch.full(
             (num_layers,), int(Route.UNDECIDED), dtype=torch.int8, device=device
         )
@@ -51,6 +54,7 @@ class RouteTable:
         """Give every request, live or to come, these routes: [num_layers] `Route` values."""
         self._default = torch.tensor(routes, dtype=torch.int8, device=self.device)
         self.routes[:] = self._default
+        self.version += 1
 
     def acquire(self, request_id: str) -> tuple[int, bool]:
         """Return a request's slot, and whether it is new: then it has default routes."""
@@ -63,6 +67,7 @@ class RouteTable:
             self._grow(2 * len(self.settled_prompt_len))
         slot = self._slots[request_id] = self._free.pop()
         self.settled_prompt_len[slot] = 0
+        self.version += 1
         return slot, True
 
     def slots(self, request_ids: Sequence[str]) -> np.ndarray:
@@ -77,6 +82,7 @@ class RouteTable:
         """Give a request its routes [L] int8 and P(FULL) [L] float32."""
         self.routes[slot] = routes
         self.full_probability[slot] = full_probability
+        self.version += 1
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Take back the slots of requests that ended; unknown requests are passed over."""
@@ -84,6 +90,7 @@ class RouteTable:
             slot = self._slots.pop(request_id, None)
             if slot is not None:
                 self._used.append(slot)
+                self.version += 1
 
     def of_slots(self, slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the routes and P(FULL) of some slots, views where it is one: [P, L], [P, L]."""

@@ -3,20 +3,23 @@
 Oracle: the same engine without `free_kv`; for memory, the formula of docs/KV_MEMORY.md.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.kv.check import SCHEDULERS
+from flux_vllm.kv.groups import cluster_layers
 from flux_vllm.router.checkpoint import read_router, write_router
+from flux_vllm.router.route import Route
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.free_kv import PoisonedEngine
 from tests.helpers.metrics import parse, total
 from tests.helpers.models import random_prompt
+from tests.helpers.tensor_parallel import RankedEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -55,6 +58,8 @@ def _schedule_ahead(monkeypatch):
     def initialized(self, vllm_config):
         kv_cache_config = initialize(self, vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
+        if vllm_config.scheduler_config.scheduler_cls is not None:
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[True]
         return kv_cache_config
 
     monkeypatch.setattr(EngineCore, "_initialize_kv_caches", initialized)
@@ -77,7 +82,7 @@ def test_freed_and_overwritten_equals_kept(tiny_model, monkeypatch, pattern, chu
     expected = _plain(tiny_model, flux=pattern, **arguments)
     with PoisonedEngine(tiny_model, FREE | pattern, block_size=BLOCK_SIZE, **arguments) as engine:
         assert len(engine.managers) == 4
-        assert (type(engine.core.scheduler).__name__ == "AsyncScheduler") == is_async
+        assert isinstance(engine.core.scheduler, AsyncScheduler) == is_async
         assert engine.core.batch_queue_size == 1 + is_async
         assert _answers(engine) == expected
         # Blocks behind the sinks whose tokens all lie more than 128 before the last window; a step
@@ -90,7 +95,8 @@ def test_layers_of_the_wrong_cluster_change_answers(tiny_model, monkeypatch):
     """A check of the checks: freeing a FULL layer's keys shows."""
     from flux_vllm.kv import worker
 
-    monkeypatch.setattr(worker, "always_sparse_layers", lambda *_: (0, 1, 3))
+    wrong = cluster_layers(range(4), (0, 1, 3))
+    monkeypatch.setattr(worker, "choose_clusters", lambda *_: wrong)
     with PoisonedEngine(tiny_model, FREE, block_size=BLOCK_SIZE) as engine:
         assert _answers(engine)[0] != _plain(tiny_model)[0]
 
@@ -154,10 +160,11 @@ def test_more_requests_fit(tiny_model):
     preempted = sum(answer.preemptions for answer in answers)
     assert total(metrics, "flux_kv_blocks_freed_total", model_name="fits") == freed > 0
     assert total(metrics, "flux_request_kv_bytes_count", model_name="fits") == 5 + preempted
+    assert total(metrics, "flux_kv_admitted_requests_total", model_name="fits") > 0
 
 
 def _speculate(model, flux):
-    """Answer with drafts; in a process that is given up, where numba bears no second engine."""
+    """Answer with drafts."""
     ngram = {"num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     with PoisonedEngine(
         model,
@@ -176,12 +183,9 @@ def _speculate(model, flux):
 @pytest.mark.slow
 def test_ngram_speculation(tiny_model):
     """Rows of several queries, drafts refused: what is freed counts verified tokens alone."""
-    spawn = multiprocessing.get_context("spawn")
-    found = []
-    for flux in (FREE, FLUX):
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found.append(pool.submit(_speculate, tiny_model, flux).result())
-    (freeing, drafted, freed), (plain, _, none) = found
+    (freeing, drafted, freed), (plain, _, none) = (
+        _speculate(tiny_model, flux) for flux in (FREE, FLUX)
+    )
     assert freeing == plain
     assert drafted
     assert freed > none == 0
@@ -200,18 +204,141 @@ def test_all_layers_sparse_is_one_group(tiny_model):
         assert answers == _answers(engine)
 
 
-def test_router_with_layers_that_are_always_sparse(tiny_model, tmp_path):
-    """Those give keys back; the fourth is routed for each request, and keeps them."""
-    router, info = read_router(tiny_model)
-    write_router(tmp_path, router, replace(info, always_sparse=(0, 1, 3)))
-    flux = {"router": str(tmp_path)}
-    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+def _routed(tmp_path, model, **info):
+    """Write a router that gives these prompts routes of their own. Returns: its configuration."""
+    router, found = read_router(model)
+    write_router(tmp_path, router, replace(found, **info))
+    return {"router": str(tmp_path)}
+
+
+def _given_back(answers):
+    """Count, by the formula, the blocks that answers should have given back at their end."""
+    blocks = 0
+    for answer in answers:
+        end = (len(answer.prompt) + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE
+        sparse = sum(route == Route.SPARSE for route in answer.routes or ())
+        blocks += sparse * max(end - 1, 0)
+    return blocks
+
+
+ROUTED_LENGTHS = [710, 640, 655, 159, 30]
+ROUTED_PROMPTS = [random_prompt(length, seed=length) for length in ROUTED_LENGTHS]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chunk", "is_async", "always_sparse"),
+    [
+        ("streaming", 97, False, ()),
+        ("streaming", 256, True, (0, 3)),
+        ("triangle", 256, True, ()),
+    ],
+)
+def test_routed_clusters(
+    tiny_model, tmp_path, monkeypatch, pattern, chunk, is_async, always_sparse
+):
+    """Each request gives back what its own routes allow: no bit changes, as many as they say."""
+    if is_async:
+        _schedule_ahead(monkeypatch)
+    flux = _routed(tmp_path, tiny_model, freeing_order=(2, 0, 3, 1), always_sparse=always_sparse)
+    flux |= {"sparse_pattern": pattern}
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": chunk}
     with PoisonedEngine(tiny_model, flux | {"free_kv": True}, **arguments) as engine:
-        answers = engine.generate(PROMPTS, TOKENS)
-        assert engine.freed
-    routed = [answer.routes for answer in answers if answer.routes is not None]
-    assert {(routes[0], routes[1], routes[3]) for routes in routed} == {(0, 0, 0)}
+        assert len(engine.managers) == 4
+        answers = engine.generate(ROUTED_PROMPTS, TOKENS)
+        assert len(engine.freed) == _given_back(answers)
+        assert engine.manager.block_pool.get_num_free_blocks() == (
+            len(engine.manager.block_pool.blocks) - 1
+        )
+    assert len({tuple(answer.routes) for answer in answers if answer.routes}) > 1
     with Engine(tiny_model, flux, **arguments) as engine:
-        for answer, expected in zip(answers, engine.generate(PROMPTS, TOKENS), strict=True):
+        for answer, expected in zip(answers, engine.generate(ROUTED_PROMPTS, TOKENS), strict=True):
             assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
             assert answer.routes == expected.routes
+
+
+def test_routes_by_the_wrong_layers_change_answers(tiny_model, tmp_path, monkeypatch):
+    """A check of the checks: a scheduler that takes one layer for another frees FULL keys."""
+    from flux_vllm.kv import scheduler
+
+    flux = _routed(tmp_path, tiny_model) | {"free_kv": True}
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 97}
+    with PoisonedEngine(tiny_model, flux, **arguments) as engine:
+        expected = engine.generate(ROUTED_PROMPTS, TOKENS)
+    layers = {tuple(a.routes) for a in expected if a.routes}
+    assert any(len(set(routes)) > 1 for routes in layers)
+    right = scheduler.extract_layer_index
+    monkeypatch.setattr(scheduler, "extract_layer_index", lambda name: 3 - right(name))
+    with PoisonedEngine(tiny_model, flux, **arguments) as engine:
+        answers = engine.generate(ROUTED_PROMPTS, TOKENS)
+    assert any(a.logprobs != b.logprobs for a, b in zip(answers, expected, strict=True))
+
+
+def test_routed_follow_ups(tiny_model, tmp_path):
+    """A prefix serves a request of unknown routes where every block of it is there, else not."""
+    flux = _routed(tmp_path, tiny_model)
+    arguments = {
+        "block_size": BLOCK_SIZE,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": True,
+    }
+    followed, hits = [], []
+    with PoisonedEngine(tiny_model, flux | {"free_kv": True}, **arguments) as engine:
+        firsts = engine.generate(ROUTED_PROMPTS[:3], TOKENS)
+        longer = [a.prompt + a.tokens + random_prompt(20, seed=1) for a in firsts]
+        for evicts in (False, True):
+            if evicts:
+                engine.evict_freed()
+            answers = engine.generate(longer, 12)
+            followed.append(answers)
+            hits.append([answer.cached_tokens for answer in answers])
+        assert engine.freed
+    assert min(hits[0]) >= 640
+    for answer, first, hit in zip(followed[1], firsts, hits[1], strict=True):
+        gave_back = any(route == Route.SPARSE for route in first.routes)
+        assert (hit <= BLOCK_SIZE) == gave_back, (answer.routes, first.routes, hits)
+    with Engine(tiny_model, flux, **arguments | {"enable_prefix_caching": False}) as engine:
+        for answer, expected in zip(followed[1], engine.generate(longer, 12), strict=True):
+            if answer.cached_tokens <= BLOCK_SIZE:
+                assert answer.tokens == expected.tokens
+                assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_routed_preemption(tiny_model, tmp_path):
+    """Few blocks: requests are preempted and resumed under the routes that they had."""
+    prompts = [random_prompt(300 + 40 * index, seed=index) for index in range(8)]
+    flux = _routed(tmp_path, tiny_model)
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256, "max_model_len": 1024}
+    with Engine(tiny_model, flux, **arguments) as engine:
+        expected = engine.generate(prompts, 200)
+    blocks = 4 * 32 + 1  # least: a FULL request of the longest length
+    with PoisonedEngine(
+        tiny_model, flux | {"free_kv": True}, num_gpu_blocks_override=blocks, **arguments
+    ) as engine:
+        answers = engine.generate(prompts, 200)
+        assert engine.manager.block_pool.get_num_free_blocks() == blocks - 1
+        assert engine.most_running > 1
+    assert sum(answer.preemptions for answer in answers) > 0
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.tokens == other.tokens
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert answer.routes == other.routes
+
+
+@pytest.mark.long
+def test_routed_clusters_on_two_ranks(tiny_model, tmp_path):
+    """One rank's output brings the routes of all, from another process."""
+    flux = _routed(tmp_path, tiny_model)
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
+    served = []
+    for free_kv in (True, False):
+        name = f"ranks-{free_kv}"
+        with RankedEngine(
+            tiny_model, flux | {"free_kv": free_kv}, 2, served_model_name=name, **arguments
+        ) as engine:
+            served.append(engine.generate(ROUTED_PROMPTS, TOKENS))
+            metrics = parse(generate_latest().decode())
+        freed = total(metrics, "flux_kv_blocks_freed_total", model_name=name) if free_kv else 0
+        assert freed == (_given_back(served[0]) if free_kv else 0)
+    for answer, expected in zip(*served, strict=True):
+        assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
+        assert answer.routes == expected.routes

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.routing.decode_counts import DecodeKeys
+from tests.helpers.oracle import naive
 from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
@@ -114,6 +116,7 @@ def test_graph_replays_under_other_routes_and_lengths(folder, kernels):
     outputs = [batch.poisoned_output() for _ in worker.layers]
     worker.forward(batch, metadata, outputs)  # compiles
     torch.cuda.synchronize()
+    metadata = worker.metadata(batch)  # of a step whose views are still to be written
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         worker.forward(batch, metadata, outputs)
@@ -129,10 +132,28 @@ def test_graph_replays_under_other_routes_and_lengths(folder, kernels):
         metadata = worker.metadata(batch)
         graph.replay()
         worker.check(batch, outputs)
+        counted = worker.runtime.decode_counts.read()
+        assert counted == _keys(batch.rows, len(outputs))
         eager = [batch.poisoned_output() for _ in worker.layers]
         worker.forward(batch, metadata, eager)
         worker.check(batch, eager)
+        assert worker.runtime.decode_counts.read() == counted
         worker.runtime.end_step()
+
+
+def _keys(rows: list[Row], layers: int) -> DecodeKeys:
+    """Count what decode rows read; odd layers have the opposite routes."""
+    attended = context = 0
+    for row in rows:
+        first, size = row.seq_len - row.query_len, BASE.block_size
+        kept = naive.compacted_blocks(
+            first, row.seq_len, BASE.sink_tokens, BASE.window_tokens, size
+        )
+        dropped = (-(-row.seq_len // size) - len(kept)) * size
+        for layer in range(layers * row.query_len):
+            context += row.seq_len
+            attended += row.seq_len - dropped * ((row.route ^ (layer % 2)) == SPARSE)
+    return DecodeKeys(attended, context, 0)
 
 
 def _refill(batch, lengths: list[int], routes: list[int]) -> None:

@@ -140,10 +140,11 @@ class BackendWorker:
             table.settled_prompt_len[slot] = length
             for layer in range(LAYERS):
                 table.routes[slot, layer] = row.route ^ (layer % 2)
+        table.version += 1
         self.runtime.begin_step(
             Batch(names, prompt_lens, seq_lens - scheduled, scheduled, is_prefill)
         )
-        assert not self.runtime.current.decided.any()
+        assert self.runtime.current.touched is None
 
     def metadata(self, batch: PagedBatch) -> Any:
         """Build the metadata of a batch from its own tensors."""

@@ -6,21 +6,18 @@ checks (hopper/flash_api.cpp), and reads no table entry and no key that the oper
 
 import torch
 
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
+
 
 def attend(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_batch_idx: torch.Tensor | None,
-    query_start_loc: torch.Tensor,
-    seqused_k: torch.Tensor,
+    paged: PagedRows,
     *,
     max_query_len: int,
     max_seq_len: int,
     scale: float,
-    seqused_q: torch.Tensor | None = None,
     window_tokens: int | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
@@ -28,6 +25,8 @@ def attend(
     """Attend as `fa3.attend` says; no window, no work plan."""
     assert window_tokens is None
     assert scheduler_metadata is None
+    key_cache, value_cache = cache
+    block_table, kv_batch_idx, query_start_loc, seqused_k, seqused_q = paged
     rows, (tokens, heads, head_dim) = len(query_start_loc) - 1, query.shape
     pages, page_tokens, kv_heads, _ = key_cache.shape
     assert key_cache.shape == value_cache.shape

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.head_split import HeadSplitKernels
+from benchmarks.experiments.head_split import HeadSplitKernels
 from tests.helpers.cuda_backend import BackendWorker
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,
@@ -23,7 +23,7 @@ def check_head_split(folder: Path, batch: PagedBatch, kernels: str) -> None:
     worker = BackendWorker(folder, batch, kernels)
     worker.step(batch)  # chooses the kernels
     for layer in worker.layers:
-        layer.impl._kernels = HeadSplitKernels(layer.impl._kernels)
+        layer.impl.kernels = HeadSplitKernels(layer.impl.kernels)
     for _ in range(2):
         for index, out in enumerate(worker.step(batch)):
             routes = [replace(row, route=row.route ^ index) for row in batch.rows]

@@ -64,17 +64,19 @@ class RankLogger:
         return RankLog(steps)
 
 
-def _logged(runtime: Any, end_step: Callable[[], None], steps: list[tuple]) -> Callable[[], None]:
+def _logged(runtime: Any, end_step: Callable[[], Any], steps: list[tuple]) -> Callable[[], Any]:
     """Copy what a step's rows have in the route table before it ends."""
 
     @torch.inference_mode()
-    def logged() -> None:
+    def logged() -> Any:
         current, table = runtime.current, runtime.table
         if current is not None and not current.batch.is_warmup:
             rows, batch = to_device(current.slots, table.device), current.batch
             is_long = batch.computed + batch.scheduled > runtime.sink_tokens + runtime.window_tokens
-            facts = (batch.request_ids, is_long, current.decided)
+            touched = current.touched
+            decided = np.zeros(len(batch), bool) if touched is None else touched.decided
+            facts = (batch.request_ids, is_long, decided)
             steps.append((facts, (table.routes[rows], table.full_probability[rows])))
-        end_step()
+        return end_step()
 
     return logged

@@ -173,6 +173,18 @@ class TestContradictions:
             "policy 'full', which reads every key again; drop \"free_kv\" or change the policy"
         )
 
+    @pytest.mark.parametrize("threshold", [0, 0.0])
+    def test_free_kv_with_threshold_0(self, threshold: float) -> None:
+        with pytest.raises(FluxConfigError) as error:
+            read({"free_kv": True, "threshold": threshold})
+        assert str(error.value) == (
+            "flux config: expected a threshold above 0 with \"free_kv\" and policy 'router', found "
+            '0, which makes every layer FULL; raise it, or drop "free_kv"'
+        )
+        assert read({"free_kv": True, "threshold": 0.01}).free_kv
+        static = {**STATIC, "sparse_layers": [0], "free_kv": True, "threshold": threshold}
+        assert read(static).free_kv
+
 
 class TestLayers:
     @pytest.mark.parametrize(

@@ -1,13 +1,23 @@
 """The CUDA backend: vLLM's FlashAttention backend, steered by routes on the device.
 
-Decode of mixed routes is one attention call a layer over the views of `views.py`, in CUDA graphs or
-out of them. A batch with prefill rows attends in two passes, and the device assigns rows to them by
-the route table: the host never knows the routes. Nothing here waits for the device.
+Decode of mixed routes is one attention call a layer over the views of `views.py`, which the step's
+first layer writes, in CUDA graphs or out of them: a decode step takes nothing of the host beside
+vLLM's own. A batch with prefill rows attends in two passes, and the device assigns rows to them by
+their routes, which the host need not know. Nothing here waits for the device.
+
+A batch with prefill rows in which no row can attend differently under SPARSE gets vLLM's own
+metadata and calls. Decode steps have one graph for all, not a second one of vLLM's own: where
+nothing is SPARSE its views equal vLLM's tables, and writing them takes the device what vLLM's own
+plan of the step's calls does, which the graph makes for itself. A second graph of every size would
+take twice the time and memory of capturing, to save a few microseconds.
 """
 
 import functools
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -30,13 +40,15 @@ from flux_vllm.attention_backend.cuda.calls import (
 )
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
 from flux_vllm.attention_backend.cuda.memory import most_rows
+from flux_vllm.attention_backend.cuda.passes import LayerPasses
 from flux_vllm.attention_backend.cuda.patterns import plan_batch
-from flux_vllm.attention_backend.cuda.views import RowFacts, ViewBuffers
+from flux_vllm.attention_backend.cuda.share import join_views, kind_of
+from flux_vllm.attention_backend.cuda.views import GroupViews
+from flux_vllm.attention_backend.cuda.warm_up import warm_up
 from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.router.route import Route
 from flux_vllm.routing.probe import ProbeMetadata
 from flux_vllm.routing.runtime import FluxRuntime
 from flux_vllm.selection import BACKEND_NAME
@@ -95,24 +107,16 @@ class FluxCUDABackend(FlashAttentionBackend):
 class CudaRoutes:
     """The routes' side of one batch's attention metadata."""
 
-    views: ViewBuffers
-    """Not written in a step that is `by_vllm`."""
-    full_pass: list[bool]
-    """By layer of the group: whether any row may need the full pass."""
-    sparse_pass: list[bool]
-    """By layer of the group: whether any row may need the sparse pass."""
-    plans: torch.Tensor | None = None
-    """[L, size]: of a step without prefill rows, what the kernels planned for their calls."""
-    has_prefill: bool = False
-    by_vllm: bool = False
-    """Whether vLLM's own call serves the batch: all rows are prefill within the SPARSE pattern's
-    reach, where both routes attend alike, and its kernel is the one that we would call."""
+    group: GroupViews
+    """Of the metadata's KV cache group."""
+    passes: LayerPasses | None = None
+    """By layer of the group; None in a step without prefill rows."""
     sparse_prefill: BatchPrefill | None = None
     """The sparse pass; there in a step in which any layer may need it."""
 
 
 class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
-    """Adds a CudaRoutes to vLLM's metadata, as `metadata.flux`."""
+    """Adds a CudaRoutes to vLLM's metadata, as `metadata.flux`; None where vLLM's call serves."""
 
     # Full graphs replay decode only: the passes of prefill rows are chosen in Python.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
@@ -123,11 +127,21 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         self.supports_draft_decode_metadata_update = False
         context = self.vllm_config.compilation_config.static_forward_context
-        self._layers = bound_layers(context, self.layer_names)
-        for index, layer in enumerate(self._layers):
+        self._bind(bound_layers(context, self.layer_names), most_rows(self.vllm_config))
+
+    def _bind(self, layers: list[Any], capacity: int) -> None:
+        """Take up the group's routed layers."""
+        self._layers = layers
+        self._group: GroupViews | None = None
+        self._runtime: FluxRuntime | None = layers[0].impl.binding.runtime if layers else None
+        if self._runtime is None or self._runtime.config.policy == "full":
+            return
+        self._group = join_views(layers, self.block_size, capacity, self.device)
+        for index, layer in enumerate(layers):
             layer.impl.group_index = index
-        self._views: ViewBuffers | None = None
-        self._capacity = most_rows(self.vllm_config)
+        if self._group.index == 0:
+            kind = kind_of(layers[0], self.block_size)
+            self._runtime.warm_ups[kind] = partial(warm_up, self, layers[0], self._runtime)
 
     def build(
         self,
@@ -135,82 +149,48 @@ class FluxCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> FlashAttentionMetadata:
-        """Build vLLM's metadata, and the views of the same rows."""
-        runtime = self._layers[0].impl.binding.runtime if self._layers else None
+        """Build vLLM's metadata, and the routes' side of it where they can make a difference."""
         routes = None
-        if runtime is not None and runtime.config.policy != "full":
-            routes = self._make_routes(runtime, common_attn_metadata.block_table_tensor.shape[1])
+        if self._group is not None:
+            assert self._runtime is not None
+            routes = self._make_routes(self._group, self._runtime)
             # vLLM's plan would be for its own call. The first build finds out about windows.
-            fast_build |= not routes.by_vllm and self.aot_sliding_window is not None
+            fast_build |= routes is not None and self.aot_sliding_window is not None
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.flux = routes
         if routes is not None:
-            assert runtime is not None
-            self._write_routes(routes, runtime, metadata)
+            routes.group.begin_step(metadata.block_table)
         return metadata
 
-    def _make_routes(self, runtime: FluxRuntime, width: int) -> CudaRoutes:
-        layers = len(self._layers)
-        routes = CudaRoutes(self._view_buffers(runtime, width), [True] * layers, [False] * layers)
-        if runtime.current is not None:
-            self._plan_passes(routes, runtime, runtime.current.batch)
+    def _make_routes(self, group: GroupViews, runtime: FluxRuntime) -> CudaRoutes | None:
+        current, views = runtime.current, group.views
+        if current is None:
+            views.set_rows(None, runtime.table)
+            return CudaRoutes(group)
+        if not current.batch.has_prefill:
+            views.set_rows(current.slots, runtime.table)
+            return CudaRoutes(group)
+        routes = self._plan_passes(group, runtime, current.batch)
+        if routes is not None and group.index == 0:
+            views.set_rows(current.slots, runtime.table)
+            views.set_prefill(current.batch.is_prefill)
         return routes
 
-    def _write_routes(
-        self, routes: CudaRoutes, runtime: FluxRuntime, metadata: FlashAttentionMetadata
-    ) -> None:
-        current, views = runtime.current, routes.views
-        facts = None
-        if current is not None:
-            facts = RowFacts(current.slots, current.batch.is_prefill)
-        if not routes.by_vllm:
-            views.write(
-                metadata.block_table,
-                metadata.seq_lens,
-                metadata.query_start_loc,
-                facts,
-                runtime.table.routes,
-            )
-        if not routes.has_prefill:
-            routes.plans = self._layers[0].impl._kernels.plan(views, metadata)
-
-    def _plan_passes(self, routes: CudaRoutes, runtime: FluxRuntime, batch: Batch) -> None:
-        """Say which passes the layers of a batch may need."""
-        routes.has_prefill = bool(batch.is_prefill.any())
-        if not routes.has_prefill:
-            return
-        layers = len(self._layers)
+    def _plan_passes(
+        self, group: GroupViews, runtime: FluxRuntime, batch: Batch
+    ) -> CudaRoutes | None:
+        """Say which passes the layers may need; None where no row can attend differently."""
         end = batch.computed + batch.scheduled
-        beyond = batch.is_prefill & (end > runtime.pattern.reach)
-        # vLLM's warm-up has short prompts only: let it compile all passes all the same.
-        may_be_sparse = bool(beyond.any()) or batch.is_warmup
-        routes.by_vllm = (
-            not may_be_sparse
-            and bool(batch.is_prefill.all())
-            and self._layers[0].impl._kernels.name == "fa3"
-        )
-        routes.sparse_pass = [may_be_sparse] * layers
-        fixed = runtime.fixed_routes
-        if fixed is not None:
-            by_layer = [fixed[layer.impl.binding.layer] for layer in self._layers]
-            routes.sparse_pass = [may_be_sparse and route == Route.SPARSE for route in by_layer]
-            routes.full_pass = [not (route == Route.SPARSE and beyond.all()) for route in by_layer]
-        if any(routes.sparse_pass):
-            routes.sparse_prefill = plan_batch(runtime.pattern, batch, self.device)
-
-    def _view_buffers(self, runtime: FluxRuntime, width: int) -> ViewBuffers:
-        if self._views is None:
-            self._views = ViewBuffers(
-                self._capacity,
-                width,
-                [layer.impl.binding.layer for layer in self._layers],
-                self.block_size,
-                runtime.sink_tokens,
-                runtime.window_tokens,
-                runtime.pattern.reach,
-                self.device,
-            )
-        return self._views
+        reach = runtime.sink_tokens + runtime.window_tokens
+        beyond = end > np.where(batch.is_prefill, runtime.pattern.reach, reach)
+        # vLLM's warm-up has short prompts only: let it run all passes all the same.
+        if not beyond.any() and not batch.is_warmup:
+            return None
+        columns = [layer.impl.binding.layer for layer in self._layers]
+        passes = LayerPasses(runtime, columns, batch, beyond & batch.is_prefill)
+        if not any(passes.sparse):
+            return CudaRoutes(group, passes)
+        return CudaRoutes(group, passes, plan_batch(runtime.pattern, batch, self.device))
 
 
 class FluxCUDAImpl(FlashAttentionImpl):
@@ -241,7 +221,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
             )
 
     @functools.cached_property
-    def _kernels(self) -> Kernels:
+    def kernels(self) -> Kernels:
         """The kernels that this layer calls, once it is bound."""
         assert self.binding is not None
         return choose_kernels(self, self.binding.runtime)
@@ -249,7 +229,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
     @property
     def kernels_name(self) -> str:
         """Say which kernels serve this layer, once it is bound: `fa3` or `triton`."""
-        return self._kernels.name
+        return self.kernels.name
 
     def forward(
         self,
@@ -270,30 +250,42 @@ class FluxCUDAImpl(FlashAttentionImpl):
         routes: CudaRoutes | None = None
         if attn_metadata is not None and self.binding is not None:
             routes = attn_metadata.flux
-        if routes is None or routes.by_vllm:
-            # For a step of ours the same FA3 call, with the work planned ahead.
+        if routes is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
         assert attn_metadata is not None
-        tokens, index = attn_metadata.num_actual_tokens, self.group_index
+        group, views = routes.group, routes.group.views
+        passes = routes.passes
+        if views.is_pending:
+            has_prefill = passes is not None
+            views.write(attn_metadata.seq_lens, attn_metadata.query_start_loc, has_prefill)
+            if not has_prefill:
+                views.plans = self.kernels.plan(views, attn_metadata)
+        tokens = attn_metadata.num_actual_tokens
         if query.shape[0] != tokens:  # a slice costs the host more than the question
-            query = query[:tokens]
-        keys, values = split_cache(kv_cache, self.head_size)
-        out = output[:tokens].view(query.shape)
-        rows = routes.views.layer_rows(attn_metadata.seq_lens.shape[0])[index]
-        call = LayerCall(query, keys, values, out, attn_metadata, routes.views, rows)
-        if not routes.has_prefill:
-            if routes.plans is not None:
-                call.plan = routes.plans[index]
-            self._kernels.decode(call)
+            query, output = query[:tokens], output[:tokens]
+        cache = split_cache(kv_cache, self.head_size)
+        index = self.group_index
+        of_views = group.first_layer + index
+        rows = views.layer_rows(attn_metadata.seq_lens.shape[0])[of_views]
+        assert group.table is not None
+        out = output.view(query.shape)
+        call = LayerCall(
+            query, cache, out, attn_metadata, group.table, views.layer_views, of_views, rows
+        )
+        if passes is None:
+            if views.plans is not None:
+                call.plan = views.plans[of_views]
+            self.kernels.decode(call)
             return output
-        if routes.full_pass[index]:
-            self._kernels.full_pass(call)
-        if routes.sparse_pass[index]:
+        passes.look()
+        if passes.full[index]:
+            self.kernels.full_pass(call)
+        if passes.sparse[index]:
             assert routes.sparse_prefill is not None
-            routes.sparse_prefill.attend(call, self._kernels)
+            routes.sparse_prefill.attend(call, self.kernels)
         return output
 
     def _attend_probe(

@@ -4,10 +4,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flux_vllm.attention_backend.cuda.calls import LayerCall, Sizes
+from flux_vllm.attention_backend.cuda.calls import (
+    DecodeCase,
+    LayerCall,
+    Limits,
+    Sizes,
+    Variants,
+    tokens_by_tile,
+)
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels import fa3
-from flux_vllm.attention_backend.kernels.decode_plan import CallShape
+from flux_vllm.attention_backend.kernels.decode_plan import CallShape, plan_variant
+from flux_vllm.attention_backend.kernels.paged import PagedRows
+from flux_vllm.attention_backend.kernels.sink_merge import MANY_TOKENS
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
@@ -24,6 +33,15 @@ class FA3Kernels:
         self._sink_tokens = sizes.sink_tokens
         self._window_tokens = sizes.window_tokens
 
+    def variants(self, limits: Limits) -> Variants:
+        """Return plans by rows and queries, and tiles of the sinks by tokens."""
+        decode: dict[tuple | None, DecodeCase] = {}
+        for queries in range(1, limits.step_tokens + 1):
+            for rows in range(1, limits.rows + 1):
+                variant = plan_variant(self._shape, rows, queries)
+                decode.setdefault(variant, DecodeCase(rows, queries, queries))
+        return Variants([*decode.values()], tokens_by_tile(limits.tokens, MANY_TOKENS))
+
     def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
         """Write balanced plans, where FA3 would make its own before each call."""
         if metadata.max_num_splits == 0:  # FA3 chooses, so no graph replays the calls
@@ -37,13 +55,12 @@ class FA3Kernels:
 
     def decode(self, call: LayerCall) -> None:
         """Attend in one call over the views."""
-        metadata = call.metadata
-        self._attend(call, metadata.query_start_loc, None, metadata.max_query_len)
+        self._attend(call, call.paged_rows(), call.metadata.max_query_len)
 
     def full_pass(self, call: LayerCall) -> None:
         """Attend likewise, less the rows that the other pass takes."""
-        metadata, seqused_q = call.metadata, call.rows.full_seqused_q
-        self._attend(call, metadata.query_start_loc, seqused_q, metadata.max_query_len)
+        rows = call.paged_rows(call.rows.full_seqused_q)
+        self._attend(call, rows, call.metadata.max_query_len)
 
     def every_key_pass(
         self,
@@ -53,29 +70,18 @@ class FA3Kernels:
         max_query_len: int,
     ) -> None:
         """Attend likewise."""
-        self._attend(call, query_start_loc, seqused_q, max_query_len)
+        self._attend(call, call.paged_rows(seqused_q, query_start_loc), max_query_len)
 
-    def _attend(
-        self,
-        call: LayerCall,
-        query_start_loc: torch.Tensor,
-        seqused_q: torch.Tensor | None,
-        max_query_len: int,
-    ) -> None:
+    def _attend(self, call: LayerCall, rows: PagedRows, max_query_len: int) -> None:
         metadata = call.metadata
         fa3.attend(
             call.query,
-            call.keys,
-            call.values,
+            call.cache,
             call.out,
-            call.views.table,
-            call.rows.kv_batch_idx,
-            query_start_loc,
-            call.rows.seqused_k,
+            rows,
             max_query_len=max_query_len,
             max_seq_len=metadata.max_seq_len,
             scale=self.scale,
-            seqused_q=seqused_q,
             scheduler_metadata=call.plan,
             num_splits=metadata.max_num_splits,
         )
@@ -85,14 +91,9 @@ class FA3Kernels:
         metadata = call.metadata
         fa3.attend_sparse_prefill(
             call.query,
-            call.keys,
-            call.values,
+            call.cache,
             call.out,
-            call.views.table,
-            call.rows.kv_batch_idx,
-            metadata.query_start_loc,
-            call.rows.sparse_seqused_q,
-            metadata.seq_lens,
+            call.paged_rows(call.rows.sparse_seqused_q),
             max_query_len=metadata.max_query_len,
             max_seq_len=metadata.max_seq_len,
             scale=self.scale,

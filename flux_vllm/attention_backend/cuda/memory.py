@@ -10,9 +10,14 @@ from flux_vllm.routing.runtime import FluxRuntime
 
 
 def most_rows(vllm_config: Any) -> int:
-    """Return the most rows of a batch, padding for CUDA graphs included."""
+    """Return the most rows of a batch, padding for CUDA graphs included.
+
+    A multiple of 4: every layer's part of a buffer then lies at a multiple of 16 bytes, as kernels
+    are compiled for.
+    """
     largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, largest_graph)
+    rows: int = max(vllm_config.scheduler_config.max_num_seqs, largest_graph)
+    return -(-rows // 4) * 4
 
 
 def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> int:
@@ -42,5 +47,5 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> i
         # vLLM rounds a table's width up to whole 128 tokens.
         width = -(-model.max_model_len // group.kv_cache_spec.block_size) + 128
         if layers:
-            total += ViewBuffers.nbytes(rows, width, len(layers))
+            total += ViewBuffers.nbytes(rows, [width], len(layers), runtime.table.num_layers)
     return total + max(workspace_nbytes(runtime, rows, heads, *shape) for shape in shapes)

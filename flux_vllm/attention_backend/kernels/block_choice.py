@@ -13,7 +13,7 @@ import triton.language as tl
 
 from flux_vllm.attention_backend.kernels.tiles import NO_SCORE, power_of_two
 
-_LEAST_WIDTH = 1024
+LEAST_WIDTH = 1024
 """Key blocks, 131,072 tokens: shorter contexts share one compiled kernel."""
 
 
@@ -45,7 +45,7 @@ def choose_blocks(
     Host sync: none; allocates nothing.
     """
     rows = (lse.shape[1] // chosen.shape[1]) if chosen.shape[1] else 0
-    width = max(_LEAST_WIDTH, power_of_two(most_blocks))
+    width = max(LEAST_WIDTH, power_of_two(most_blocks))
     _choice_kernel[(len(tasks), len(lse))](
         lse,
         tasks,

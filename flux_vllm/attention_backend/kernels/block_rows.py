@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 
 from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.block_lists import BlockLists
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
 from flux_vllm.attention_backend.kernels.head_pages import HeadPages, head_pages, page_tokens
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.tiles import power_of_two
 from flux_vllm.transfer import to_device
 
@@ -27,25 +29,6 @@ SLICE_NBYTES = 256 << 20
 """Memory that a slice of heads may take, unless one head takes more."""
 _SMALLEST_PAGE = 16
 """Tokens of the smallest page that FlashAttention-3 takes."""
-
-
-class BlockLists(NamedTuple):
-    """A step's lists of key blocks and the rows of the batch that they are of."""
-
-    block_table: torch.Tensor
-    """[>= R, M] int32; entries past a row's keys are never read."""
-    query_start_loc: torch.Tensor
-    """[R + 1] int32."""
-    seqused_q: torch.Tensor
-    """[R] int32 on the device: all of the row's queries, or 0 to skip it."""
-    seqused_k: torch.Tensor
-    """[R] int32: keys, this step's queries included."""
-    tasks: torch.Tensor
-    """[Q, 3] int32, see BlockTasks."""
-    chosen: torch.Tensor
-    """[N, E] int32: each task's key blocks, ascending, its own block last."""
-    counts: torch.Tensor
-    """[N, Q] int32: how many they are."""
 
 
 class BlockRows(NamedTuple):
@@ -125,8 +108,7 @@ def make_block_rows(
 
 def attend_block_rows(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
     lists: BlockLists,
     rows: BlockRows,
@@ -137,8 +119,7 @@ def attend_block_rows(
 
     Args:
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
-        key_cache: [B, block_size, K, H] of the same dtype, block_size a multiple of 16.
-        value_cache: likewise, with the same strides.
+        cache: of the same dtype, keys and values of the same strides, block_size a multiple of 16.
         out: [T, N, H], written for attended rows only.
         lists: of the layer.
         rows: of the step, from `make_block_rows`.
@@ -146,10 +127,10 @@ def attend_block_rows(
 
     Host sync: none.
     """
-    pages = head_pages(key_cache, value_cache)
+    pages = head_pages(*cache)
     for first_head in range(0, query.shape[1], rows.heads):
         heads = range(first_head, min(first_head + rows.heads, query.shape[1]))
-        write_tables(key_cache, pages, lists, rows, heads, query.shape[1])
+        write_tables(cache.keys, pages, lists, rows, heads, query.shape[1])
         gather_queries(query, lists, rows, heads)
         attend_rows(pages, rows, heads, scale)
         scatter_outputs(out, lists, rows, heads)
@@ -161,18 +142,19 @@ def attend_rows(pages: HeadPages, rows: BlockRows, heads: range, scale: float) -
     queries = slice(number * BLOCK_TOKENS)
     fa3.attend(
         rows.query[queries],
-        pages.keys,
-        pages.values,
+        KVCache(pages.keys, pages.values),
         rows.out[queries],
-        rows.table[:number],
-        None,
-        rows.starts[: number + 1],
-        rows.num_keys[:number],
+        PagedRows(
+            rows.table[:number],
+            None,
+            rows.starts[: number + 1],
+            rows.num_keys[:number],
+            rows.num_queries[:number],
+        ),
         # One tile's queries: keys are then never loaded by TMA, which would read past a row's.
         max_query_len=BLOCK_TOKENS,
         max_seq_len=rows.table.shape[1] * pages.keys.shape[1],
         scale=scale,
-        seqused_q=rows.num_queries[:number],
         num_splits=1,
     )
 

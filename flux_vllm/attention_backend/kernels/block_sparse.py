@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.block_lists import BlockLists
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
+from flux_vllm.attention_backend.kernels.paged import KVCache
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
@@ -44,16 +46,9 @@ def default_tile(head_dim: int) -> SparseTile:
 
 def attend_blocks(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seqused_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    tasks: torch.Tensor,
-    chosen: torch.Tensor,
-    counts: torch.Tensor,
+    lists: BlockLists,
     *,
     scale: float,
     tile: SparseTile | None = None,
@@ -62,46 +57,32 @@ def attend_blocks(
 
     Args:
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
-        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
-        value_cache: [B, block_size, K, H], likewise.
+        cache: of the same dtype.
         out: [T, N, H], written for attended rows only.
-        block_table: [>= R, M] int32; entries past a row's keys are never read.
-        query_start_loc: [R + 1] int32.
-        seqused_q: [R] int32 on the device: all of the row's queries, or 0 to skip it.
-        seqused_k: [R] int32: keys, this step's queries included.
-        tasks: [Q, 3] int32, see BlockTasks.
-        chosen: [N, E] int32: each task's key blocks; within its own a query sees keys up to itself.
-        counts: [N, Q] int32: how many they are.
+        lists: of the layer; within a task's own block a query sees keys up to itself.
         scale: softmax scale.
         tile: sizes; None for the default.
 
     Host sync: none; allocates nothing.
     """
     heads, head_dim = query.shape[1:]
-    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
+    assert query.stride(2) == out.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
     tile = tile or default_tile(head_dim)
-    _sparse_kernel[(len(tasks), heads)](
+    _sparse_kernel[(len(lists.tasks), heads)](
         query,
-        key_cache,
-        value_cache,
+        *cache,
         out,
-        block_table,
-        query_start_loc,
-        seqused_q,
-        seqused_k,
-        tasks,
-        chosen,
-        counts,
+        *lists,
         scale * LOG2_E,
         *query.stride()[:2],
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
+        *cache.keys.stride()[:3],
+        *cache.values.stride()[:3],
         *out.stride()[:2],
-        block_table.stride(0),
-        chosen.stride(0),
-        counts.stride(0),
-        BLOCK_SIZE=key_cache.shape[1],
-        GROUP=heads // key_cache.shape[2],
+        lists.block_table.stride(0),
+        lists.chosen.stride(0),
+        lists.counts.stride(0),
+        BLOCK_SIZE=cache.keys.shape[1],
+        GROUP=heads // cache.keys.shape[2],
         HEAD_DIM=head_dim,
         BLOCK_D=power_of_two(head_dim),
         BLOCK_N=tile.block_n,

@@ -40,13 +40,15 @@ def pack_block_tasks(
         wanted: [R] bool: the rows to list.
         group: tasks that one program of the score kernel takes, all of one row.
     """
-    packed: list[tuple[int, int, int]] = []
-    entry = most = 0
-    for row in np.flatnonzero(wanted & (scheduled > 0)).tolist():
-        end = int(computed[row] + scheduled[row])
-        for block in range(int(computed[row]) // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)):
-            packed.append((row, block, entry))
-            entry += block + 1
-            most = max(most, block + 1)
-        packed += [(-1, 0, entry)] * (-len(packed) % group)
-    return BlockTasks(np.array(packed, dtype=np.int32).reshape(-1, COLUMNS), entry, most)
+    rows = np.flatnonzero(wanted & (scheduled > 0))
+    first = computed[rows] // BLOCK_TOKENS
+    stop = -(-(computed[rows] + scheduled[rows]) // BLOCK_TOKENS)
+    blocks = stop - first
+    padded = -(-blocks // group) * group
+    within = np.arange(padded.sum()) - np.repeat(np.cumsum(padded) - padded, padded)
+    is_real = within < np.repeat(blocks, padded)
+    block = np.where(is_real, np.repeat(first, padded) + within, 0)
+    entries = np.where(is_real, block + 1, 0)
+    row = np.where(is_real, np.repeat(rows, padded), -1)
+    tasks = np.stack([row, block, np.cumsum(entries) - entries], axis=1).astype(np.int32)
+    return BlockTasks(tasks, int(entries.sum()), int(stop.max(initial=0)))

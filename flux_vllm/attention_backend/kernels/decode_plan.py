@@ -55,6 +55,14 @@ def plan_width(capacity: int) -> int:
     return 3 * _round4(min(capacity, MOST_ROWS)) + 4
 
 
+def plan_variant(shape: CallShape, rows: int, max_query_len: int) -> tuple | None:
+    """Return what a batch's plan is compiled for; None where there is no plan."""
+    layout = _layout(shape, max_query_len)
+    if layout is None or not 0 < rows <= MOST_ROWS:
+        return None
+    return *layout, _rows_at_a_time(rows)
+
+
 def write_decode_plans(
     seqused_k: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -111,7 +119,7 @@ def write_decode_plans(
         TILE_QUERIES=layout.tile_queries,
         TILE_KEYS=layout.tile_keys,
         BY_L2=layout.by_l2,
-        ROWS=min(power_of_two(rows), 64),
+        ROWS=_rows_at_a_time(rows),
         num_warps=4,
     )
     return plans[:, :size]
@@ -133,6 +141,10 @@ def _layout(shape: CallShape, max_query_len: int) -> _Layout | None:
 def _tiles_in_l2(group: int, tile_keys: int, head_dim: int) -> int:
     divisor = min(power_of_two(group), 16)
     return _L2_BYTES // divisor // (tile_keys * 2 * head_dim * 2)
+
+
+def _rows_at_a_time(rows: int) -> int:
+    return min(power_of_two(rows), 64)
 
 
 def _round4(rows: int) -> int:

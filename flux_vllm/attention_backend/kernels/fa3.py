@@ -3,12 +3,12 @@
 vLLM's Python wrapper passes neither `kv_batch_idx` nor `seqused_q`, which routes need: the first
 lets FULL and SPARSE rows share one call, the second switches rows off on the device.
 
-Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
-M table width.
+Dimension legend: R rows, T packed tokens, N query heads, H head dim.
 """
 
 import torch
 
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
 from flux_vllm.attention_backend.kernels.tiles import is_hopper
 
@@ -33,40 +33,30 @@ def why_unavailable() -> str | None:
 
 def attend(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_batch_idx: torch.Tensor | None,
-    query_start_loc: torch.Tensor,
-    seqused_k: torch.Tensor,
+    rows: PagedRows,
     *,
     max_query_len: int,
     max_seq_len: int,
     scale: float,
-    seqused_q: torch.Tensor | None = None,
     window_tokens: int | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
 ) -> torch.Tensor:
     """Attend causally, each row over the table row that `kv_batch_idx` names.
 
-    Decode of mixed routes is one such call with the views of `write_decode_views`. The full pass
+    Decode of mixed routes is one such call with the views of `write_views`. The full pass
     of a batch with prefill rows adds `seqused_q`.
 
     Args:
         query: [T, N, H] float16 or bfloat16.
-        key_cache: [B, block_size, K, H] of the same dtype, block_size a multiple of 16.
-        value_cache: [B, block_size, K, H], likewise.
+        cache: of the same dtype, block_size a multiple of 16.
         out: [T, N, H]; rows with `seqused_q` 0 are left as they are.
-        block_table: [any, M] int32.
-        kv_batch_idx: [R] int32 contiguous; None where row r's table row is r, of R.
-        query_start_loc: [R + 1] int32.
-        seqused_k: [R] int32 contiguous: keys of the table row; the last is the last query's own.
+        rows: of the call; without `kv_batch_idx` the table has R rows.
         max_query_len: most queries a row has (host).
         max_seq_len: most keys a row has (host).
         scale: softmax scale.
-        seqused_q: [R] int32 contiguous: queries of each row, 0 to skip it; None for all.
         window_tokens: attend to so many latest keys, the query's own included; None for all.
         scheduler_metadata: FA3's work plan for exactly these rows and this `num_splits`; None
             lets the call make it, which is safe in a CUDA graph.
@@ -78,21 +68,20 @@ def attend(
     """
     return torch.ops._vllm_fa3_C.fwd(
         query,
-        key_cache,
-        value_cache,
+        *cache,
         None,  # k_new
         None,  # v_new
         None,  # q_v
         out,
-        query_start_loc,
+        rows.query_start_loc,
         None,  # cu_seqlens_k
         None,  # cu_seqlens_k_new
-        seqused_q,
-        seqused_k,
+        rows.seqused_q,
+        rows.seqused_k,
         max_query_len,
         max_seq_len,
-        block_table,
-        kv_batch_idx,
+        rows.block_table,
+        rows.kv_batch_idx,
         None,  # leftpad_k
         None,  # rotary_cos
         None,  # rotary_sin
@@ -119,14 +108,9 @@ def attend(
 
 def attend_sparse_prefill(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_batch_idx: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seqused_q: torch.Tensor,
-    seqused_k: torch.Tensor,
+    rows: PagedRows,
     *,
     max_query_len: int,
     max_seq_len: int,
@@ -138,14 +122,10 @@ def attend_sparse_prefill(
 
     Args:
         query: [T, N, H] float16 or bfloat16.
-        key_cache: [B, block_size, K, H], likewise.
-        value_cache: [B, block_size, K, H], likewise.
+        cache: likewise.
         out: [T, N, H]; rows with `seqused_q` 0 are left as they are.
-        block_table: [any, M] int32.
-        kv_batch_idx: [R] int32 contiguous: each row's real table row.
-        query_start_loc: [R + 1] int32.
-        seqused_q: [R] int32 contiguous: all queries of the rows to attend, 0 for others.
-        seqused_k: [R] int32 contiguous: keys, this step's queries included.
+        rows: of the call, with their real table rows; `seqused_q` is all queries of the rows to
+            attend, 0 for others.
         max_query_len: most queries a row has (host).
         max_seq_len: most keys a row has (host).
         scale: softmax scale.
@@ -156,31 +136,21 @@ def attend_sparse_prefill(
     """
     lse = attend(
         query,
-        key_cache,
-        value_cache,
+        cache,
         out,
-        block_table,
-        kv_batch_idx,
-        query_start_loc,
-        seqused_k,
+        rows,
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
         scale=scale,
-        seqused_q=seqused_q,
         window_tokens=window_tokens,
     )
     merge_sinks(
         query,
-        key_cache,
-        value_cache,
+        cache,
         out,
         lse,
-        block_table,
-        query_start_loc,
-        seqused_q,
-        seqused_k,
+        rows,
         scale=scale,
         sink_tokens=sink_tokens,
         window_tokens=window_tokens,
-        kv_batch_idx=kv_batch_idx,
     )

@@ -4,8 +4,7 @@ A query at position p has its window (p - W, p] in `out` and `lse`; this adds ke
 [0, min(S, p - W + 1)), the sinks that the window does not already hold, and joins the two by their
 log-sum-exp. Queries that have no such key are left as they are.
 
-Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
-M table width.
+Dimension legend: T packed tokens, N query heads, H head dim.
 """
 
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
@@ -37,85 +37,75 @@ class MergeTile(NamedTuple):
     num_stages: int
 
 
+MANY_TOKENS = 4096
+"""From so many tokens of a batch on its tile is another: one kernel more."""
+
+
 def default_tile(head_dim: int, sink_tokens: int, num_tokens: int) -> MergeTile:
     """Choose a tile for a model's shape and a batch's tokens; measured on Hopper."""
     if INTERPRETED:
         return MergeTile(64, 32, 2, 4, 1)
     most = 128 if head_dim <= 128 else 64
     block_n = min(most, max(16, power_of_two(sink_tokens)))
-    return MergeTile(64, block_n, 8 if num_tokens >= 4096 else 4, 4, 2)
+    return MergeTile(64, block_n, 8 if num_tokens >= MANY_TOKENS else 4, 4, 2)
 
 
 def merge_sinks(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
     lse: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seqused_q: torch.Tensor,
-    seqused_k: torch.Tensor,
+    rows: PagedRows,
     *,
     scale: float,
     sink_tokens: int,
     window_tokens: int,
-    kv_batch_idx: torch.Tensor | None = None,
     tile: MergeTile | None = None,
 ) -> None:
     """Merge the sinks into the output of rows whose `seqused_q` is not 0.
 
     Args:
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
-        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
-        value_cache: [B, block_size, K, H], likewise.
+        cache: of the same dtype.
         out: [T, N, H], in and out: attention over the window.
         lse: [N, T] float32, its log-sum-exp (natural logarithm).
-        block_table: [>= R, M] int32; entries past the sinks are never read.
-        query_start_loc: [R + 1] int32: where in the batch each row's queries begin, ascending.
-        seqused_q: [R] int32 on the device: how many there are from there on, 0 to skip the row.
-        seqused_k: [R] int32: keys; the last is the last query's.
+        rows: of the batch, with `seqused_q`; table entries past the sinks are never read.
         scale: softmax scale.
         sink_tokens: S.
         window_tokens: W, the query's own key included.
-        kv_batch_idx: [R] int32, the row of `block_table` to read; None reads row r.
         tile: sizes; None for the default.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
     """
     tokens, heads, head_dim = query.shape
-    rows, kv_heads = seqused_k.shape[0], key_cache.shape[2]
+    num_rows, kv_heads = rows.seqused_k.shape[0], cache.keys.shape[2]
     group = heads // kv_heads
-    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
+    assert query.stride(2) == out.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
     assert lse.shape == (heads, tokens), f"lse {tuple(lse.shape)}, expected {(heads, tokens)}"
-    if tokens == 0 or rows == 0 or sink_tokens == 0:
+    assert rows.seqused_q is not None
+    if tokens == 0 or num_rows == 0 or sink_tokens == 0:
         return
     tile = tile or default_tile(head_dim, sink_tokens, tokens)
     block_q = tile.block_m // group
-    grid = (tokens // (block_q * tile.num_tiles) + rows, kv_heads)
+    grid = (tokens // (block_q * tile.num_tiles) + num_rows, kv_heads)
     _sink_kernel[grid](
         query,
-        key_cache,
-        value_cache,
+        *cache,
         out,
         lse,
-        block_table,
-        kv_batch_idx,
-        query_start_loc,
-        seqused_q,
-        seqused_k,
-        rows,
+        *rows,
+        num_rows,
         scale * LOG2_E,
         *query.stride()[:2],
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
+        *cache.keys.stride()[:3],
+        *cache.values.stride()[:3],
         *out.stride()[:2],
         lse.stride(0),
-        block_table.stride(0),
+        rows.block_table.stride(0),
         LOG2_E=LOG2_E,
         SINK_TOKENS=sink_tokens,
         WINDOW_TOKENS=window_tokens,
-        BLOCK_SIZE=key_cache.shape[1],
+        BLOCK_SIZE=cache.keys.shape[1],
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_D=power_of_two(head_dim),
@@ -158,7 +148,7 @@ def _absorb(
     return largest, total, dot(weights.to(v.dtype), v, acc, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "stride_lse"])
 def _sink_kernel(
     query,
     key_cache,
@@ -168,8 +158,8 @@ def _sink_kernel(
     block_table,
     kv_batch_idx,
     query_start_loc,
-    seqused_q,
     seqused_k,
+    seqused_q,
     num_rows,
     scale_log2,
     stride_qt,

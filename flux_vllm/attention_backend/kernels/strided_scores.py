@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
+from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
@@ -59,10 +60,7 @@ def default_tile(head_dim: int, element_size: int, queries_per_kv: int, stride: 
 def score_blocks(
     query: torch.Tensor,
     key_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seqused_q: torch.Tensor,
-    seqused_k: torch.Tensor,
+    rows: PagedRows,
     tasks: torch.Tensor,
     lse: torch.Tensor,
     *,
@@ -78,10 +76,8 @@ def score_blocks(
     Args:
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
         key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
-        block_table: [>= R, M] int32; entries past a row's keys are never read.
-        query_start_loc: [R + 1] int32.
-        seqused_q: [R] int32 on the device: all of the row's queries, or 0 to skip it.
-        seqused_k: [R] int32: keys, this step's queries included.
+        rows: of the batch, row r's blocks in row r of the table; `seqused_q` is all of a row's
+            queries, or 0 to skip it.
         tasks: [Q, 3] int32, see BlockTasks, in groups of `tasks_a_program`.
         lse: [N, E * G] float32, out: of task t from its first entry times G on, [G, blocks]: the
             log2 of the sum of 2^score over each key block; strided rows without a query in the
@@ -96,6 +92,7 @@ def score_blocks(
     kv_heads, block_size = key_cache.shape[2], key_cache.shape[1]
     group = heads // kv_heads
     assert block_size % stride == 0, f"block_size {block_size}, a multiple of stride {stride}"
+    assert rows.seqused_q is not None
     assert query.stride(2) == key_cache.stride(3) == lse.stride(1) == 1
     tasks_each = tasks_a_program(group, query.element_size(), stride)
     tile = default_tile(head_dim, query.element_size(), group, stride)
@@ -104,16 +101,16 @@ def score_blocks(
     _score_kernel[grid](
         query,
         key_cache,
-        block_table,
-        query_start_loc,
-        seqused_q,
-        seqused_k,
+        rows.block_table,
+        rows.query_start_loc,
+        rows.seqused_q,
+        rows.seqused_k,
         tasks,
         lse,
         scale * LOG2_E / stride,
         *query.stride()[:2],
         *key_cache.stride()[:3],
-        block_table.stride(0),
+        rows.block_table.stride(0),
         lse.stride(0),
         STRIDE=stride,
         ROWS=BLOCK_TOKENS // stride,

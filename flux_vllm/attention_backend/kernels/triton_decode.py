@@ -3,16 +3,17 @@
 Split over the keys (flash-decoding): each program takes a share of a row's keys, a second kernel
 joins the shares. A row may have a few queries (speculative decoding), causal among themselves.
 
-Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
-M table width, P splits.
+Dimension legend: T packed tokens, N query heads, H head dim, P splits.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
@@ -39,9 +40,14 @@ class DecodeWorkspace(NamedTuple):
     def fit(self, num_splits: int, tokens: int, heads: int, head_dim: int) -> "DecodeWorkspace":
         """Return the workspace for `num_splits`, halved until a batch's shares fit in it."""
         vectors = min(self.lse.numel(), self.out.numel() // head_dim)
-        while num_splits > 1 and tokens * heads * num_splits > vectors:
-            num_splits //= 2
-        return self._replace(num_splits=num_splits)
+        return self._replace(num_splits=fitting_splits(num_splits, tokens, vectors // heads))
+
+
+def fitting_splits(num_splits: int, tokens: int, shares: int) -> int:
+    """Halve `num_splits` until the shares of all tokens are no more than `shares`."""
+    while num_splits > 1 and tokens * num_splits > shares:
+        num_splits //= 2
+    return num_splits
 
 
 def decode_workspace(
@@ -62,60 +68,57 @@ def choose_num_splits(rows: int, kv_heads: int, num_sms: int, most: int = 64) ->
     return min(most, power_of_two(max(1, wanted)))
 
 
+@functools.cache
 def most_shares(max_rows: int, kv_heads: int, num_sms: int) -> int:
     """Return the most shares, over all rows, of a batch of up to `max_rows`; 0 if none is split."""
     splits = {rows: choose_num_splits(rows, kv_heads, num_sms) for rows in range(1, max_rows + 1)}
     return max((rows * count for rows, count in splits.items() if count > 1), default=0)
 
 
+def query_tile(max_query_len: int, group: int) -> int:
+    """Return the rows of a tile: queries times the query heads of a kv head."""
+    return max(16, power_of_two(max_query_len * group))
+
+
 def attend_decode(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
-    table2: torch.Tensor,
-    kv_batch_idx: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seqused_k: torch.Tensor,
+    rows: PagedRows,
     workspace: DecodeWorkspace,
     *,
     max_query_len: int,
     scale: float,
-    seqused_q: torch.Tensor | None = None,
     block_n: int | None = None,
 ) -> None:
     """Attend decode rows, each over the table row that its route chose.
 
     Args:
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
-        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
-        value_cache: [B, block_size, K, H], likewise.
+        cache: of the same dtype.
         out: [T, N, H]; rows without queries or keys are left as they are.
-        table2: [2C, M] int32, see `write_decode_views`.
-        kv_batch_idx: [R] int32, the row of `table2` to read.
-        query_start_loc: [R + 1] int32.
-        seqused_k: [R] int32: keys in that row; the last is the last query's own.
+        rows: views of `write_views`, with `kv_batch_idx`.
         workspace: for at least T tokens in its P shares.
         max_query_len: most queries a row has.
         scale: softmax scale.
-        seqused_q: [R] int32: 0 skips a row; None attends every row.
         block_n: keys taken at a time.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
     """
     tokens, heads, head_dim = query.shape
-    rows, kv_heads = seqused_k.shape[0], key_cache.shape[2]
+    num_rows, kv_heads = rows.seqused_k.shape[0], cache.keys.shape[2]
     group = heads // kv_heads
     splits = workspace.num_splits
     assert workspace.fit(splits, *query.shape).num_splits == splits, "workspace too small"
     assert splits & (splits - 1) == 0, f"{splits} splits, expected a power of two"
-    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
-    if tokens == 0 or rows == 0:
+    assert query.stride(2) == out.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
+    assert rows.kv_batch_idx is not None
+    if tokens == 0 or num_rows == 0:
         return
     if block_n is None:
         small = INTERPRETED or query.element_size() == 4 or head_dim > 128
         block_n = 32 if small else 128
-    block_m = max(16, power_of_two(max_query_len * group))
+    block_m = query_tile(max_query_len, group)
     shared = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -123,26 +126,21 @@ def attend_decode(
         "BLOCK_N": block_n,
         "SPLITS": splits,
     }
-    _share_kernel[(rows, kv_heads, splits)](
+    _share_kernel[(num_rows, kv_heads, splits)](
         query,
-        key_cache,
-        value_cache,
+        *cache,
         out,
         workspace.out,
         workspace.lse,
-        table2,
-        kv_batch_idx,
-        query_start_loc,
-        seqused_q,
-        seqused_k,
+        *rows,
         scale * LOG2_E,
         heads,
         *query.stride()[:2],
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
+        *cache.keys.stride()[:3],
+        *cache.values.stride()[:3],
         *out.stride()[:2],
-        table2.stride(0),
-        BLOCK_SIZE=key_cache.shape[1],
+        rows.block_table.stride(0),
+        BLOCK_SIZE=cache.keys.shape[1],
         BLOCK_M=block_m,
         INTERPRET=INTERPRETED,
         **shared,
@@ -150,13 +148,13 @@ def attend_decode(
         num_stages=1 if INTERPRETED else 3,
     )
     if splits > 1:
-        _join_kernel[(rows, heads)](
+        _join_kernel[(num_rows, heads)](
             out,
             workspace.out,
             workspace.lse,
-            query_start_loc,
-            seqused_q,
-            seqused_k,
+            rows.query_start_loc,
+            rows.seqused_k,
+            rows.seqused_q,
             heads,
             *out.stride()[:2],
             **shared,
@@ -187,8 +185,8 @@ def _share_kernel(
     table2,
     kv_batch_idx,
     query_start_loc,
-    seqused_q,
     seqused_k,
+    seqused_q,
     scale_log2,
     heads,
     stride_qt,
@@ -270,8 +268,8 @@ def _join_kernel(
     share_out,
     share_lse,
     query_start_loc,
-    seqused_q,
     seqused_k,
+    seqused_q,
     heads,
     stride_ot,
     stride_on,

@@ -3,8 +3,7 @@
 A tile of queries packs the query heads that share a kv head. Under SPARSE it visits the tiles of
 the sinks, then those of its window; every key counts once, also where the two overlap.
 
-Dimension legend: R rows, T packed tokens, N query heads, K kv heads, H head dim, B KV blocks,
-M table width.
+Dimension legend: T packed tokens, N query heads, H head dim.
 """
 
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
@@ -25,6 +25,8 @@ from flux_vllm.attention_backend.kernels.tiles import (
 )
 
 SUPPORTED_HEAD_DIMS = (64, 96, 128, 256)
+MANY_TOKENS = 1024
+"""From so many tokens of a batch on its tile is another: one kernel more."""
 
 
 class PrefillTile(NamedTuple):
@@ -55,80 +57,66 @@ def default_tile(
         return PrefillTile(64, 32, 4, 1)
     if not is_hopper():
         return PrefillTile(64, 64, 4, 2)
-    if num_tokens >= 1024:
+    if num_tokens >= MANY_TOKENS:
         return PrefillTile(256, 64, 16, 2)
     return PrefillTile(64, 64, 4, 3)
 
 
 def attend_prefill(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KVCache,
     out: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seqused_q: torch.Tensor,
-    seqused_k: torch.Tensor,
+    rows: PagedRows,
     *,
     scale: float,
     sparse: bool,
     sink_tokens: int = 0,
     window_tokens: int = 0,
-    kv_batch_idx: torch.Tensor | None = None,
     tile: PrefillTile | None = None,
 ) -> None:
     """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
 
     Args:
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
-        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
-        value_cache: [B, block_size, K, H], likewise.
+        cache: of the same dtype.
         out: [T, N, H], written for attended rows only.
-        block_table: [>= R, M] int32; entries past a row's keys are never read.
-        query_start_loc: [R + 1] int32: where in the batch each row's queries begin, ascending.
-        seqused_q: [R] int32 on the device: how many there are from there on, 0 to skip the row.
-        seqused_k: [R] int32: keys, this step's queries included; the last is the last query's.
+        rows: of the batch, with `seqused_q`.
         scale: softmax scale.
         sparse: attend to sinks and window instead of every earlier key.
         sink_tokens: first tokens attended.
         window_tokens: latest tokens attended, the query's own included; at least 1 if sparse.
-        kv_batch_idx: [R] int32, the row of `block_table` to read; None reads row r.
         tile: sizes; None for the default.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
     """
     tokens, heads, head_dim = query.shape
-    rows, kv_heads = seqused_k.shape[0], key_cache.shape[2]
+    num_rows, kv_heads = rows.seqused_k.shape[0], cache.keys.shape[2]
     group = heads // kv_heads
     assert head_dim in SUPPORTED_HEAD_DIMS, f"head_dim {head_dim}, one of {SUPPORTED_HEAD_DIMS}"
     assert not sparse or window_tokens >= 1, f"window_tokens {window_tokens}, at least 1"
-    assert query.stride(2) == out.stride(2) == key_cache.stride(3) == value_cache.stride(3) == 1
-    if tokens == 0 or rows == 0:
+    assert query.stride(2) == out.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
+    assert rows.seqused_q is not None
+    if tokens == 0 or num_rows == 0:
         return
     tile = tile or default_tile(head_dim, query.element_size(), group, tokens)
     block_q = tile.block_m // group
-    grid = (tokens // block_q + rows, kv_heads)
+    grid = (tokens // block_q + num_rows, kv_heads)
     _prefill_kernel[grid](
         query,
-        key_cache,
-        value_cache,
+        *cache,
         out,
-        block_table,
-        kv_batch_idx,
-        query_start_loc,
-        seqused_q,
-        seqused_k,
-        rows,
+        *rows,
+        num_rows,
         scale * LOG2_E,
         *query.stride()[:2],
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
+        *cache.keys.stride()[:3],
+        *cache.values.stride()[:3],
         *out.stride()[:2],
-        block_table.stride(0),
+        rows.block_table.stride(0),
         SPARSE=sparse,
         SINK_TOKENS=sink_tokens,
         WINDOW_TOKENS=window_tokens,
-        BLOCK_SIZE=key_cache.shape[1],
+        BLOCK_SIZE=cache.keys.shape[1],
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_D=power_of_two(head_dim),
@@ -163,8 +151,8 @@ def _prefill_kernel(
     block_table,
     kv_batch_idx,
     query_start_loc,
-    seqused_q,
     seqused_k,
+    seqused_q,
     num_rows,
     scale_log2,
     stride_qt,

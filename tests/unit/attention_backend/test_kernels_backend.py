@@ -5,20 +5,26 @@ worker runs larger batches (tests/gpu/test_backend_batches.py).
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-import triton
 
-from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
+from tests.unit.attention_backend.test_kernels_cases import (
+    FULL,
+    SPARSE,
+    Row,
+    Shape,
+    check_rows,
+    make_batch,
+)
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 BATCHES = {
@@ -86,7 +92,7 @@ def test_all_batches_share_one_workspace_that_is_reserved(
             for layer in worker.layers:
                 layer.kv_cache = batch.kv_cache
             worker.check(batch, worker.step(batch))
-        used += [call.args[8] for call in spy.call_args_list]
+        used += [call.args[4] for call in spy.call_args_list]
     assert [space.num_splits for space in used[::LAYERS]] == splits
     assert len({(space.out.data_ptr(), space.lse.data_ptr()) for space in used}) == 1
     taken = used[0].out.nbytes + used[0].lse.nbytes
@@ -96,6 +102,90 @@ def test_all_batches_share_one_workspace_that_is_reserved(
     stated = memory.fixed_nbytes(worker.runtime, config, groups)
     monkeypatch.setattr(memory, "workspace_nbytes", lambda *_: 0)
     assert stated - memory.fixed_nbytes(worker.runtime, config, groups) == taken
+
+
+def test_a_decode_step_takes_nothing_of_the_host(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views are written once a step, by its first layer; routes come when rows change, and then
+    only. Building launches nothing and copies nothing: what is noted are our launches and copies.
+    """
+    from flux_vllm.attention_backend.cuda import views
+    from tests.helpers.cuda_backend import BackendWorker
+
+    batch = make_batch(BATCHES["decode"], Shape(), "cpu")
+    worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
+    noted: list[str] = []
+    for name in ("write_views", "upload", "to_device"):
+        original = getattr(views, name)
+
+        def note(*args: object, name=name, original=original, **kwargs: object) -> object:
+            noted.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(views, name, note)
+    worker.begin_step(batch.rows)
+    rows = worker.runtime.current.batch
+    outputs = [batch.poisoned_output() for _ in worker.layers]
+    expected = [["upload", "to_device"], [], [], ["to_device"]]  # tables are laid out once
+    for step, built in enumerate(expected):
+        if step == 3:  # routed anew
+            worker.runtime.table.version += 1
+        worker.runtime.begin_step(rows)
+        metadata = worker.metadata(batch)
+        assert sorted(noted) == sorted(built), step
+        noted.clear()
+        worker.forward(batch, metadata, outputs)
+        worker.check(batch, outputs)
+        assert noted == ["write_views"]
+        noted.clear()
+        worker.runtime.end_step()
+
+
+@pytest.mark.parametrize("name", ["drafts", "mixed"])
+def test_groups_share_one_launch(
+    name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two KV cache groups of a layer each: blocks of their own, one launch of views for both."""
+    from flux_vllm.attention_backend.cuda import views
+    from flux_vllm.attention_backend.cuda.backend import FluxCUDABackend
+    from tests.helpers.cuda_backend import BackendWorker, engine_config
+
+    folder, shape = tmp_path_factory.getbasetemp(), Shape()
+    batches = [make_batch(BATCHES[name], shape, "cpu", seed=seed) for seed in (0, 1)]
+    assert not torch.equal(batches[0].block_table, batches[1].block_table)
+    worker = BackendWorker(folder, batches[0], "triton")
+    builder, config = worker.builder, engine_config(folder, shape)
+    builders = [
+        FluxCUDABackend.get_builder_cls()(
+            builder.kv_cache_spec, [f"layers.{group}"], config, builder.device
+        )
+        for group in (0, 1)
+    ]
+    assert builders[0]._group.views is builders[1]._group.views
+    assert builders[0]._group.views is not builder._group.views
+    launched: list[int] = []
+    write = views.write_views
+
+    def note(tables: object, *args: object, **kwargs: object) -> None:
+        launched.append(tables.layout.shape[0])
+        write(tables, *args, **kwargs)
+
+    monkeypatch.setattr(views, "write_views", note)
+    for _ in range(2):
+        worker.begin_step(batches[0].rows)
+        steps = []
+        for worker.builder, batch in zip(builders, batches, strict=True):
+            steps.append(worker.metadata(batch))
+        outputs = [batch.poisoned_output() for batch in batches]
+        for layer, batch, metadata, out in zip(worker.layers, batches, steps, outputs, strict=True):
+            layer.impl.forward(layer, batch.query, None, None, batch.kv_cache, metadata, out)
+        for index, batch in enumerate(batches):
+            rows = [replace(row, route=row.route ^ (index % 2)) for row in batch.rows]
+            routed = replace(batch, rows=rows)
+            check_rows(routed, outputs[index], [True] * len(rows))
+        worker.runtime.end_step()
+    assert launched == [2, 2]
 
 
 def _group(names: Iterable[str]) -> SimpleNamespace:
@@ -112,9 +202,10 @@ def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None
     batch = make_batch([Row(1, 40, SPARSE, False)], shape, "cpu")
     worker = BackendWorker(folder, batch, "triton")
     worker.step(batch)
-    views = worker.builder._views
+    group = worker.builder._group
+    views = group.views
     tensors = [tensor for tensor in vars(views).values() if isinstance(tensor, torch.Tensor)]
-    held = sum(tensor.nbytes for tensor in tensors) - views._columns.nbytes
+    held = sum(tensor.nbytes for tensor in (*tensors, *views.layer_views, group.table))
     monkeypatch.setattr(memory, "workspace_nbytes", lambda *_: 0)
     config = engine_config(folder, shape)
     one, two = (
@@ -124,7 +215,7 @@ def test_every_group_has_views_of_its_own(tmp_path_factory, monkeypatch) -> None
             [_group(["layers.0"]), _group(["layers.1"])],
         )
     )
-    width, rows = views.table.shape[1], views.capacity
+    width, rows = group.table.shape[1], views.capacity
     stated_width = 8192 // 16 + 128  # vLLM's table, as wide as it may be
     assert one == held + 8 * rows * (stated_width - width)
     assert one < two < 2 * one

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend.kernels import block_rows, fa3
-from flux_vllm.attention_backend.kernels.block_rows import BlockLists, BlockRows
+from flux_vllm.attention_backend.kernels.block_lists import BlockLists
+from flux_vllm.attention_backend.kernels.block_rows import BlockRows
 from flux_vllm.attention_backend.kernels.block_sparse import attend_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.head_pages import head_pages
@@ -137,7 +138,7 @@ def test_attend_block_rows(
     lists, tasks, kept = make_lists(batch, ACTIVE, 0.4)
     batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
-    caches = (batch.query, batch.key_cache, batch.value_cache, out)
+    caches = (batch.query, batch.cache, out)
     block_rows.attend_block_rows(*caches, lists, rows, scale=batch.scale)
     check_rows(batch, out, ACTIVE)
 
@@ -153,7 +154,7 @@ def test_attend_block_rows_long(density: float, monkeypatch: pytest.MonkeyPatch)
     batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
     assert len(rows.num_keys) > 992
-    caches = (batch.query, batch.key_cache, batch.value_cache, out)
+    caches = (batch.query, batch.cache, out)
     block_rows.attend_block_rows(*caches, lists, rows, scale=batch.scale)
     check_rows(batch, out, [True, True])
 
@@ -166,7 +167,7 @@ def test_rows_switched_by_the_device_in_a_graph(monkeypatch: pytest.MonkeyPatch)
     lists, tasks, kept = make_lists(batch, ACTIVE, 0.4)
     batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
-    caches = (batch.query, batch.key_cache, batch.value_cache, out)
+    caches = (batch.query, batch.cache, out)
     block_rows.attend_block_rows(*caches, lists, rows, scale=batch.scale)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -188,8 +189,8 @@ def test_attend_blocks(shape: Shape, device: str) -> None:
     lists, _, kept = make_lists(batch, ACTIVE, 0.4)
     batch.mask = visible_by(kept, batch)
     out = batch.poisoned_output()
-    caches = (batch.query, batch.key_cache, batch.value_cache, out)
-    attend_blocks(*caches, *lists, scale=batch.scale)
+    caches = (batch.query, batch.cache, out)
+    attend_blocks(*caches, lists, scale=batch.scale)
     check_rows(batch, out, ACTIVE)
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import triton
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
@@ -25,9 +25,7 @@ from tests.helpers.reference_attention import SparsePattern, masked_attention
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 4, 2, 64, 16
@@ -47,10 +45,29 @@ class _WrittenProbe:
         self.full_probability = self.routes.float()
 
 
+def _attend_like_vllm(impl, layer, query, key, value, kv_cache, metadata, output, *rest) -> None:
+    """Stands in for vLLM's own call, which needs a GPU: all keys up to each query's own."""
+    pages = kv_cache.transpose(1, 2)
+    starts = metadata.query_start_loc.tolist()
+    for row, length in enumerate(metadata.seq_lens.tolist()):
+        part = slice(starts[row], starts[row + 1])
+        blocks = metadata.block_table[row, : -(-length // BLOCK_SIZE)]
+        keys, values = pages[blocks].flatten(0, 1)[:length].split(HEAD_DIM, dim=-1)
+        distance = torch.arange(length)[-(part.stop - part.start) :, None] - torch.arange(length)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *(tensor.transpose(0, 1) for tensor in (query[part], keys, values)),
+            attn_mask=distance >= 0,
+            enable_gqa=True,
+        )
+        output[part] = attended.transpose(0, 1).reshape(output[part].shape)
+
+
 class _Server:
     """A hand-made worker: a KV cache, block tables, and a builder with its layers."""
 
     def __init__(self, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
         from flux_vllm.attention_backend.cuda.backend import FluxCUDAImpl, FluxCUDAMetadataBuilder
 
         monkeypatch.setattr(
@@ -59,6 +76,7 @@ class _Server:
             lambda device: SimpleNamespace(multi_processor_count=4),
         )
         monkeypatch.setattr("flux_vllm.attention_backend.kernels.fa3.is_available", lambda: False)
+        monkeypatch.setattr(FlashAttentionImpl, "forward", _attend_like_vllm)
         static = policy == "static"
         self.runtime = FluxRuntime(
             FluxConfig(policy=policy, sparse_layers=[0] if static else None),
@@ -91,17 +109,17 @@ class _Server:
             impl.num_heads, impl.num_kv_heads, impl.head_size = HEADS, KV_HEADS, HEAD_DIM
             impl.scale, impl.vllm_flash_attn_version = HEAD_DIM**-0.5, 2
             impl.binding = LayerBinding(self.runtime, index)
-            impl.group_index = index
             self.layers.append(SimpleNamespace(impl=impl, kv_cache=cache))
-        self.builder._layers = self.layers
         self.builder.block_size, self.builder.device = BLOCK_SIZE, torch.device("cpu")
-        self.builder._views, self.builder._capacity = None, 6
+        self.builder._bind(self.layers, 6)
         self.history = {name: [[] for _ in range(LAYERS)] for name in PROMPTS}
 
     def add_routes(self, metadata: SimpleNamespace) -> None:
         """Do what the builder does with vLLM's metadata."""
-        metadata.flux = self.builder._make_routes(self.runtime, metadata.block_table.shape[1])
-        self.builder._write_routes(metadata.flux, self.runtime, metadata)
+        group = self.builder._group
+        metadata.flux = self.builder._make_routes(group, self.runtime)
+        if metadata.flux is not None:
+            group.begin_step(metadata.block_table)
 
     def step(self, rows: list[tuple[str, int, bool]], padding: int = 0) -> None:
         """Run one step of (request, tokens, is prefill) rows and check every layer."""
@@ -124,6 +142,9 @@ class _Server:
         )
         metadata = self._metadata(rows, computed, padding)
         self.add_routes(metadata)
+        prefills = any(prefill for *_, prefill in rows)
+        is_long = max(ends.values()) > SINK_TOKENS + WINDOW_TOKENS
+        assert (metadata.flux is None) == (prefills and not is_long)
         slots = self.runtime.current.slots
         for index, layer in enumerate(self.layers):
             tokens = metadata.num_actual_tokens

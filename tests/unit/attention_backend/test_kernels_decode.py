@@ -1,12 +1,8 @@
-"""Decode views and Triton decode against the float32 oracle: mixed routes, padding, stale tables.
-
-Views: the oracle's list of kept blocks. Attention: the oracle's mask with edges widened to blocks.
-"""
+"""Triton decode against the float32 oracle's mask, its edges widened to whole blocks."""
 
 import pytest
 import torch
 
-from flux_vllm.attention_backend.kernels.decode_views import write_decode_views
 from flux_vllm.attention_backend.kernels.triton_decode import (
     DecodeWorkspace,
     attend_decode,
@@ -15,6 +11,14 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
     most_shares,
 )
 from tests.helpers.oracle import naive
+from tests.unit.attention_backend.decode_rows import (
+    IDS,
+    SHAPES,
+    SPECULATIVE,
+    Views,
+    decode,
+    views_of,
+)
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
@@ -27,171 +31,16 @@ from tests.unit.attention_backend.test_kernels_cases import (
     make_batch,
 )
 
-S, W = 20, 24
-UNDECIDED = -1
-
-
-def decode(seq_len: int, route: int, query_len: int = 1) -> Row:
-    return Row(query_len, seq_len, route, prefill=False)
-
-
-AWKWARD = [
-    *(decode(n, SPARSE) for n in (1, 15, 16, 17, S + W - 1, S + W, S + W + 1)),
-    Row(0, 0),
-    *(decode(n, SPARSE) for n in (63, 64, 65, 71, 72, 73, 200)),
-    decode(1, FULL),
-    decode(150, FULL),
-    Row(0, 0),
-]
-SPECULATIVE = [
-    decode(3, SPARSE, 3),
-    decode(90, SPARSE, 4),
-    decode(90, FULL, 4),
-    Row(0, 0),
-    decode(66, SPARSE, 2),
-    decode(33, FULL),
-]
-SHAPES = [
-    (Shape(), AWKWARD, 1),
-    (Shape(), AWKWARD, 4),
-    (Shape(dtype=torch.bfloat16), SPECULATIVE, 4),
-    (Shape(dtype=torch.float32), SPECULATIVE, 2),
-    (Shape(heads=3, kv_heads=3), SPECULATIVE, 2),
-    (Shape(heads=9, kv_heads=3, head_dim=96), SPECULATIVE, 2),
-    (Shape(heads=8, kv_heads=1, head_dim=128), SPECULATIVE, 4),
-    (Shape(heads=2, kv_heads=1, head_dim=256), SPECULATIVE, 2),
-    (Shape(block_size=64), SPECULATIVE, 2),
-    (Shape(block_size=48, sink_tokens=0, window_tokens=1), SPECULATIVE, 2),
-]
-IDS = [f"{shape}-R{len(rows)}-P{splits}" for shape, rows, splits in SHAPES]
-
-
-class Views:
-    """The buffers of `write_decode_views`, poisoned, for one layer whose route is the row's."""
-
-    def __init__(self, batch: PagedBatch, layers: int = 1, spare_rows: int = 2) -> None:
-        device = batch.query.device
-        rows, width = batch.block_table.shape
-        self.capacity = rows + spare_rows
-        poison = int(batch.block_table[0, -1])
-
-        def buffer(*shape: int) -> torch.Tensor:
-            return torch.full(shape, poison, dtype=torch.int32, device=device)
-
-        self.table2 = buffer(2 * self.capacity, width)
-        self.compact_lens = buffer(self.capacity)
-        self.per_layer = [buffer(layers, self.capacity) for _ in range(4)]
-        self.kv_batch_idx, self.seqused_k, self.full_seqused_q, self.sparse_seqused_q = (
-            self.per_layer
-        )
-
-    def write(
-        self, batch: PagedBatch, routes: torch.Tensor, slots: list[int], layers: list[int]
-    ) -> "Views":
-        device = batch.query.device
-        write_decode_views(
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start_loc,
-            torch.tensor(slots, device=device),
-            torch.tensor([row.prefill for row in batch.rows], dtype=torch.int8, device=device),
-            routes.to(device),
-            torch.tensor(layers, dtype=torch.int32, device=device),
-            self.table2,
-            self.compact_lens,
-            *self.per_layer,
-            block_size=batch.shape.block_size,
-            sink_tokens=batch.shape.sink_tokens,
-            window_tokens=batch.shape.window_tokens,
-            sparse_beyond_tokens=batch.shape.sink_tokens + batch.shape.window_tokens,
-        )
-        return self
-
-
-def views_of(batch: PagedBatch) -> Views:
-    """Write views for a route table with the rows' slots in reverse order."""
-    rows = len(batch.rows)
-    routes = torch.tensor([[row.route] for row in reversed(batch.rows)], dtype=torch.int8)
-    slots = [rows - 1 - i if row.query_len else -1 for i, row in enumerate(batch.rows)]
-    return Views(batch).write(batch, routes, slots, [0])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "shape", [Shape(), Shape(block_size=48, sink_tokens=49), Shape(sink_tokens=0)], ids=str
-)
-def test_write_decode_views_keeps_the_oracles_blocks(device: str, shape: Shape) -> None:
-    batch = make_batch([*AWKWARD, *SPECULATIVE], shape, device)
-    views = views_of(batch)
-    capacity, size = views.capacity, shape.block_size
-    for index, row in enumerate(batch.rows):
-        blocks = -(-row.seq_len // size)
-        assert torch.equal(views.table2[index, :blocks], batch.block_table[index, :blocks])
-        first = row.seq_len - row.query_len
-        kept = naive.compacted_blocks(
-            first, row.seq_len, shape.sink_tokens, shape.window_tokens, size
-        )
-        compacted = batch.block_table[index, kept]
-        assert torch.equal(views.table2[capacity + index, : len(kept)], compacted)
-        length = row.seq_len - (blocks - len(kept)) * size
-        assert views.compact_lens[index] == length
-        sparse = row.route == SPARSE and row.query_len > 0
-        assert views.kv_batch_idx[0, index] == (capacity + index if sparse else index)
-        assert views.seqused_k[0, index] == (length if sparse else row.seq_len)
-        assert views.full_seqused_q[0, index] == row.query_len
-        assert views.sparse_seqused_q[0, index] == 0
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_write_decode_views_by_layer(device: str) -> None:
-    """Prefill rows go to a pass by route, decode rows to a table row; UNDECIDED is FULL."""
-    rows = [
-        decode(100, FULL),
-        Row(7, 90),  # prefill beyond sinks and window
-        Row(7, S + W),  # prefill that sees every key under either route
-        decode(100, FULL),
-        Row(0, 0),
-        decode(50, FULL),
-    ]
-    batch = make_batch(rows, Shape(), device)
-    routes = torch.tensor(
-        [
-            [SPARSE, FULL, SPARSE, UNDECIDED],
-            [SPARSE, FULL, UNDECIDED, UNDECIDED],
-            [SPARSE, FULL, SPARSE, SPARSE],
-            [UNDECIDED, FULL, UNDECIDED, SPARSE],
-            [UNDECIDED] * 4,
-            [FULL, SPARSE, SPARSE, SPARSE],
-        ],
-        dtype=torch.int8,
-    )
-    views = Views(batch, layers=3)
-    views.write(batch, routes, [0, 1, 2, 3, -1, 5], layers=[3, 0, 1])
-    c = views.capacity
-    rows_used = slice(0, len(rows))
-    assert views.kv_batch_idx[:, rows_used].tolist() == [
-        [0, 1, 2, c + 3, 4, c + 5],
-        [c, 1, 2, 3, 4, 5],
-        [0, 1, 2, 3, 4, c + 5],
-    ]
-    assert views.full_seqused_q[:, rows_used].tolist() == [
-        [1, 7, 7, 1, 0, 1],
-        [1, 0, 7, 1, 0, 1],
-        [1, 7, 7, 1, 0, 1],
-    ]
-    assert views.sparse_seqused_q[:, rows_used].tolist() == [[0] * 6, [0, 7, 0, 0, 0, 0], [0] * 6]
-    assert views.seqused_k[0, 1:3].tolist() == [90, S + W]
-
 
 def run_decode(
     batch: PagedBatch,
     views: Views,
     splits: int,
     workspace: DecodeWorkspace | None = None,
+    seqused_q: torch.Tensor | None = None,
     **extra: object,
 ) -> torch.Tensor:
     out = batch.poisoned_output()
-    rows = len(batch.rows)
     tokens, heads, head_dim = batch.query.shape
     if workspace is None:
         workspace = decode_workspace(tokens + 3, heads, head_dim, splits, batch.query.device)
@@ -199,13 +48,9 @@ def run_decode(
     workspace.lse.fill_(float("nan"))
     attend_decode(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
-        views.table2,
-        views.kv_batch_idx[0, :rows],
-        batch.query_start_loc,
-        views.seqused_k[0, :rows],
+        views.rows_of(batch, seqused_q),
         workspace,
         max_query_len=max(row.query_len for row in batch.rows),
         scale=batch.scale,

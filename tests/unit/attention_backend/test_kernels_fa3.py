@@ -10,6 +10,14 @@ import pytest
 import torch
 
 from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels.decode_views import NO_REQUEST
+from tests.unit.attention_backend.decode_rows import (
+    AWKWARD,
+    SPECULATIVE,
+    Views,
+    decode,
+    views_of,
+)
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,
     SPARSE,
@@ -19,13 +27,6 @@ from tests.unit.attention_backend.test_kernels_cases import (
     assert_as_exact_as_torch,
     check_rows,
     make_batch,
-)
-from tests.unit.attention_backend.test_kernels_decode import (
-    AWKWARD,
-    SPECULATIVE,
-    Views,
-    decode,
-    views_of,
 )
 from tests.unit.attention_backend.test_kernels_prefill import AWKWARD as AWKWARD_PREFILL
 from tests.unit.attention_backend.test_kernels_prefill import LONG_CASES, LONG_IDS, _by_torch
@@ -47,17 +48,18 @@ SHAPES = [
 ]
 
 
-def attend(batch: PagedBatch, views: Views, out: torch.Tensor, **extra: object) -> torch.Tensor:
-    rows = len(batch.rows)
+def attend(
+    batch: PagedBatch,
+    views: Views,
+    out: torch.Tensor,
+    seqused_q: torch.Tensor | None = None,
+    **extra: object,
+) -> torch.Tensor:
     return fa3.attend(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
-        views.table2,
-        views.kv_batch_idx[0, :rows],
-        batch.query_start_loc,
-        views.seqused_k[0, :rows],
+        views.rows_of(batch, seqused_q),
         max_query_len=max(row.query_len for row in batch.rows),
         max_seq_len=max(row.seq_len for row in batch.rows),
         scale=batch.scale,
@@ -71,14 +73,9 @@ def two_passes(batch: PagedBatch, views: Views, out: torch.Tensor) -> None:
     attend(batch, views, out, seqused_q=views.full_seqused_q[0, :rows])
     fa3.attend_sparse_prefill(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
-        views.table2,
-        views.kv_batch_idx[0, :rows],
-        batch.query_start_loc,
-        views.sparse_seqused_q[0, :rows],
-        views.seqused_k[0, :rows],
+        views.rows_of(batch, views.sparse_seqused_q[0, :rows]),
         max_query_len=max(row.query_len for row in batch.rows),
         max_seq_len=max(row.seq_len for row in batch.rows),
         scale=batch.scale,
@@ -151,7 +148,7 @@ def test_graph_replay_follows_routes_that_change() -> None:
             Row(0, 0),
         ]
         table = torch.tensor([[route] for route in routes], dtype=torch.int8)
-        views.write(batch, table, [0, 1, 2, -1], [0])
+        views.write(batch, torch.nn.functional.pad(table, (0, 0, 0, 1), value=NO_REQUEST), [0])
         out.fill_(float("nan"))
         graph.replay()
         check_rows(batch, out, [True] * 4)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
 from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile, attend_prefill
 from tests.helpers.oracle import naive
@@ -57,16 +58,16 @@ SHAPES = [
 IDS = [f"{shape}-R{len(rows)}" for shape, rows in SHAPES]
 
 
+def rows_of(batch: PagedBatch, seqused_q: torch.Tensor) -> PagedRows:
+    return PagedRows(batch.block_table, None, batch.query_start_loc, batch.seq_lens, seqused_q)
+
+
 def attend(batch: PagedBatch, out: torch.Tensor, seqused_q: torch.Tensor, sparse: bool) -> None:
     attend_prefill(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
-        batch.block_table,
-        batch.query_start_loc,
-        seqused_q,
-        batch.seq_lens,
+        rows_of(batch, seqused_q),
         scale=batch.scale,
         sparse=sparse,
         sink_tokens=batch.shape.sink_tokens,
@@ -91,19 +92,9 @@ def test_attend_prefill_reads_the_table_row_it_is_given(device: str) -> None:
     batch = make_batch([Row(9, 30), Row(4, 70, SPARSE)], Shape(), device)
     batch.block_table = torch.cat([torch.zeros_like(batch.block_table), batch.block_table.flip(0)])
     out = batch.poisoned_output()
-    attend_prefill(
-        batch.query,
-        batch.key_cache,
-        batch.value_cache,
-        out,
-        batch.block_table,
-        batch.query_start_loc,
-        batch.seqused_q([True, True]),
-        batch.seq_lens,
-        scale=batch.scale,
-        sparse=False,
-        kv_batch_idx=torch.tensor([3, 2], dtype=torch.int32, device=device),
-    )
+    table_rows = torch.tensor([3, 2], dtype=torch.int32, device=device)
+    rows = rows_of(batch, batch.seqused_q([True, True]))._replace(kv_batch_idx=table_rows)
+    attend_prefill(batch.query, batch.cache, out, rows, scale=batch.scale, sparse=False)
     batch.block_table = batch.block_table[2:].flip(0)
     batch.rows[1] = Row(4, 70, FULL)
     check_rows(batch, out, [True, True])
@@ -140,14 +131,10 @@ def test_merge_sinks_completes_the_window(device: str, shape: Shape, rows: list[
     out, lse = window_pass(batch, sparse_rows)
     merge_sinks(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
         lse,
-        batch.block_table,
-        batch.query_start_loc,
-        batch.seqused_q(sparse_rows),
-        batch.seq_lens,
+        rows_of(batch, batch.seqused_q(sparse_rows)),
         scale=batch.scale,
         sink_tokens=shape.sink_tokens,
         window_tokens=shape.window_tokens,
@@ -205,14 +192,10 @@ def test_merge_sinks_of_the_last_queries_alone(device: str) -> None:
     untouched = out.clone()
     merge_sinks(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
         lse,
-        batch.block_table,
-        batch.query_start_loc,
-        tails.seqused_q,
-        batch.seq_lens,
+        rows_of(batch, tails.seqused_q),
         scale=batch.scale,
         sink_tokens=batch.shape.sink_tokens,
         window_tokens=batch.shape.window_tokens,
@@ -263,13 +246,9 @@ def test_attend_prefill_with_any_tile(device: str, tile: tuple[int, int, int, in
     out = batch.poisoned_output()
     attend_prefill(
         batch.query,
-        batch.key_cache,
-        batch.value_cache,
+        batch.cache,
         out,
-        batch.block_table,
-        batch.query_start_loc,
-        batch.seqused_q([True, True]),
-        batch.seq_lens,
+        rows_of(batch, batch.seqused_q([True, True])),
         scale=batch.scale,
         sparse=True,
         sink_tokens=shape.sink_tokens,

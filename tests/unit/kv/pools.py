@@ -29,7 +29,7 @@ def sparse_spec(cluster: int = 0, frees_in_prefill: bool = True, **changes: Any)
 
 
 def make_manager(
-    is_sparse: Sequence[bool],
+    is_sparse: Sequence[bool | None],
     *,
     num_blocks: int = 160,
     frees_in_prefill: bool = True,
@@ -40,18 +40,22 @@ def make_manager(
     """Make a manager as vLLM's scheduler does.
 
     Args:
-        is_sparse: by KV cache group.
+        is_sparse: by KV cache group; None where each request's routes say.
         num_blocks: of the pool, the null block included.
         frees_in_prefill: of the SPARSE groups.
         enable_caching: of prefixes.
-        takes_over: whether FluxCoordinator stands before vLLM's.
+        takes_over: whether FluxCoordinator stands before vLLM's; it is `manager.flux` then.
         report: for it.
     """
     register_all_kvcache_specs(None)
     register()
+    specs: dict[bool | None, Any] = {
+        False: FULL,
+        True: sparse_spec(0, frees_in_prefill),
+        None: sparse_spec(0, frees_in_prefill, waits_for_routes=True),
+    }
     groups = [
-        KVCacheGroupSpec([f"layers.{i}"], sparse_spec(0, frees_in_prefill) if sparse else FULL)
-        for i, sparse in enumerate(is_sparse)
+        KVCacheGroupSpec([f"layers.{i}"], specs[sparse]) for i, sparse in enumerate(is_sparse)
     ]
     manager = KVCacheManager(
         KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
@@ -62,5 +66,8 @@ def make_manager(
         enable_caching=enable_caching,
     )
     if takes_over:
-        FluxCoordinator(manager.coordinator, 2 * CHUNK_TOKENS, MAX_MODEL_LEN, report).install()
+        layers = [[i] for i in range(len(groups))]
+        manager.flux = FluxCoordinator(
+            manager.coordinator, layers, 2 * CHUNK_TOKENS, MAX_MODEL_LEN, report
+        ).install()
     return manager

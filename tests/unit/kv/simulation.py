@@ -16,6 +16,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
+from flux_vllm.router.route import Route
+
 CHUNK_TOKENS = 96
 
 
@@ -33,8 +35,12 @@ class Live:
     prefill_end: int = 0
     unsampled: int = 0
     """Steps in flight that will give a token."""
-    freed_to: int = 0
-    """Blocks up to which all behind the sinks should be null."""
+    sparse: list[bool] = field(default_factory=list)
+    """By group: what its layers are for this request."""
+    is_known: bool = False
+    """Whether the scheduler knows its routes."""
+    freed_to: list[int] = field(default_factory=list)
+    """By group: blocks up to which all behind the sinks should be null."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Simulation:
 
     Args:
         manager: vLLM's, its coordinator taken over or not.
-        is_sparse: by KV cache group.
+        is_sparse: by KV cache group; None where it differs by request, and is known to the
+            scheduler with the output of its first step.
         block_size: tokens a block.
         sink_tokens: of SPARSE groups.
         window_tokens: of SPARSE groups.
@@ -66,7 +73,7 @@ class Simulation:
     def __init__(
         self,
         manager: KVCacheManager,
-        is_sparse: list[bool],
+        is_sparse: list[bool | None],
         block_size: int,
         sink_tokens: int,
         window_tokens: int,
@@ -107,6 +114,10 @@ class Simulation:
             block_hasher=self._hasher,
         )
         live = Live(request, outputs)
+        live.sparse = [
+            self.chooser.random() < 0.6 if sparse is None else sparse for sparse in self.is_sparse
+        ]
+        live.freed_to = [0] * len(self.is_sparse)
         self.waiting.append(live)
         return live
 
@@ -157,6 +168,8 @@ class Simulation:
 
     def _admit(self, live: Live) -> Row | None:
         request = live.request
+        if hasattr(self.manager, "flux"):
+            self.manager.flux.asking = request.request_id
         hit, hit_tokens, _ = self.manager.get_computed_blocks(request)
         length = min(request.num_tokens - hit_tokens, CHUNK_TOKENS)
         new = self.manager.allocate_slots(
@@ -166,7 +179,8 @@ class Simulation:
             return None
         live.tables = [[] for _ in self.is_sparse]
         live.prefill_end = max(request.num_prompt_tokens, request.num_tokens)
-        live.freed_to = self._block_of_window(hit_tokens) if self.is_local else 0
+        skipped = self._block_of_window(hit_tokens) if self.is_local else 0
+        live.freed_to = [skipped * self._gives_back(live, i) for i in range(len(self.is_sparse))]
         request.num_computed_tokens = hit_tokens
         request.status = RequestStatus.RUNNING
         if hit_tokens:
@@ -195,12 +209,14 @@ class Simulation:
         live.request.num_computed_tokens = 0
         live.life += 1
         live.unsampled = 0
-        live.freed_to = 0
+        live.freed_to = [0] * len(self.is_sparse)
         self.waiting.appendleft(live)
 
     def finish(self, live: Live) -> None:
         """End a request."""
         self.running.remove(live)
+        if hasattr(self.manager, "flux"):
+            self.manager.flux.forget(live.request.request_id)
         self.manager.free(live.request)
         live.life += 1
         self.finished.append(list(live.request.all_token_ids))
@@ -216,7 +232,21 @@ class Simulation:
             for position in {positions[0], positions[-1], self.chooser.choice(positions)}:
                 self._read(row, position)
         for row in rows:
+            self._learn(row.live)
             self._sample(row)
+
+    def _gives_back(self, live: Live, group: int) -> bool:
+        """Say whether the scheduler knows that a group is SPARSE for a request."""
+        return live.sparse[group] and (self.is_sparse[group] is not None or live.is_known)
+
+    def _learn(self, live: Live) -> None:
+        """Tell the scheduler a request's routes, with its first output."""
+        if live.is_known or not (live in self.running or live in self.waiting):
+            return
+        live.is_known = True
+        if None in self.is_sparse:
+            routes = [Route.SPARSE if sparse else Route.FULL for sparse in live.sparse]
+            self.manager.flux.settle(live.request.request_id, routes)
 
     def _write(self, row: Row) -> None:
         tokens, prefixes = row.live.request.all_token_ids, row.live.prefixes
@@ -231,7 +261,7 @@ class Simulation:
 
     def _read(self, row: Row, position: int) -> None:
         for group, table in enumerate(row.tables):
-            for key in self._keys(position, row.is_prefill, self.is_sparse[group]):
+            for key in self._keys(position, row.is_prefill, row.live.sparse[group]):
                 block, offset = divmod(key, self.block_size)
                 found = self._slots.get((table[block], offset))
                 assert found == (group, row.live.prefixes[key]), (
@@ -268,8 +298,10 @@ class Simulation:
         processed = computed - live.request.num_in_flight_tokens
         past = max(live.request.num_prompt_tokens, live.prefill_end - 1)
         if self.is_local or processed > past:
-            kept = max(self.block_size, 128)
-            live.freed_to = max(live.freed_to, self._block_of_window(processed - kept))
+            end = self._block_of_window(processed - max(self.block_size, 128))
+            for group, freed_to in enumerate(live.freed_to):
+                if self._gives_back(live, group):
+                    live.freed_to[group] = max(freed_to, end)
 
     def check_blocks(self) -> None:
         """Check every block's references, and which blocks each request holds."""
@@ -287,10 +319,10 @@ class Simulation:
             assert block.ref_cnt == references[block.block_id]
         sink_blocks = max(1, -(-self.sink_tokens // self.block_size))
         for live in self.running:
-            for manager, is_sparse in zip(managers, self.is_sparse, strict=True):
+            for manager, freed_to in zip(managers, live.freed_to, strict=True):
                 blocks = manager.req_to_blocks[live.request.request_id]
                 null = [index for index, block in enumerate(blocks) if block.is_null]
-                freed = range(sink_blocks, live.freed_to) if is_sparse else ()
+                freed = range(sink_blocks, freed_to)
                 assert null == list(freed), (live.request.request_id, null, freed)
                 self.counts["null"] += len(null)
 

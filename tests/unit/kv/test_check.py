@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
+from flux_vllm.kv.groups import cluster_layers
 from flux_vllm.patterns import make_pattern
 from flux_vllm.startup.check import check_configuration
 from tests.unit.kv.pools import FULL
@@ -22,6 +23,8 @@ STATIC = {"policy": "static", "sparse_layers": [0, 2], "free_kv": True}
 def _config(folder, flux, is_disabled=False):
     config = make_config(folder, flux)
     config.scheduler_config.disable_hybrid_kv_cache_manager = is_disabled
+    config.scheduler_config.scheduler_cls = None
+    config.scheduler_config.async_scheduling = True
     return config
 
 
@@ -41,25 +44,30 @@ def test_one_group_alone_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("always_sparse", "threshold", "is_accepted"),
-    [((), 0.5, False), ((0, 2), 0, False), ((0, 2), 0.01, True)],
-)
-def test_router_needs_layers_that_are_always_sparse(
-    tmp_path, always_sparse, threshold, is_accepted
-):
-    write(tmp_path, always_sparse=always_sparse)
-    config = _config(tmp_path, {"free_kv": True, "threshold": threshold})
-    if is_accepted:
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("flux", [STATIC, {"free_kv": True}], ids=["static", "router"])
+def test_scheduler_is_chosen(tmp_path, flux, is_async):
+    from flux_vllm.kv import scheduler
+
+    write(tmp_path)
+    config = _config(tmp_path, flux)
+    for _ in range(2):
+        config.scheduler_config.async_scheduling = is_async
         check_configuration(config)
-        return
-    with pytest.raises(FluxConfigError) as error:
+        name = config.scheduler_config.scheduler_cls
+        chosen = scheduler.AsyncFluxScheduler if is_async else scheduler.FluxScheduler
+        assert getattr(scheduler, name.removeprefix("flux_vllm.kv.scheduler.")) is chosen
+
+
+def test_another_scheduler_is_refused(tmp_path):
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.scheduler_config.scheduler_cls = "other.Scheduler"
+    with pytest.raises(UnsupportedConfigurationError) as error:
         check_configuration(config)
     assert str(error.value) == (
-        'flux config: expected a router file that names layers as "always_sparse", and a '
-        "threshold above 0, with \"free_kv\" and policy 'router', found always_sparse "
-        f'{list(always_sparse)} and threshold {threshold:g}; serve with policy "static" or '
-        '"sparse", or drop "free_kv"'
+        'flux config: expected vLLM\'s own scheduler with "free_kv", which flux extends, found '
+        '--scheduler-cls other.Scheduler; drop it, or drop "free_kv"'
     )
 
 
@@ -118,7 +126,7 @@ def test_layers_that_differ_are_refused():
     from flux_vllm.kv.worker import hook_runner
 
     runner = _Runner(_specs() | {"layers.3.attn": replace(FULL, num_kv_heads=2)})
-    hook_runner(runner, (0, 2), make_pattern("streaming", 4, 8))
+    hook_runner(runner, cluster_layers(range(4), (0, 2)), make_pattern("streaming", 4, 8))
     with pytest.raises(
         UnsupportedConfigurationError,
         match=re.escape('expected full attention and KV caches of one shape in every layer with "'),
@@ -133,8 +141,7 @@ def test_runner_names_clusters(caplog, pattern, frees):
 
     runner = _Runner(_specs(30))
     caplog.set_level("INFO", logger="vllm.flux")
-    for _ in range(2):
-        hook_runner(runner, tuple(range(22)), make_pattern(pattern, 4, 8))
+    hook_runner(runner, cluster_layers(range(30), range(22)), make_pattern(pattern, 4, 8))
     specs = runner.get_kv_cache_spec()
     assert list(specs) == list(_specs(30))
     for index, spec in enumerate(specs.values()):
@@ -144,24 +151,68 @@ def test_runner_names_clusters(caplog, pattern, frees):
             assert isinstance(spec, FluxSpec)
             assert (spec.cluster, spec.sink_tokens, spec.window_tokens) == (index // 10, 4, 8)
             assert spec.frees_in_prefill == frees
+            assert not spec.waits_for_routes
     first, unfreed, blocks = (record.getMessage() for record in caplog.records)
     assert first.startswith("flux: free_kv cuts the KV cache into 3 groups of 10 layers; 2 of them")
     assert "[20, 21]" in unfreed
     assert "--block-size 16 " in blocks
 
 
+def _worker(folder, flux, count=30):
+    config = _config(folder, flux)
+    config.model_config.get_total_num_hidden_layers = lambda: count
+    return SimpleNamespace(vllm_config=config, model_runner=_Runner(_specs(count)))
+
+
+@pytest.mark.parametrize("order", [(), tuple(reversed(range(30)))], ids=["unknown", "known"])
+def test_worker_clusters_by_the_routers_order(tmp_path, caplog, order):
+    from flux_vllm.kv.worker import cluster_kv_cache
+
+    write(tmp_path, num_layers=30, freeing_order=order, always_sparse=(4, 5, 6, 7))
+    worker = _worker(tmp_path, {"free_kv": True})
+    check_configuration(worker.vllm_config)
+    caplog.set_level("INFO", logger="vllm.flux")
+    for _ in range(2):
+        cluster_kv_cache(worker)
+    specs = list(worker.model_runner.get_kv_cache_spec().values())
+    clusters = {}
+    for layer, spec in enumerate(specs):
+        clusters.setdefault(spec.cluster, []).append(layer)
+    always, mixed, last = (
+        ([5, 6, 7], [4, 28, 29], [0, 1, 2]) if order else ([4, 5, 6], [0, 1, 7], [27, 28, 29])
+    )
+    assert (clusters[0], clusters[1], clusters[9]) == (always, mixed, last)
+    assert [specs[layer].waits_for_routes for layer in (always[0], mixed[0], last[0])] == [
+        False,
+        True,
+        True,
+    ]
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("in which order layers are freed" in message for message in messages) != bool(order)
+    assert sum("10 groups of 3 layers; 10 of them give" in message for message in messages) == 1
+
+
+def test_worker_without_our_scheduler_is_refused(tmp_path):
+    from flux_vllm.kv.worker import cluster_kv_cache
+
+    write(tmp_path)
+    with pytest.raises(UnsupportedConfigurationError, match="found scheduler_cls None; make it so"):
+        cluster_kv_cache(_worker(tmp_path, STATIC, 4))
+
+
 def test_metrics_are_those_of_the_model(tmp_path, monkeypatch):
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    from flux_vllm.kv import register
+    from flux_vllm.kv import scheduler
     from tests.helpers.metrics import parse, total
 
-    monkeypatch.setattr(register, "metrics_directory", lambda: tmp_path)
+    monkeypatch.setattr(scheduler, "metrics_directory", lambda: tmp_path)
     config = SimpleNamespace(model_config=SimpleNamespace(served_model_name=["served", "alias"]))
     groups = [SimpleNamespace(layer_names=["a"] * n, kv_cache_spec=FULL) for n in (3, 5, 2)]
-    report = register._report(config, SimpleNamespace(kv_cache_groups=groups))
+    report = scheduler._report(config, groups)
     report.freed(7)
+    report.admitted()
     for blocks in (1, 3000):
         report.held(blocks)
     registry = CollectorRegistry()
@@ -169,6 +220,7 @@ def test_metrics_are_those_of_the_model(tmp_path, monkeypatch):
     metrics = parse(generate_latest(registry).decode())
     block_nbytes = 5 * FULL.page_size_bytes
     assert total(metrics, "flux_kv_blocks_freed_total", model_name="served") == 7
+    assert total(metrics, "flux_kv_admitted_requests_total", model_name="served") == 1
     assert total(metrics, "flux_request_kv_bytes_sum") == 3001 * block_nbytes
     assert total(metrics, "flux_request_kv_bytes_bucket", le="1.048576e+06") == 1
     assert total(metrics, "flux_request_kv_bytes_count") == 2

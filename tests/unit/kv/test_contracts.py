@@ -12,13 +12,19 @@ from tests.unit.hooks.test_sources import VERSIONS, attributes, find, members, p
 pytestmark = pytest.mark.vllm
 
 COORDINATOR = ("v1/core/kv_cache_coordinator.py", "KVCacheCoordinator")
+SCHEDULER = ("v1/core/sched/scheduler.py", "Scheduler")
 MANAGER = ("v1/core/single_type_kv_cache_manager.py", "SingleTypeKVCacheManager")
 SIGNATURES = {
     ("v1/worker/gpu_worker.py", "Worker", "get_kv_cache_spec"): "self",
-    ("v1/core/sched/scheduler.py", "Scheduler", "__init__"): (
+    (*SCHEDULER, "__init__"): (
         "self vllm_config kv_cache_config structured_output_manager block_size hash_block_size "
         "mm_registry include_finished_set log_stats"
     ),
+    (*SCHEDULER, "update_from_output"): "self scheduler_output model_runner_output",
+    (*SCHEDULER, "_free_request"): "self request delay_free_blocks",
+    ("config/scheduler.py", "SchedulerConfig", "get_scheduler_cls"): "self",
+    ("v1/outputs.py", "AsyncModelRunnerOutput", "get_output"): "self",
+    (*COORDINATOR, "find_longest_cache_hit"): "self block_hashes max_cache_hit_length",
     (*COORDINATOR, "remove_skipped_blocks"): (
         "self request_id processed_computed_tokens num_prompt_tokens"
     ),
@@ -55,8 +61,13 @@ SIGNATURES = {
 }
 MEMBERS = {
     ("config/vllm.py", "VllmConfig"): {"max_in_flight_tokens"},
-    ("config/scheduler.py", "SchedulerConfig"): {"disable_hybrid_kv_cache_manager"},
-    ("v1/core/sched/scheduler.py", "Scheduler"): {"kv_cache_manager", "max_model_len"},
+    ("config/scheduler.py", "SchedulerConfig"): {
+        "async_scheduling",
+        "disable_hybrid_kv_cache_manager",
+        "scheduler_cls",
+    },
+    SCHEDULER: {"kv_cache_manager", "max_model_len", "requests"},
+    ("v1/core/block_pool.py", "BlockPool"): {"hash_block_size", "get_num_free_blocks"},
     MANAGER: {"req_to_blocks", "num_cached_block", "_null_block", "block_pool"},
     COORDINATOR: {"single_type_managers"},
 }
@@ -121,6 +132,38 @@ class TestVllmIsAsWeKnowIt:
         assert freeing < source.rindex("get_num_blocks_to_allocate(")
         assert freeing < source.index("allocate_new_blocks(")
         assert "total_computed_tokens - request.num_in_flight_tokens" in source[freeing:]
+
+    def test_the_asking_request_is_known_before_a_hit_is_looked_up(self, version):
+        lookup = find(version, *SCHEDULER, "_get_local_prefix_cache_hit")
+        assert [argument.arg for argument in lookup.args.args][:2] == ["self", "request"]
+        assert _calls(version, SCHEDULER[0], "schedule", "_get_local_prefix_cache_hit")
+        for name in ("get_computed_blocks", "_get_local_prefix_cache_hit"):
+            # Other callers ask for what a connector found, which is refused.
+            others = _calls(version, SCHEDULER[0], "_update_waiting_for_remote_kv", name)
+            assert not others
+        manager = "v1/core/kv_cache_manager.py"
+        assert _calls(version, manager, "get_computed_blocks", "find_longest_cache_hit")
+
+    def test_an_ended_request_is_freed_by_one_function(self, version):
+        for caller in ("finish_requests", "update_from_output"):
+            assert _calls(version, SCHEDULER[0], caller, "_free_request"), caller
+        assert _calls(version, SCHEDULER[0], "_free_request", "_free_blocks")
+
+    def test_an_output_takes_further_attributes(self, version):
+        """Routes travel as an attribute of a dataclass without slots, by pickle."""
+        classes = [
+            node
+            for node in parsed(version, "v1/outputs.py").body
+            if isinstance(node, ast.ClassDef) and node.name == "ModelRunnerOutput"
+        ]
+        assert [ast.unparse(mark) for mark in classes[0].decorator_list] == ["dataclass"]
+        assert "__slots__" not in ast.unparse(classes[0])
+        for executor in ("multiproc_executor.py", "uniproc_executor.py"):
+            source = ast.unparse(parsed(version, f"v1/executor/{executor}"))
+            assert "isinstance(output, AsyncModelRunnerOutput)" in source or (
+                "isinstance(result, AsyncModelRunnerOutput)" in source
+            )
+            assert ".get_output()" in source
 
     def test_workers_sent_specs_are_pickled(self, version):
         """The core registers vLLM's own specs before it asks workers for theirs."""

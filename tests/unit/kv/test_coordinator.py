@@ -13,13 +13,16 @@ pytestmark = pytest.mark.vllm
 
 class _Report:
     def __init__(self):
-        self.freed_blocks, self.held_blocks = 0, []
+        self.freed_blocks, self.held_blocks, self.admitted_requests = 0, [], 0
 
     def freed(self, blocks):
         self.freed_blocks += blocks
 
     def held(self, blocks):
         self.held_blocks.append(blocks)
+
+    def admitted(self):
+        self.admitted_requests += 1
 
 
 def _run(takes_over, lag=1, **arguments):
@@ -151,3 +154,80 @@ def test_prompt_held_until_recomputed_after_preemption():
     for _ in range(8):
         run.step()
     assert any(block.is_null for block in manager.req_to_blocks[live.request.request_id])
+
+
+def _routed(num_blocks, report=None, **arguments):
+    is_sparse = [None, None, None]
+    manager = make_manager(is_sparse, num_blocks=num_blocks, report=report, **arguments)
+    run = Simulation(manager, is_sparse, BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, True, 0, seed=0)
+    run.chooser.random = lambda: 0.9
+    return run
+
+
+PROMPT_BLOCKS = -(-900 // BLOCK_SIZE)
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])
+def test_a_request_without_routes_is_admitted_as_full(missing, fits):
+    run = _routed(3 * PROMPT_BLOCKS + 1 - missing)
+    live = run.add(run._tokens(900), 5)
+    live.sparse = [True, True, False]
+    run.step()
+    assert bool(run.running) == fits
+
+
+def test_a_preempted_request_is_admitted_by_its_routes():
+    """What it holds at once is known then: two clusters give back meanwhile."""
+    most = -(-(WINDOW_TOKENS - 1 + 128 + 2 * 96) // BLOCK_SIZE) + 1 + 2
+    run = _routed(3 * PROMPT_BLOCKS + 1, enable_caching=False)
+    live = run.add(run._tokens(900), 5)
+    live.sparse = [True, True, False]
+    run.step()
+    run.preempt(live)
+    pool = run.manager.block_pool
+    for missing, fits in ((1, False), (0, True)):
+        spare = pool.get_num_free_blocks() - (PROMPT_BLOCKS + 2 * most) + missing
+        taken = pool.get_new_blocks(spare)
+        run.check_blocks = lambda: None
+        run.step()
+        assert bool(run.running) == fits
+        pool.free_blocks(taken)
+
+
+def test_a_request_that_fits_thanks_to_others_is_counted():
+    report = _Report()
+    whole = 3 * -(-500 // BLOCK_SIZE)
+    run = _routed(2 * whole, report=report)
+    for expected in (0, 1):
+        live = run.add(run._tokens(500), 50)
+        live.sparse = [True, True, False]
+        for _ in range(9):
+            run.step()
+        assert live in run.running
+        assert report.admitted_requests == expected
+    # Two clusters of each gave back; the third, FULL, holds all.
+    assert report.freed_blocks == run.manager.flux._given_back > 0
+
+
+def test_hits_without_their_middle_count_as_given_back():
+    report = _Report()
+    run = Simulation(
+        make_manager([True, False], report=report),
+        [True, False],
+        BLOCK_SIZE,
+        SINK_TOKENS,
+        WINDOW_TOKENS,
+        True,
+        0,
+        seed=0,
+    )
+    run.chooser.random = lambda: 0.9
+    prompt = run._tokens(500)
+    for _ in range(2):
+        run.add(prompt, 2)
+        while run.running or run.waiting:
+            run.step()
+    assert run.counts["null_hits"] == 1
+    assert run.manager.flux._given_back == 0
+    # 31 full blocks and one begun; the second finds 31 of them, less those between in one group.
+    assert report.held_blocks[1] <= report.held_blocks[0] < 2 * 32

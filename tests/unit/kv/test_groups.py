@@ -8,7 +8,13 @@ import random
 import pytest
 
 from flux_vllm.errors import FluxConfigError
-from flux_vllm.kv.groups import MOST_GROUPS, Clusters, cluster_layers
+from flux_vllm.kv.groups import (
+    MOST_GROUPS,
+    ROUTED_GROUPS,
+    Clusters,
+    cluster_by_route,
+    cluster_layers,
+)
 
 # layers, SPARSE of them: layers a group, freed groups, FULL groups
 CASES = {
@@ -51,6 +57,47 @@ def test_cluster_layers_refuses_too_few(layers, sparse):
         f'SPARSE for every request with "free_kv", found {sparse}; make more layers SPARSE, or '
         'drop "free_kv"'
     )
+
+
+# layers: sizes of the clusters
+ROUTED_CASES = {
+    1: [1],
+    4: [1, 1, 1, 1],
+    11: [3, 4, 4],
+    22: [3, 3, 4, 4, 4, 4],
+    26: [3, 3, 4, 4, 4, 4, 4],
+    28: [4] * 7,
+    30: [3] * 10,
+    32: [4] * 8,
+    36: [4] * 9,
+    80: [8] * 10,
+}
+
+
+@pytest.mark.parametrize(("layers", "sizes"), ROUTED_CASES.items(), ids=str)
+def test_cluster_by_route_sizes(layers, sizes):
+    clusters = cluster_by_route(range(layers), ())
+    assert [len(cluster) for cluster in clusters.sparse] == sizes
+    assert clusters.size == max(sizes)
+    assert clusters.num_groups == clusters.routed == len(sizes)
+
+
+def test_cluster_by_route_follows_the_order():
+    order = [5, 3, 1, 0, 2, 4, 6, 7]
+    clusters = cluster_by_route(order, always_sparse=[2, 7])
+    assert [layer for cluster in clusters.sparse for layer in cluster] == [2, 7, 5, 3, 1, 0, 4, 6]
+    assert clusters.routed == 6
+    assert cluster_by_route(range(12), always_sparse=[3, 4, 5]).routed == 5  # one layer of a pair
+
+
+def test_cluster_by_route_keeps_every_layer_once():
+    for layers in range(1, 130):
+        clusters = cluster_by_route(range(layers), ())
+        assert [layer for cluster in clusters.sparse for layer in cluster] == [*range(layers)]
+        assert {len(cluster) for cluster in clusters.sparse} <= {clusters.size, clusters.size - 1}
+        assert clusters.num_groups <= ROUTED_GROUPS[1]
+        padded = clusters.num_groups * clusters.size / layers
+        assert padded < (1.1 if layers not in (13, 17, 19, 25) else 1.3)
 
 
 def _vllm_groups(num_layers: int, clusters: Clusters) -> list[tuple[bool, int]]:
@@ -99,3 +146,13 @@ def test_vllm_cuts_groups_of_this_size():
         assert all(size <= clusters.size for size in full)
         seen += len(full) > 1
     assert seen > 5
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("layers", [2, 4, 11, 17, 22, 26, 28, 30, 32, 36, 64, 80, 126])
+def test_vllm_cuts_clusters_by_route_so(layers):
+    order = random.Random(layers).sample(range(layers), layers)
+    clusters = cluster_by_route(order, order[: layers // 3])
+    groups = _vllm_groups(layers, clusters)
+    assert all(freed for freed, _ in groups)
+    assert sorted(size for _, size in groups) == sorted(map(len, clusters.sparse))

@@ -16,7 +16,13 @@ from tests.conftest import REPOSITORY
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 OTHER_VERSION = "0.33.0"
-FILES = ("test_coordinator.py", "test_groups.py", "test_simulation.py", "test_spec.py")
+FILES = (
+    "test_coordinator.py",
+    "test_groups.py",
+    "test_scheduler.py",
+    "test_simulation.py",
+    "test_spec.py",
+)
 
 
 def test_with_the_other_version():
@@ -24,11 +30,18 @@ def test_with_the_other_version():
 
     path = os.pathsep.join([str(vllm_sources(OTHER_VERSION)), str(REPOSITORY)])
     folder = Path(__file__).parent
-    arguments = ["-q", "-p", "no:cacheprovider", *(str(folder / name) for name in FILES)]
+    arguments = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *(str(folder / name) for name in FILES),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "VLLM_TARGET_DEVICE": "cpu"},
         capture_output=True,
         text=True,
         check=False,

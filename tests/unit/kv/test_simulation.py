@@ -36,6 +36,46 @@ def test_every_query_finds_its_keys(is_local, lag, seed):
     assert bool(run.counts["null_hits"]) == is_local, run.counts
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lag", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("is_local", [True, False], ids=["streaming", "triangle"])
+@pytest.mark.parametrize("is_sparse", [(None, None, None), (True, None, None), (None, True, False)])
+def test_every_query_finds_its_keys_under_routes_of_its_own(is_sparse, is_local, lag, seed):
+    run = _simulation(is_local, lag, seed, is_sparse)
+    run.run(300)
+    assert run.manager.block_pool.get_num_free_blocks() == len(run.manager.block_pool.blocks) - 1
+    assert min(run.counts[what] for what in ("hits", "preemptions", "null")) > 0, run.counts
+    flux = run.manager.flux
+    assert not flux._live
+    assert flux._given_back == 0
+    assert not any(manager.sparse_requests for manager in flux._waiting)
+
+
+def test_routes_of_another_request_are_noticed():
+    run = _simulation(is_sparse=(None, None, None))
+    run.check_blocks = lambda: None
+    settle, former = run.manager.flux.settle, [[0, 0, 0]]
+
+    def settle_late(name, routes):
+        settle(name, former.pop())
+        former.append(routes)
+
+    run.manager.flux.settle = settle_late
+    with pytest.raises(AssertionError, match="group .*query"):
+        run.run(300)
+
+
+def test_a_hit_for_sparse_routes_does_not_serve_others(monkeypatch):
+    """A prefix whose middle is gone serves no request whose routes are not known."""
+    from flux_vllm.kv.manager import FluxManager
+
+    monkeypatch.setattr(FluxManager, "is_sparse", lambda self, name: True)
+    run = _simulation(is_sparse=(None, None, None))
+    run.check_blocks = lambda: None
+    with pytest.raises(AssertionError, match="group .*query"):
+        run.run(300)
+
+
 @pytest.mark.parametrize("enable_caching", [True, False])
 def test_all_layers_sparse(enable_caching):
     run = _simulation(is_sparse=(True,), enable_caching=enable_caching)

@@ -20,6 +20,7 @@ from flux_vllm.metrics.reporter import FLUSH_SECONDS, RATIO_BUCKETS, RouteReport
 from flux_vllm.metrics.store import MetricStore
 from flux_vllm.patterns import make_pattern
 from flux_vllm.patterns.keys import full_keys, sparse_decode_keys, sparse_prefill_keys
+from flux_vllm.routing.decode_counts import DecodeKeys
 
 OPEN, SPARSE, FULL = -1, 0, 1
 LAYERS = (0, 2, 3)  # layer 1 has a sliding window of its own
@@ -252,6 +253,19 @@ class TestWhatCounts:
         """Rows, not layers."""
         one.record([(500, 1, 400), (9, 1, 4)], [[OPEN] * 3, [SPARSE, FULL, FULL]], [False] * 2)
         assert one.scrape()[("flux_unrouted_rows_total",)] == 1
+
+    def test_keys_that_kernels_counted(self, one: Setup) -> None:
+        """The step's decisions count as ever, its keys once."""
+        routes = np.array([[SPARSE, FULL, FULL]], dtype=np.int8)
+        one.reporter.record(make_step([(500, 1, 400)]), routes, np.array([True]), False)
+        one.reporter.flush()
+        found = one.scrape()
+        assert sum(v for k, v in found.items() if k[0] == "flux_route_decisions_total") == 3
+        assert one.tokens("context", "decode") == 0
+        one.reporter.record_decode(DecodeKeys(70, 90, 2))
+        assert one.tokens("attended", "decode") == 70
+        assert one.tokens("context", "decode") == 90
+        assert one.scrape()[("flux_unrouted_rows_total",)] == 2
 
     def test_saving_of_a_sparse_decode(self, one: Setup) -> None:
         """One row at position 1000 (S 32, W 128, block 32): 32 + 137 keys of 1001 a layer."""

@@ -260,6 +260,14 @@ def test_always_sparse_layers_stay_so(tmp_path: Path, dtype: torch.dtype) -> Non
             assert (routes == Route.FULL).any()
 
 
+def test_freeing_order_is_kept(tmp_path: Path) -> None:
+    order = tuple(reversed(range(INFO.num_layers)))
+    router = LayerRouter(INFO.num_layers, INFO.head_dim)
+    for found in (order, ()):
+        write_router(tmp_path, router, replace(INFO, freeing_order=found))
+        assert read_router(tmp_path)[1].freeing_order == found
+
+
 def test_always_sparse_beyond_the_model(tmp_path: Path) -> None:
     info = replace(INFO, always_sparse=(INFO.num_layers,))
     with pytest.raises(RouterCheckpointError, match="always_sparse below num_layers "):

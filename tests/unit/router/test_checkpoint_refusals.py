@@ -233,6 +233,12 @@ class TestInputs:
             ("context_layers", "[3]", r".*context_layers and .* below num_layers \(3\).*"),
             ("always_sparse", "[3]", r".*and always_sparse below num_layers \(3\).*"),
             ("always_sparse", '["a"]', r".*a JSON list of whole numbers in .*'always_sparse'.*"),
+            (
+                "freeing_order",
+                "[0, 2]",
+                r".*each of 3 layers once in freeing_order, found \(0, 2\).*",
+            ),
+            ("freeing_order", "[0, 1, 1]", r".*each of 3 layers once in freeing_order.*"),
         ],
     )
     def test_refused(self, tmp_path: Path, field: str, value: str, message: str) -> None:

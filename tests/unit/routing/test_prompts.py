@@ -54,6 +54,60 @@ def test_prompt_that_grew_takes_the_place_of_the_older() -> None:
     assert len(prompts) == 0
 
 
+@pytest.mark.parametrize("step_tokens", [1, 4])
+@pytest.mark.parametrize("length", [1, 100, REACH])
+def test_a_short_prompt_is_looked_at_in_time(length: int, step_tokens: int) -> None:
+    """Every step adds the most it can: the check comes with the step that crosses the reach, or a
+    step early, and in none of those before."""
+    prompts = OpenPrompts(REACH, step_tokens)
+    prompts.begin_step()
+    prompts.add(prompt("a", length))
+    end, checks, found = length, 0, []
+    while not found:
+        if prompts.begin_step():
+            checks += 1
+            found = due(prompts, a=end)
+        else:
+            assert end <= REACH
+        end += step_tokens
+    assert REACH < end - step_tokens <= REACH + step_tokens
+    assert checks <= 3
+
+
+def test_nothing_open_nothing_to_look_at() -> None:
+    prompts = OpenPrompts(REACH)
+    assert not prompts.begin_step()
+    prompts.add(prompt("a", 500))
+    assert prompts.begin_step()
+    assert due(prompts, a=100) == ["a"]
+    assert not prompts.begin_step()
+
+
+def test_the_next_prompt_is_looked_at_after_the_first_one_ended() -> None:
+    prompts = OpenPrompts(REACH)
+    prompts.add(prompt("a", 150))
+    prompts.add(prompt("b", 100))
+    prompts.discard(["a"])
+    steps = sum(1 for _ in range(60) if prompts.begin_step() and due(prompts, b=100) == [])
+    assert steps <= 1
+    assert prompts.begin_step() or prompts.begin_step()
+    assert due(prompts, b=REACH + 1) == ["b"]
+
+
+def test_announced_again_it_is_looked_at_no_later() -> None:
+    """After a preemption: its generated text is among its tokens then."""
+    prompts = OpenPrompts(REACH)
+    prompts.add(prompt("a", 100))
+    for _ in range(50):
+        if prompts.begin_step():
+            assert due(prompts, a=100) == []
+    prompts.add(prompt("a", 100))
+    waited = 0
+    while not prompts.begin_step():
+        waited += 1
+    assert waited <= 11
+
+
 def test_ended_requests_are_forgotten() -> None:
     prompts = OpenPrompts(REACH)
     prompts.add(prompt("a", 5))

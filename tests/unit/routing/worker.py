@@ -9,6 +9,7 @@ from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.route import Route
+from flux_vllm.routing.decode_counts import DecodeKeys
 from flux_vllm.routing.prompts import Prompt
 from flux_vllm.routing.runtime import FluxRuntime
 
@@ -35,9 +36,22 @@ class Recorder:
         self.steps: list[tuple[tuple[str, ...], list[list[int]], list[bool]]] = []
         self.probabilities: list[list[list[float]]] = []
         self.unread = 0
+        self.keys_counted: list[bool] = []
+        self.decode_keys: list[DecodeKeys] = []
 
-    def record(self, batch: Batch, routes: np.ndarray, decided: np.ndarray) -> None:
+    def record(
+        self,
+        batch: Batch,
+        routes: np.ndarray,
+        decided: np.ndarray | None,
+        counts_keys: bool = True,
+    ) -> None:
+        decided = np.zeros(len(batch), dtype=bool) if decided is None else decided
         self.steps.append((batch.request_ids, routes.tolist(), decided.tolist()))
+        self.keys_counted.append(counts_keys)
+
+    def record_decode(self, keys: DecodeKeys) -> None:
+        self.decode_keys.append(keys)
 
     def flush(self) -> None:
         """Nothing waits here."""
@@ -115,7 +129,7 @@ def begin(runtime: FluxRuntime, step: Batch, announced: str = "", readable: bool
     runtime.admit(
         Prompt(name, lengths[name], [0] * lengths[name] if readable else None) for name in names
     )
-    if runtime.has_open_prompts:
+    if runtime.prompts_may_be_due():
         ends = (step.computed + step.scheduled).tolist()
         runtime.decide_due(dict(zip(step.request_ids, ends, strict=True)))
     runtime.begin_step(step)
@@ -125,9 +139,8 @@ def run(runtime: FluxRuntime, step: Batch, announced: str = "", readable: bool =
     """Run one batch. Returns: the requests whose routes were decided for it."""
     begin(runtime, step, announced, readable)
     assert runtime.current is not None
-    decided = [
-        name for name, yes in zip(step.request_ids, runtime.current.decided, strict=True) if yes
-    ]
+    touched = runtime.current.touched
+    decided = [] if touched is None else [step.request_ids[i] for i in touched.decided.nonzero()[0]]
     runtime.end_step()
     assert runtime.current is None
     return decided

@@ -7,7 +7,13 @@ import pytest
 
 from training import cli, recipes
 from training.__main__ import _parser, main
-from training.config import DivergenceConfig, EvalConfig, RouterSettings, TrainConfig
+from training.config import (
+    DivergenceConfig,
+    EvalConfig,
+    OrderConfig,
+    RouterSettings,
+    TrainConfig,
+)
 
 
 def flags(command: str) -> set[str]:
@@ -21,6 +27,7 @@ def test_every_field_has_a_flag_and_a_docstring() -> None:
         ("train", TrainConfig, recipes.budget()),
         ("eval", EvalConfig, recipes.evaluation()),
         ("divergence", DivergenceConfig, DivergenceConfig()),
+        ("order", OrderConfig, OrderConfig()),
     ):
         expected = set()
         for name in config_type.__dataclass_fields__:
@@ -89,6 +96,7 @@ def test_recipes_are_valid(name: str) -> None:
         (["train", "--model", "m", "--out", "o", "--loss.budget_nats", "0"], "--loss.budget_nats"),
         (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
         (["divergence", "--model", "m"], "--router and --out"),
+        (["order", "--model", "m", "--out", "o"], "--router"),
         (["eval", "--score_thresholds", "0.2", "50"], "score_thresholds to be numbers from 0 to 1"),
         (
             ["eval", "--validation_prompts", "0"],

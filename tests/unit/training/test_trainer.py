@@ -1,7 +1,5 @@
-"""Whole runs on a tiny random model: what is learned, resumed exactly, stopped when diverged."""
+"""Whole runs on a tiny random model: what is learned, and what the file says of it."""
 
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,103 +11,10 @@ import torch
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.route import Route
 from tests.unit.training.own_model import own_hidden
-from training import trainer as module
-from training.attach import RoutedModel
-from training.config import (
-    DataSettings,
-    LossSettings,
-    OptimizerSettings,
-    RouterSettings,
-    SystemSettings,
-    TrainConfig,
-)
-from training.data.encoding import Encoded
-from training.data.prompt_files import FilePrompts
-from training.data.stream import PromptStream
-from training.distributed import World, shard_model
+from tests.unit.training.runs import OBJECTIVES, SINK, WINDOW, NearAndFar, rows
+from training.config import RouterSettings
 from training.probe import collate_probes
-from training.recipes import tiny
-from training.trainer import NonFiniteLossError, Trainer, train
-
-CPU = World(0, 1, torch.device("cpu"))
-SINK, WINDOW = 8, 32
-OBJECTIVES = ["budget", "paper"]
-
-
-class NearAndFar:
-    """Prompts that FULL attention changes nothing for, and others in turn; their ends tell.
-
-    The near ones lie within sinks and window; of the far ones, most keys lie beyond.
-    """
-
-    task_names = ("near", "far")
-
-    def __getitem__(self, index: int) -> Encoded:
-        kind = self.task_names[index % 2]
-        length, mark = {"near": (SINK + WINDOW, 7), "far": (128, 9)}[kind]
-        ids = np.random.default_rng(index).integers(20, 256, length).astype(np.int32)
-        ids[length - 8 : length - 4] = mark
-        return Encoded(kind, ids, length - 4, 0)
-
-
-@pytest.fixture
-def make_trainer(
-    tiny_model: Callable[..., Any],
-    tokenizer: Any,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Trainer]:
-    monkeypatch.setattr(module, "_CALIBRATION_PROMPTS", 32)
-
-    def make(
-        name: str = "run",
-        steps: int = 60,
-        world: World = CPU,
-        stream: Any = None,
-        router: dict[str, Any] | None = None,
-        optimizer: dict[str, Any] | None = None,
-        layers: int = 4,
-        **loss: Any,
-    ) -> Trainer:
-        sizes: dict[str, Any] = {
-            "probe": (8, 16),
-            "pools": ("tail:4", "head:8"),
-            "context_depths": (1.0,),
-            "widths": (16, 16, 16, 16),
-            "sink_tokens": SINK,
-            "window_tokens": WINDOW,
-            "sparse_pattern": "streaming",
-            "full_bias": 1.0,
-        }
-        config = TrainConfig(
-            model="tiny",
-            out=str(tmp_path / name),
-            router=RouterSettings(**sizes | (router or {})),
-            data=DataSettings(
-                tasks=("needle", "repeat_end"),
-                corpus=str(corpus),
-                min_tokens=256,
-                max_tokens=300,
-                max_answer_tokens=8,
-                workers=0,
-            ),
-            loss=LossSettings(**{"multiplier_rate": 0.3} | loss),
-            optimizer=OptimizerSettings(
-                **{"steps": steps, "batch_size": 4, "learning_rate": 5e-3} | (optimizer or {})
-            ),
-            system=SystemSettings(device="cpu", dtype="float32", save_every=10),
-        )
-        stream = stream or PromptStream(config.data, tokenizer, "train", config.seed)
-        model = tiny_model(layers=layers).requires_grad_(False)
-        shard_model(model, world)
-        return Trainer(config, RoutedModel(model, SINK, WINDOW), stream, world)
-
-    return make
-
-
-def rows(trainer: Trainer) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (trainer.folder / "log.jsonl").open()]
+from training.trainer import Trainer
 
 
 def full_share(trainer: Trainer, file: Path, kind: int) -> float:
@@ -191,6 +96,7 @@ def test_the_file_says_what_its_routers_look_at(make_trainer: Callable[..., Trai
     assert (info.num_layers, info.head_dim) == (4, 8)
     assert (info.sink_tokens, info.window_tokens, info.sparse_pattern) == (8, 32, "triangle")
     assert (router.num_inputs, router.shapes) == (3 * 4 * 8, trainer.router.router.shapes)
+    assert sorted(info.freeing_order) == [0, 1, 2, 3]
     assert info.provenance["steps"] == 1
     assert info.provenance["config"]["optimizer"]["batch_size"] == 4  # type: ignore[index, call-overload]
     # The file decides as the routers in training do.
@@ -264,161 +170,3 @@ def test_the_pattern_is_trained_under_and_written(
 def test_a_pattern_that_cannot_be_trained_under_is_refused() -> None:
     with pytest.raises(ValueError, match="router.sparse_pattern.*'xattention'"):
         RouterSettings(sparse_pattern="xattention")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_killed_run_resumes_exactly(objective: str, make_trainer: Callable[..., Trainer]) -> None:
-    whole = make_trainer("whole", steps=13, objective=objective)
-    whole.run()
-    killed = make_trainer("killed", steps=13, objective=objective)
-    step = killed.train_step
-
-    def die(prompts: Any) -> Any:
-        if killed.step == 12:
-            raise KeyboardInterrupt
-        return step(prompts)
-
-    killed.train_step = die  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
-    resumed = make_trainer("killed", steps=13, objective=objective)
-    resumed.run()
-    for one, other in zip(whole.router.parameters(), resumed.router.parameters(), strict=True):
-        assert torch.equal(one, other)
-    for buffer, other in zip(whole.router.buffers(), resumed.router.buffers(), strict=True):
-        assert torch.equal(buffer, other)
-    for name, value in whole.objective.state_dict().items():
-        assert torch.equal(
-            torch.as_tensor(value), torch.as_tensor(resumed.objective.state_dict()[name])
-        )
-    expected, found = rows(whole), rows(resumed)
-    assert [row["step"] for row in found] == list(range(1, 14))
-    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
-
-
-def test_a_diverged_run_stops_and_keeps_its_checkpoint(
-    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer(steps=14, stream=NearAndFar())
-    good = trainer._answer
-
-    def diverge(*args: Any) -> Any:
-        return good(*args) * (float("nan") if trainer.step == 11 else 1.0)
-
-    monkeypatch.setattr(trainer, "_answer", diverge)
-    with pytest.raises(NonFiniteLossError, match="step 12.*last good checkpoint"):
-        trainer.run()
-    assert [path.name for path in (trainer.folder / "checkpoints").iterdir()] == ["step_0000010.pt"]
-    assert all(torch.isfinite(p).all() for p in trainer.router.parameters())
-
-
-def test_a_time_limit_ends_the_schedule(make_trainer: Callable[..., Trainer]) -> None:
-    trainer = make_trainer(stream=NearAndFar(), optimizer={"time_limit_s": 1e-3})
-    _, info = read_router(trainer.run())
-    assert len(rows(trainer)) == info.provenance["steps"] == 1
-
-
-def _run_rank(rank: int, folder: Path, make: Callable[..., Any]) -> None:
-    """Do a few steps as one of two processes, the model sharded between them."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
-    )
-    trainer = make(World(rank, 2, torch.device("cpu")))
-    trainer.run()
-    torch.save(trainer.router.state_dict(), folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_processes_train_as_one(
-    objective: str, make_trainer: Callable[..., Trainer], tmp_path: Path
-) -> None:
-    def make(name: str, world: World = CPU) -> Trainer:
-        # Five prompts a step: three and two.
-        sizes = {"batch_size": 5}
-        return make_trainer(name, 3, world, optimizer=sizes, objective=objective)
-
-    alone = make("alone")
-    alone.run()
-    torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
-        _run_rank,
-        args=(tmp_path, lambda world: make("both", world)),
-        nprocs=2,
-        start_method="fork",
-    )
-    for name, expected in alone.router.state_dict().items():
-        ranks = [torch.load(tmp_path / f"rank{rank}.pt")[name] for rank in range(2)]
-        assert torch.equal(ranks[0], ranks[1])
-        torch.testing.assert_close(ranks[0], expected, rtol=1e-3, atol=1e-5)
-    both = [json.loads(line) for line in (tmp_path / "both" / "log.jsonl").open()]
-    assert len(both) == len(rows(alone)) == 3
-    for one, other in zip(both, rows(alone), strict=True):
-        for name in ("loss", "answers_loss", "gradient_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-3)
-        assert one["shares"] == pytest.approx(other["shares"], abs=2e-4)
-
-
-def prompt_file(folder: Path, count: int = 30) -> str:
-    path = folder / "prompts.jsonl"
-    lines = [
-        {"messages": [{"role": "user", "content": f"word{at} " * 90}], "answer": f"one {at} two"}
-        for at in range(count)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_prompts_from_files_are_trained_on(
-    objective: str, make_trainer: Callable[..., Trainer], tokenizer: Any, tmp_path: Path
-) -> None:
-    data = DataSettings(files=(prompt_file(tmp_path),), min_tokens=256, max_tokens=256)
-    stream = FilePrompts(data, tokenizer, "train", 0, 2048)
-    trainer = make_trainer(steps=8, stream=stream, objective=objective)
-    before = [parameter.clone() for parameter in trainer.router.parameters()]
-    trainer.run()
-    assert len(rows(trainer)) * 4 > len(stream)  # into a second pass
-    name = {"budget": "all", "paper": "prompt"}[objective]
-    assert all(row["shares"].keys() == {name} for row in rows(trainer))
-    after = trainer.router.parameters()
-    assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
-
-
-@pytest.fixture
-def tiny_config(
-    tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., TrainConfig]:
-    monkeypatch.setattr(module, "_CALIBRATION_PROMPTS", 8)
-    monkeypatch.setattr(module, "load_tokenizer", lambda model: tokenizer)
-    routed = RoutedModel(tiny_model(), 16, 64)
-    monkeypatch.setattr(module, "load_routed", lambda *given: routed)
-
-    def make(**data: Any) -> TrainConfig:
-        config = tiny("tiny", str(tmp_path / "out"))
-        return dataclasses.replace(
-            config,
-            data=dataclasses.replace(config.data, **data),
-            optimizer=dataclasses.replace(config.optimizer, steps=2),
-        )
-
-    return make
-
-
-def test_train_takes_prompts_from_files_or_makes_them(
-    tiny_config: Callable[..., TrainConfig], corpus: Path, tmp_path: Path
-) -> None:
-    for number, data in enumerate(
-        ({"files": (prompt_file(tmp_path),)}, {"tasks": ("needle",), "corpus": str(corpus)})
-    ):
-        out = str(tmp_path / f"out{number}")
-        _, info = read_router(train(dataclasses.replace(tiny_config(**data), out=out)))
-        assert info.provenance["steps"] == 2
-
-
-@pytest.mark.parametrize("given", ["both", "neither"])
-def test_train_refuses_two_sources_or_none(
-    given: str, tiny_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    both = {"files": (prompt_file(tmp_path),), "tasks": ("needle",)}
-    with pytest.raises(ValueError, match=rf"--data.files or made by --data.tasks, found {given}"):
-        train(tiny_config(**both if given == "both" else {}))

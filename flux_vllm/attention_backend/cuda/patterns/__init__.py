@@ -36,6 +36,17 @@ def prefill_nbytes(
     return nbytes
 
 
+def long_contexts(pattern: SparsePattern, max_len: int) -> list[int]:
+    """Return tokens of long requests, one for each kernel that they have to themselves.
+
+    Args:
+        pattern: of SPARSE layers.
+        max_len: tokens of the longest request.
+    """
+    lengths: list[int] = _module(pattern).long_contexts(max_len)
+    return lengths
+
+
 def _module(pattern: SparsePattern) -> ModuleType:
     name = f"flux_vllm.attention_backend.cuda.patterns.{pattern.name}"
     try:

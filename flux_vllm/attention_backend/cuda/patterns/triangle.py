@@ -19,6 +19,11 @@ def plan(pattern: triangle.Pattern, batch: Batch, device: torch.device) -> Batch
     return _TailPass(to_device(tails.astype(np.int32), device), int(tails.max()))
 
 
+def long_contexts(max_len: int) -> list[int]:
+    """Return none: the kernels are those of short contexts."""
+    return []
+
+
 def nbytes(pattern: triangle.Pattern, *sizes: int) -> int:
     """Return 0: a number a row is little."""
     return 0
@@ -31,15 +36,23 @@ class _TailPass:
         self._tails = tails
         self._longest = longest
         self._starts: torch.Tensor | None = None
+        self._seqused_q: torch.Tensor
 
     def attend(self, call: LayerCall, kernels: Kernels) -> None:
         kernels.sink_window_pass(call)
+        rows = call.metadata.seq_lens.shape[0]
         if self._starts is None:
-            rows, all_rows = len(self._tails), call.metadata.seq_lens.shape[0]
-            # Padding rows have no tail.
-            self._tails = functional.pad(self._tails, (0, all_rows - rows))
-            self._starts = call.metadata.query_start_loc.clone()
-            self._starts[:-1] = call.metadata.query_start_loc[1:] - self._tails
-        # 0 for the rows that this layer does not prefill under SPARSE.
-        seqused_q = torch.minimum(call.rows.sparse_seqused_q, self._tails)
+            self._prepare(call, rows)
+        assert self._starts is not None
+        seqused_q = self._seqused_q[call.layer, :rows]
         kernels.every_key_pass(call, self._starts, seqused_q, self._longest)
+
+    def _prepare(self, call: LayerCall, rows: int) -> None:
+        """Find all layers' tails, in the step's first layer that has any."""
+        of_layers = call.views.sparse_seqused_q
+        # Padding rows have no tail.
+        tails = functional.pad(self._tails, (0, of_layers.shape[1] - len(self._tails)))
+        self._starts = call.metadata.query_start_loc.clone()
+        self._starts[:-1] = call.metadata.query_start_loc[1:] - tails[:rows]
+        # 0 for the rows that a layer does not prefill under SPARSE.
+        self._seqused_q = torch.minimum(of_layers, tails)

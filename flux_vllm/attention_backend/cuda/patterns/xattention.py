@@ -9,15 +9,16 @@ import torch
 
 from flux_vllm.attention_backend.cuda.calls import Kernels, LayerCall
 from flux_vllm.attention_backend.kernels import block_rows, fa3
-from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
+from flux_vllm.attention_backend.kernels.block_choice import LEAST_WIDTH, choose_blocks
+from flux_vllm.attention_backend.kernels.block_lists import BlockLists
 from flux_vllm.attention_backend.kernels.block_rows import (
-    BlockLists,
     BlockRows,
     attend_block_rows,
     make_block_rows,
 )
 from flux_vllm.attention_backend.kernels.block_sparse import attend_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import xattention
@@ -28,6 +29,15 @@ from flux_vllm.transfer import to_device
 def plan(pattern: xattention.Pattern, batch: Batch, device: torch.device) -> "BlockPrefill":
     """Plan a batch by query blocks."""
     return BlockPrefill(pattern, batch, device)
+
+
+def long_contexts(max_len: int) -> list[int]:
+    """Return one length for each width of a query block's choice."""
+    lengths, blocks = [], LEAST_WIDTH
+    while blocks * BLOCK < max_len:
+        lengths.append(blocks * BLOCK + 1)
+        blocks *= 2
+    return lengths
 
 
 def nbytes(
@@ -66,20 +76,22 @@ class BlockPrefill:
             buffers = self._buffers = self._make_buffers(call, kernels.name == "fa3")
         metadata, pattern = call.metadata, self._pattern
         seqused_q = call.rows.sparse_seqused_q
-        rows = (metadata.block_table, metadata.query_start_loc, seqused_q, metadata.seq_lens)
-        kv_heads = call.keys.shape[2]
+        rows = PagedRows(
+            metadata.block_table, None, metadata.query_start_loc, metadata.seq_lens, seqused_q
+        )
+        kv_heads = call.cache.keys.shape[2]
         group = call.query.shape[1] // kv_heads
         for first in range(0, kv_heads, buffers.kv_heads):
             of_kv = slice(first, min(first + buffers.kv_heads, kv_heads))
             of_query = slice(of_kv.start * group, of_kv.stop * group)
             query, out = call.query[:, of_query], call.out[:, of_query]
-            keys, values = call.keys[:, :, of_kv], call.values[:, :, of_kv]
+            cache = KVCache(call.cache.keys[:, :, of_kv], call.cache.values[:, :, of_kv])
             by_head = (buffers.lse, buffers.chosen, buffers.counts)
             lse, chosen, counts = (buffer[: query.shape[1]] for buffer in by_head)
             score_blocks(
                 query,
-                keys,
-                *rows,
+                cache.keys,
+                rows,
                 buffers.tasks,
                 lse,
                 most_blocks=buffers.most_blocks,
@@ -97,17 +109,23 @@ class BlockPrefill:
                 threshold=pattern.threshold,
                 stride=pattern.stride,
             )
-            lists = BlockLists(*rows, buffers.tasks, chosen, counts)
+            lists = BlockLists(
+                rows.block_table,
+                rows.query_start_loc,
+                seqused_q,
+                rows.seqused_k,
+                buffers.tasks,
+                chosen,
+                counts,
+            )
             if buffers.rows is None:
-                attend_blocks(query, keys, values, out, *lists, scale=kernels.scale)
+                attend_blocks(query, cache, out, lists, scale=kernels.scale)
             else:
-                attend_block_rows(
-                    query, keys, values, out, lists, buffers.rows, scale=kernels.scale
-                )
+                attend_block_rows(query, cache, out, lists, buffers.rows, scale=kernels.scale)
 
     def _make_buffers(self, call: LayerCall, by_fa3: bool) -> "_Buffers":
         """Plan the step, in its first layer that needs it."""
-        batch, (_, block_size, kv_heads, _) = self._batch, call.keys.shape
+        batch, (_, block_size, kv_heads, _) = self._batch, call.cache.keys.shape
         group = call.query.shape[1] // kv_heads
         together = tasks_a_program(group, call.query.element_size(), self._pattern.stride)
         packed = pack_block_tasks(batch.computed, batch.scheduled, batch.is_prefill, together)

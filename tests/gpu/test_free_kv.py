@@ -1,0 +1,134 @@
+"""`free_kv` on a GPU: several KV cache groups, freed and overwritten, change no bit.
+
+Oracle: the same engine without `free_kv`, given the same chunks; for memory, the formula of
+docs/KV_MEMORY.md. vLLM's defaults stay on: CUDA graphs and asynchronous scheduling.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from flux_vllm.router.checkpoint import read_router, write_router
+from flux_vllm.router.route import Route
+from tests.helpers.engine import Engine
+from tests.helpers.free_kv import PoisonedEngine
+from tests.helpers.models import (
+    random_prompt,
+    round_to_bfloat16,
+    write_random_router,
+    write_tiny_llama,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+
+SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE, TOKENS = 32, 128, 32, 70
+STATIC = {
+    "policy": "static",
+    "sparse_layers": [0, 1, 2],
+    "sink_tokens": SINK_TOKENS,
+    "window_tokens": WINDOW_TOKENS,
+}
+LENGTHS = [1510, 710, 655, 159, 30]
+PROMPTS = [random_prompt(length, seed=length) for length in LENGTHS]
+ARGUMENTS = {
+    "dtype": "bfloat16",
+    "enforce_eager": False,
+    "max_num_seqs": 16,
+    "gpu_memory_utilization": 0.1,  # several processes share the GPU
+    "block_size": BLOCK_SIZE,
+    "max_num_batched_tokens": 512,
+    "enable_prefix_caching": True,
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny bfloat16 Llama, and a router that gives these prompts routes of their own."""
+    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=8, kv_heads=2, head_dim=128)
+    round_to_bfloat16(folder)
+    router = tmp_path_factory.mktemp("router")
+    write_random_router(
+        router,
+        num_layers=4,
+        head_dim=128,
+        pool_tokens=48,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=folder,
+    )
+    found, info = read_router(router)
+    write_router(router, found, replace(info, freeing_order=(2, 0, 3, 1)))
+    return folder, {"router": str(router)}
+
+
+def _bits(answers):
+    return [(answer.tokens, answer.logprobs, answer.routes) for answer in answers]
+
+
+def _given_back(answers, routes=None):
+    """Count, by the formula, the blocks that answers should have given back at their end."""
+    blocks = 0
+    for answer in answers:
+        end = (len(answer.prompt) + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE
+        sparse = sum(route == Route.SPARSE for route in routes or answer.routes or ())
+        blocks += sparse * max(end - 1, 0)
+    return blocks
+
+
+def _serve(make, folder, flux):
+    """Answer the prompts together, then, one by one, questions that follow the first answers."""
+    with make(folder, flux, **ARGUMENTS) as engine:
+        answers = engine.generate(PROMPTS, TOKENS)
+        held = None
+        if isinstance(engine, PoisonedEngine):
+            assert engine.core.batch_queue_size == 2, "scheduled ahead"
+            held = len(engine.managers), len(engine.freed)
+        longer = [a.prompt + a.tokens + random_prompt(20, seed=1) for a in answers[:2]]
+        followed = [engine.generate([prompt], TOKENS)[0] for prompt in longer]
+        if isinstance(engine, PoisonedEngine):
+            pool = engine.manager.block_pool
+            assert pool.get_num_free_blocks() == len(pool.blocks) - 1
+        return answers, followed, held
+
+
+@pytest.mark.parametrize("case", ["streaming-fa3", "triangle-triton"])
+def test_static_clusters(model, case):
+    pattern, kernels = case.split("-")
+    flux = STATIC | {"sparse_pattern": pattern, "kernels": kernels}
+    answers, followed, held = _serve(PoisonedEngine, model[0], flux | {"free_kv": True})
+    assert held == (4, _given_back(answers, [0, 0, 0, 1]))
+    plain, plain_followed, _ = _serve(Engine, model[0], flux)
+    assert _bits(answers) == _bits(plain)
+    assert [a.cached_tokens for a in followed] == [a.cached_tokens for a in plain_followed]
+    assert _bits(followed) == _bits(plain_followed)
+
+
+def test_routed_clusters(model):
+    folder, flux = model
+    answers, followed, held = _serve(PoisonedEngine, folder, flux | {"free_kv": True})
+    assert held == (4, _given_back(answers))
+    assert len({tuple(answer.routes) for answer in answers if answer.routes}) > 1
+    plain, plain_followed, _ = _serve(Engine, folder, flux)
+    assert _bits(answers) == _bits(plain)
+    assert [a.cached_tokens for a in followed] == [a.cached_tokens for a in plain_followed]
+    assert _bits(followed) == _bits(plain_followed)
+
+
+def test_few_blocks(model):
+    """Requests wait, some are preempted: each is answered, and every block is free at the end."""
+    folder, flux = model
+    prompts = [random_prompt(600 + length, seed=length) for length in range(8)]
+    blocks = 4 * 32 + 1
+    arguments = ARGUMENTS | {"max_model_len": 1024, "num_gpu_blocks_override": blocks}
+    with PoisonedEngine(folder, flux | {"free_kv": True}, **arguments) as engine:
+        answers = engine.generate(prompts, 200)
+        assert engine.most_running > 1
+        pool = engine.manager.block_pool
+        assert pool.get_num_free_blocks() == len(pool.blocks) - 1 == blocks - 1
+        alone = [engine.generate([prompt], 1)[0] for prompt in prompts]
+    for answer, other in zip(answers, alone, strict=True):
+        assert len(answer.tokens) == 200
+        assert answer.routes == other.routes
+        # Another batch, other sums in bfloat16.
+        likeliest = max(other.candidates[0].values())
+        assert answer.candidates[0][answer.tokens[0]] == pytest.approx(likeliest, abs=0.1)

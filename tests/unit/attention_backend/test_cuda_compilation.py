@@ -1,0 +1,142 @@
+"""Our kernels compile for GPUs, as the backend calls them: what the interpreter does not check.
+
+Triton and NVIDIA's assembler come with its wheel, so no GPU is needed; nothing is run. Each launch
+of the real builder and layers is compiled for its own arguments' types and constants.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles, and runs nothing"),
+]
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+DECODE = [Row(1, 90, SPARSE, False), Row(1, 97, FULL, False)]
+MIXED = [Row(1, 92, SPARSE, False), Row(5, 288, SPARSE), Row(5, 56)]
+SHAPE = Shape(dtype=torch.bfloat16, heads=12, kv_heads=2, head_dim=128)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int), value
+    return "i32"
+
+
+class Compiler:
+    """Stands in for a launch: compiles the kernel for a GPU, once for the same arguments."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+        self.names: list[str] = []
+        self._known: set[str] = set()
+
+    def run(self, function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in function.params]
+        bound = dict(zip(names, args, strict=False))
+        bound |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        constants = {
+            parameter.name: bound[parameter.name]
+            for parameter in function.params
+            if parameter.is_constexpr or bound[parameter.name] is None
+        }
+        signature = {
+            name: "constexpr" if name in constants else _type_of(bound[name]) for name in names
+        }
+        key = f"{function.fn.__qualname__} {signature} {constants} {kwargs}"
+        if key in self._known:
+            return
+        self._known.add(key)
+        by_place = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(function, signature, by_place)
+        compiled = triton.compile(source, target=self._target, options=kwargs)
+        assert compiled.asm["cubin"]
+        self.names.append(function.fn.__qualname__)
+
+
+@pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    from vllm.v1.attention.backends import flash_attn
+
+    from flux_vllm.attention_backend.kernels import (
+        block_rows,
+        block_sparse,
+        fa3,
+        strided_scores,
+        triton_prefill,
+    )
+
+    compiler = Compiler(request.param)
+    run: Callable = lambda self, *args, **kwargs: compiler.run(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
+        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for module in (block_rows, block_sparse, strided_scores, triton_prefill):
+        if hasattr(module, "is_hopper"):
+            monkeypatch.setattr(module, "is_hopper", lambda: request.param == 90)
+    monkeypatch.setattr(fa3, "is_available", lambda: request.param == 90)
+
+    def attend(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return torch.zeros(query.shape[1], query.shape[0])
+
+    monkeypatch.setattr(fa3, "attend", attend)
+    return compiler
+
+
+def _steps(folder: Any, kernels: str, pattern: str) -> None:
+    """Run a decode step, one of a graph's plans, and a step with prefill rows."""
+    from tests.helpers.cuda_backend import BackendWorker
+
+    for rows in (DECODE, MIXED):
+        batch = make_batch(rows, SHAPE, "cpu")
+        worker = BackendWorker(folder, batch, kernels, sparse_pattern=pattern)
+        for layer in worker.layers:
+            layer.impl.vllm_flash_attn_version = 3 if kernels == "fa3" else 2
+        worker.step(batch)
+        worker.builder.use_full_cuda_graph = True
+        worker.builder.max_cudagraph_size, worker.builder.max_num_splits = 64, 32
+        worker.step(batch)
+
+
+@pytest.mark.parametrize("pattern", ["triangle", "xattention"])
+@pytest.mark.parametrize("kernels", ["fa3", "triton"])
+def test_every_kernel_compiles(
+    compiler: Compiler, kernels: str, pattern: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from flux_vllm.attention_backend.kernels import fa3
+
+    if kernels == "fa3" and not fa3.is_available():
+        pytest.skip("FlashAttention-3 is for compute capability 9")
+    _steps(tmp_path_factory.getbasetemp(), kernels, pattern)
+    expected = {"_views_kernel"}
+    expected |= {"_plans_kernel"} if kernels == "fa3" else {"_share_kernel", "_join_kernel"}
+    if pattern == "xattention":
+        expected |= {"_score_kernel", "_choice_kernel"}
+        expected |= {"_table_kernel", "_copy_kernel"} if kernels == "fa3" else {"_sparse_kernel"}
+    else:
+        expected |= {"_sink_kernel"} if kernels == "fa3" else {"_prefill_kernel"}
+    assert expected <= set(compiler.names), compiler.names

@@ -1,0 +1,104 @@
+"""The CUDA backend over block tables whose SPARSE rows gave back what `free_kv` frees.
+
+Oracle: `tests.helpers.oracle.naive` over the same batch with every block there. What was given back
+is NaN here, which no masked key would survive: it must not be loaded at all.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.unit.attention_backend.test_kernels_cases import (
+    DEVICES,
+    FULL,
+    SPARSE,
+    PagedBatch,
+    Row,
+    Shape,
+    assert_as_exact_as_torch,
+    make_batch,
+)
+
+pytestmark = pytest.mark.vllm
+
+BATCHES = {
+    "decode": [Row(1, 420, SPARSE, False), Row(1, 97, FULL, False), Row(1, 333, SPARSE, False)],
+    "drafts": [Row(4, 400, SPARSE, False), Row(2, 90, FULL, False), Row(0, 0)],
+    "prefill": [Row(40, 420, SPARSE), Row(9, 300, SPARSE), Row(3, 81, FULL)],
+    "mixed": [Row(1, 300, SPARSE, False), Row(1, 40, FULL, False), Row(21, 388, SPARSE)],
+}
+
+
+@pytest.fixture(autouse=True)
+def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if device == "cuda":
+        return
+    from types import SimpleNamespace
+
+    from vllm.v1.attention.backends import flash_attn
+
+    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
+        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def _free(batch: PagedBatch, too_many: int = 0) -> tuple[PagedBatch, int]:
+    """Let SPARSE rows give back what they may. Returns: the batch, and how many blocks went."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from flux_vllm.kv.spec import FluxSpec
+
+    shape, table, count = batch.shape, batch.block_table.clone(), 0
+    spec = FluxSpec.of(
+        FullAttentionSpec(
+            block_size=shape.block_size,
+            num_kv_heads=shape.kv_heads,
+            head_size=shape.head_dim,
+            dtype=shape.dtype,
+        ),
+        cluster=0,
+        sink_tokens=shape.sink_tokens,
+        window_tokens=shape.window_tokens,
+        frees_in_prefill=True,
+    )
+    for index, row in enumerate(batch.rows):
+        if row.route == SPARSE and row.query_len:
+            end = spec.freed_end(row.seq_len - row.query_len) + too_many
+            table[index, spec.sink_blocks : end] = 0  # NaN throughout
+            count += max(end - spec.sink_blocks, 0)
+    return replace(batch, block_table=table), count
+
+
+def _run(batch: PagedBatch, freed: PagedBatch, folder, kernels: str) -> None:
+    """Hold the first layer, whose routes are the rows' own, to the batch with every block."""
+    from tests.helpers.cuda_backend import BackendWorker
+
+    out = BackendWorker(folder, freed, kernels).step(freed)[0]
+    exact, low = batch.oracle(), batch.oracle(batch.shape.dtype)
+    for index, row in enumerate(batch.rows):
+        if row.query_len:
+            part = batch.tokens_of(index)
+            assert_as_exact_as_torch(out[part], exact[part], low[part], f"row {index} {row}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("kernels", ["triton", "fa3"])
+def test_freed_blocks_are_not_read(device: str, name: str, kernels: str, tmp_path_factory) -> None:
+    if kernels == "fa3" and device == "cpu":
+        pytest.skip("FlashAttention-3 runs on a GPU alone")
+    batch = make_batch(BATCHES[name], Shape(), device)
+    freed, count = _free(batch)
+    assert count > 10
+    _run(batch, freed, tmp_path_factory.getbasetemp(), kernels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_a_window_freed_too_early_is_noticed(device: str, name: str, tmp_path_factory) -> None:
+    batch = make_batch(BATCHES[name], Shape(), device)
+    freed, _ = _free(batch, too_many=128 // 16 + 1)
+    with pytest.raises(AssertionError, match="not finite"):
+        _run(batch, freed, tmp_path_factory.getbasetemp(), "triton")
