@@ -143,10 +143,11 @@ class RelaxationSettings:
 class LossSettings:
     """What is minimised."""
 
-    objective: Literal["budget", "paper"] = "budget"
+    objective: Literal["budget", "online", "paper"] = "budget"
     """`budget`: the fewest FULL layers whose divergence from full attention stays within
-    budget_nats; `paper`: cross-entropy on the answers, and a share of SPARSE layers for each task
-    (`targets`)."""
+    budget_nats, by costs measured once; `online`: the same by sampled routes, the model running at
+    every update, which takes many times the prompts; `paper`: cross-entropy on the answers, and a
+    share of SPARSE layers for each task (`targets`)."""
     budget_nats: float = 0.02
     """Mean KL(full attention || routed) on answers that routes may cost, nats a token."""
     answer_tokens: int = 128

@@ -30,7 +30,7 @@ from training.trainer import Trainer
 _WARM_UP_STEPS = 2
 _TASK = "needle"
 _ANSWER_TOKENS = 64
-_OBJECTIVES = {"lm": "paper", "kl": "budget"}
+_OBJECTIVES = {"lm": "paper", "kl": "online"}
 
 
 @dataclass(frozen=True, slots=True)

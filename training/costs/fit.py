@@ -25,7 +25,8 @@ from training.costs.quadratic import QuadraticCosts
 from training.losses import excess_confidence
 from training.standardize import StandardizedRouter
 
-_FIRST_MULTIPLIER = 30.0
+_FIRST_MULTIPLIER = 1.0
+"""Low: a layer that was once surely FULL hardly comes back."""
 _MOST_MULTIPLIER = 1000.0
 _MOST_EXCESS = 3.0
 _BETAS = (0.9, 0.98)
@@ -75,16 +76,14 @@ def fit_router(
         for name, p in network.named_parameters()
         if name.endswith("bias") and name != "heads.head_4_bias"
     ]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed},
+        {"params": biases, "weight_decay": 0.0},
+        # What all prompts need alike comes first.
+        {"params": [network.heads["head_4_bias"]], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed},
-            {"params": biases, "weight_decay": 0.0},
-            # What all prompts need alike comes first.
-            {"params": [network.heads["head_4_bias"]], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=_BETAS,
-        weight_decay=settings.weight_decay,
+        groups, lr=settings.learning_rate, betas=_BETAS, weight_decay=settings.weight_decay
     )
     view = network.view(seen)
     need = torch.log(costs.nats(torch.ones_like(costs.lengths)) + _LEAST_NATS)
@@ -161,9 +160,7 @@ class _SharedTrunk(nn.Module):
             is_length, _LENGTH_WEIGHT / math.sqrt(max(1, int(is_length.sum()))) / scale, 1 / scale
         )
         first, second, third, fourth = widths
-        self.trunk = nn.Sequential(
-            nn.Linear(len(self.mean), first), nn.SiLU(), nn.Linear(first, second)
-        )
+        self.first, self.second = nn.Linear(len(self.mean), first), nn.Linear(first, second)
         heads = LayerRouter(len(seen), head_dim, 1, (first, second, third, fourth))
         self.heads = nn.ParameterDict(
             {
@@ -180,6 +177,11 @@ class _SharedTrunk(nn.Module):
     def view(self, seen: torch.Tensor) -> torch.Tensor:
         """Standardise what the context layers say: [L, N, F] to [N, F']."""
         return (seen[0, :, self.own :] - self.mean) * self.scale
+
+    def trunk(self, view: torch.Tensor) -> torch.Tensor:
+        """Compute what all layers share: [N, F'] to [N, w]."""
+        hidden: torch.Tensor = self.second(functional.silu(self.first(view)))
+        return hidden
 
     def forward(self, view: torch.Tensor) -> torch.Tensor:
         """Score all layers: [N, F'] to router_logits [L, N, 2]."""
@@ -201,10 +203,10 @@ class _SharedTrunk(nn.Module):
         router = StandardizedRouter(LayerRouter(layers, head_dim, vectors, widths))
         router.mean[:, self.own :] = self.mean
         router.inverse_deviation[:, self.own :] = self.scale
-        for name, linear in (("features.0", self.trunk[0]), ("features.2", self.trunk[2])):
+        for name, linear in (("features.0", self.first), ("features.2", self.second)):
             weight, bias = router.router.linear(name)
             weight.zero_()
-            weight[:, :, -linear.weight.shape[1] :] = linear.weight
+            weight[:, :, -linear.in_features :] = linear.weight
             bias[:] = linear.bias
         for name in _HEAD:
             weight, bias = router.router.linear(name)

@@ -85,9 +85,7 @@ class Measurer:
             )
         return join(parts)
 
-    def _run(
-        self, micro: MicroBatch
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, micro: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Give pooled [B, L, P, H], sparse [B, K, L], nats [B, K] and slopes [B, K, L]."""
         layers, count = self.routed.num_layers, len(micro.tasks)
         at = (micro.answer_rows, micro.answer_positions)

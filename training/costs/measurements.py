@@ -90,7 +90,10 @@ def open_folder(folder: Path, about: dict[str, Any]) -> list[Measurements]:
     Raises: ValueError: the folder's are of something else.
     """
     described = folder / _ABOUT
-    if described.exists():
+    if not described.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        described.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    else:
         found = json.loads(described.read_text(encoding="utf-8"))
         changed = sorted(name for name in about if found.get(name) != about[name])
         if changed:
@@ -99,10 +102,14 @@ def open_folder(folder: Path, about: dict[str, Any]) -> list[Measurements]:
                 f"{', '.join(f'{name}={found.get(name)!r}' for name in changed)}; measure into "
                 "another --out"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    described.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return read_folder(folder)
+
+
+def read_folder(folder: Path) -> list[Measurements]:
+    """Read all files of a folder."""
+    names = [field.name for field in fields(Measurements)]
     parts = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as file:
-            parts.append(Measurements(**{field.name: file[field.name] for field in fields(Measurements)}))
+            parts.append(Measurements(**{name: file[name] for name in names}))
     return parts

@@ -111,7 +111,9 @@ def nested_patterns(costs: QuadraticCosts, counts: list[int]) -> dict[int, list[
         if count in counts:
             found[count] = sparse.nonzero()[:, 0].tolist()
         trials = {
-            layer: costs.nats((sparse - functional.one_hot(torch.tensor(layer), layers)).expand(prompts, -1))
+            layer: costs.nats(
+                (sparse - functional.one_hot(torch.tensor(layer), layers)).expand(prompts, -1)
+            )
             for layer in sparse.nonzero()[:, 0].tolist()
         }
         if trials:

@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
 from training.config import TrainConfig
-from training.costs.fit import describe, fit_router
+from training.costs.fit import assemble, describe, fit_router
 from training.costs.measure import Measurer, measure_into
-from training.costs.measurements import Measurements, join, open_folder
+from training.costs.measurements import Measurements, join, open_folder, read_folder
 from training.costs.quadratic import fit_costs, nested_patterns
 from training.data.encoding import Encoded
 from training.data.prompt_files import encode_prompt, read_prompt_files
 from training.distributed import World, start_world
+from training.freeing import freeing_order
 from training.model_loading import load_routed, load_tokenizer
 from training.provenance import model_name, provenance
 from training.storage import round_for_storage, stored_dtypes
 
+_SHARES = (0.5, 0.6, 0.75, 0.85)
+"""Of static patterns that are told beside the router."""
 _THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -58,7 +60,7 @@ def train_by_costs(config: TrainConfig) -> Path:
     report |= {
         "prompts": len(fitted_to),
         "prompts_held_out": len(held_out),
-        "static_layers": nested_patterns(costs, sorted({round(s * layers) for s in (0.5, 0.6, 0.75, 0.85)})),
+        "static_layers": nested_patterns(costs, [round(share * layers) for share in _SHARES]),
         "training": state,
         "seconds": {
             "measuring": round(measuring_s, 1),
@@ -81,6 +83,7 @@ def train_by_costs(config: TrainConfig) -> Path:
         sink_tokens=settings.sink_tokens,
         window_tokens=settings.window_tokens,
         sparse_pattern=settings.sparse_pattern,
+        freeing_order=freeing_order(folded, assemble(fitted_to, inputs)),
         provenance=provenance(world.device, *config.data.sources)
         | {"config": config.to_dict(), "prompts": len(fitted_to), "seconds": report["seconds"]},
     )
@@ -124,7 +127,7 @@ def _measure(
     mine = prompts.encoded(routed.model.config.max_position_embeddings, world)
     measure_into(folder, measurer, mine, known, settings.time_limit_s, world.rank)
     world.wait()
-    found = open_folder(folder, {})
+    found = read_folder(folder)
     if not found:
         raise ValueError(
             f"expected prompts of more than {router.sink_tokens + router.window_tokens} tokens, "

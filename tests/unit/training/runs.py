@@ -12,7 +12,7 @@ from training.trainer import Trainer
 
 CPU = World(0, 1, torch.device("cpu"))
 SINK, WINDOW = 8, 32
-OBJECTIVES = ["budget", "paper"]
+OBJECTIVES = ["online", "paper"]
 
 
 class NearAndFar:

@@ -132,7 +132,7 @@ def test_prompts_from_files_are_trained_on(
     before = [parameter.clone() for parameter in trainer.router.parameters()]
     trainer.run()
     assert len(rows(trainer)) * 4 > len(stream)  # into a second pass
-    name = {"budget": "all", "paper": "prompt"}[objective]
+    name = {"online": "all", "paper": "prompt"}[objective]
     assert all(row["shares"].keys() == {name} for row in rows(trainer))
     after = trainer.router.parameters()
     assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))

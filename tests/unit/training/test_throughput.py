@@ -63,7 +63,7 @@ def test_every_length_is_measured_with_each_loss(
     expected = [
         (prompts, objective, checkpoint)
         for checkpoint in (False, True)
-        for objective in ("paper", "budget")
+        for objective in ("paper", "online")
         for prompts in (4, 2, 1)
         for _ in range(2 + 2)
     ]

@@ -135,13 +135,13 @@ def test_answers_are_weighed_by_the_objective(
             ).log_softmax(dim=-1)
             for route in (torch.ones(4, 4), torch.zeros(4, 4))
         )
-    if objective == "budget":
+    if objective == "online":
         expected = (full.exp() * (full - sparse)).sum(dim=-1).mean().item()
     else:
         expected = -sparse.gather(2, ids[:, 124:, None]).mean().item()
     assert row["answers_loss"] == pytest.approx(expected, rel=1e-3)
     # No layer is FULL; multipliers of shares begin with nothing.
-    weight = 30.0 if objective == "budget" else 1.0
+    weight = 30.0 if objective == "online" else 1.0
     assert row["loss"] == pytest.approx(weight * expected, rel=1e-3)
 
 

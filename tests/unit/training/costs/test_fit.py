@@ -1,0 +1,110 @@
+"""Routers fitted to made-up costs. Oracle: which prompts need which layer, known beforehand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flux_vllm.router.inputs import RouterInputs, parse_inputs
+from flux_vllm.router.route import Route
+from training.config import FitSettings, LossSettings
+from training.costs.fit import assemble, describe, fit_router, rank_correlation
+from training.costs.measurements import Measurements
+from training.costs.quadratic import QuadraticCosts
+
+PROMPTS, LAYERS, HEAD = 200, 5, 4
+INPUTS: RouterInputs = parse_inputs(["tail:1", "length"], [0, 4], [2])
+WIDTHS = (8, 8, 8, 8)
+NEEDED = 1
+"""The layer that half of the prompts need; the last one nobody does."""
+SETTINGS = FitSettings(
+    steps=300, batch_size=64, input_noise=0.3, learning_rate=1e-2, weight_decay=0.01
+)
+
+
+def make() -> tuple[Measurements, QuadraticCosts]:
+    rng = np.random.default_rng(0)
+    needs = np.arange(PROMPTS) % 2 == 1
+    pooled = rng.normal(size=(PROMPTS, LAYERS, 2, HEAD)).astype(np.float16)
+    pooled[:, 2, 0, 0] += 4 * needs  # what the context layer sees tells the two kinds apart
+    lengths = torch.full((PROMPTS, LAYERS), 0.02)
+    lengths[:, NEEDED] += torch.from_numpy(needs).float()
+    lengths[:, -1] = 0.0
+    costs = QuadraticCosts(lengths, torch.nn.functional.normalize(torch.ones(LAYERS, 2), dim=1))
+    every = np.ones((PROMPTS, 1, LAYERS))
+    return (
+        Measurements(
+            pooled,
+            every.astype(np.uint8),
+            costs.nats(torch.ones(PROMPTS, LAYERS))[:, None].numpy(),
+            np.full((PROMPTS, 1, LAYERS), np.nan, np.float32),
+            np.full(PROMPTS, 100),
+            np.arange(PROMPTS),
+            np.zeros(PROMPTS, bool),
+        ),
+        costs,
+    )
+
+
+def fit(nats: float) -> torch.Tensor:
+    """Return P(FULL) [L, N] of routers with a budget."""
+    measured, costs = make()
+    loss = LossSettings(budget_nats=nats, multiplier_rate=0.05)
+    router, _ = fit_router(measured, costs, INPUTS, WIDTHS, loss, SETTINGS, seed=0)
+    with torch.no_grad():
+        return router(assemble(measured, INPUTS)).softmax(dim=-1)[..., Route.FULL]
+
+
+def test_full_where_it_is_needed_and_nowhere_else() -> None:
+    full = fit(0.02) > 0.5
+    needs = torch.arange(PROMPTS) % 2 == 1
+    assert full[NEEDED, needs].float().mean() > 0.95
+    assert full[NEEDED, ~needs].float().mean() < 0.05
+    assert not full[-1].any()
+
+
+def test_a_larger_budget_leaves_fewer_full_layers() -> None:
+    shares = [float(fit(nats).mean()) for nats in (1e-4, 0.02, 1.0)]
+    assert shares[0] > shares[1] > shares[2]
+    assert shares[2] < 0.2
+
+
+def test_the_file_computes_what_was_fitted() -> None:
+    measured, costs = make()
+    router, _ = fit_router(measured, costs, INPUTS, WIDTHS, LossSettings(), SETTINGS, seed=0)
+    features = assemble(measured, INPUTS)
+    folded = router.fold()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            folded.forward_all(features), router(features), rtol=1e-3, atol=1e-3
+        )
+    # A layer's own queries play no part, and all layers share the first two linear layers.
+    weight, _ = folded.linear("features.0")
+    assert not weight[:, :, : 2 * HEAD].any()
+    assert torch.equal(weight[0], weight[-1])
+
+
+def test_without_context_layers_there_is_nothing_to_share() -> None:
+    measured, costs = make()
+    own = parse_inputs(["tail:1", "length"], [0, 4], [])
+    with pytest.raises(ValueError, match="router.context_depths"):
+        fit_router(measured, costs, own, WIDTHS, LossSettings(), SETTINGS, seed=0)
+
+
+def test_describe_counts_shares_nats_and_need() -> None:
+    measured, costs = make()
+    loss = LossSettings(budget_nats=0.02, multiplier_rate=0.05)
+    router, _ = fit_router(measured, costs, INPUTS, WIDTHS, loss, SETTINGS, seed=0)
+    folded = router.fold()
+    never, some = describe(folded, measured, costs, INPUTS, (1.0, 0.5))
+    assert never["sparse_share"] == 1.0
+    assert never["nats"] == pytest.approx(float(measured.nats.mean()), abs=1e-4)
+    assert math.isnan(never["need_correlation"])
+    assert some["nats"] < 0.2 * never["nats"]
+    assert some["need_correlation"] > 0.8
+
+
+def test_ranks_share_places() -> None:
+    assert rank_correlation(np.array([1, 1, 2, 3]), np.array([0.1, 0.1, 5, 90])) == 1.0
+    assert rank_correlation(np.array([1, 2, 3]), np.array([9.0, 5, 1])) == -1.0

@@ -1,0 +1,210 @@
+"""What is measured, and a whole run. Oracle: the divergence meter; finite differences of it."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flux_vllm.patterns import make_pattern
+from flux_vllm.router.checkpoint import read_router
+from flux_vllm.router.inputs import parse_inputs
+from tests.unit.training.runs import SINK, WINDOW
+from training import trainer
+from training.attach import RoutedModel
+from training.costs import train as costs_train
+from training.costs.measure import Measurer, leads, measure_into
+from training.costs.measurements import Measurements, join, open_folder, read_folder
+from training.data.encoding import Encoded
+from training.evaluation.divergence import DivergenceMeter
+from training.policies import StaticPolicy
+from training.recipes import tiny
+
+INPUTS = parse_inputs(["tail:1", "tail:4", "length"], [8, 16], [1, 3])
+ANSWER = 5
+
+
+@pytest.fixture
+def routed(tiny_model: Callable[..., Any]) -> RoutedModel:
+    return RoutedModel(tiny_model("qwen2"), SINK, WINDOW)
+
+
+def make_prompts(count: int = 5) -> list[Encoded]:
+    rng = np.random.default_rng(0)
+    lens = rng.integers(60, 150, count)
+    return [
+        Encoded("", rng.integers(1, 256, length + ANSWER).astype(np.int32), int(length), 0)
+        for length in lens
+    ]
+
+
+def measurer(routed: RoutedModel, seed: int = 0) -> Measurer:
+    return Measurer(routed, INPUTS, 128, 12, 512, seed)
+
+
+def by_place(part: Measurements) -> Measurements:
+    return part.take(np.argsort(part.place))
+
+
+def test_nats_are_the_divergence_meters(routed: RoutedModel) -> None:
+    prompts = make_prompts()
+    part = by_place(measurer(routed).measure(prompts, np.arange(5), np.zeros(5, bool)))
+    pattern = make_pattern("triangle", SINK, WINDOW, {"tail_tokens": 12})
+    meter = DivergenceMeter(routed, INPUTS, pattern, 128, 512)
+    for at, prompt in enumerate(prompts):
+        for sample in range(2):
+            layers = part.sparse[at, sample].nonzero()[0].tolist()
+            policy = StaticPolicy.with_sparse(4, layers)
+            expected = meter.measure([prompt], {"it": policy})["it"].nats[0]
+            assert part.nats[at, sample] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert part.sparse[:, 0].all()
+    assert not part.sparse[:, 1].all()
+    assert part.tokens.tolist() == [prompt.prompt_len for prompt in prompts]
+
+
+def test_slopes_are_those_of_mixed_routes(routed: RoutedModel) -> None:
+    """A small step of one layer's mixture, computed by the model."""
+    (prompt,) = prompts = make_prompts(1)
+    part = measurer(routed, seed=2).measure(prompts, np.arange(1), np.zeros(1, bool))
+    ids = torch.from_numpy(prompt.token_ids).long()[None]
+    tail = torch.zeros(1, len(prompt), dtype=torch.bool)
+    tail[:, prompt.prompt_len - 12 : prompt.prompt_len] = True
+    at = slice(prompt.prompt_len - 1, len(prompt) - 1)
+
+    def nats(sparse: torch.Tensor) -> float:
+        routes = (1 - sparse)[:, None].requires_grad_(True)
+        ours = routed.logits(routed.forward(ids, routes, tail)[0, at]).log_softmax(-1)
+        with torch.no_grad():
+            full = routed.logits(routed.forward(ids, torch.ones(4, 1))[0, at]).log_softmax(-1)
+        return float((full.exp() * (full - ours)).sum(-1).mean().detach())
+
+    sparse = torch.from_numpy(part.sparse[0, 1]).float()
+    for layer in range(4):
+        step = torch.zeros(4)
+        step[layer] = 1e-2
+        expected = (nats(sparse + step) - nats(sparse - step)) / 2e-2
+        assert part.slopes[0, 1, layer] == pytest.approx(expected, rel=0.1, abs=2e-5)
+    assert np.isnan(part.slopes[0, 0]).all()
+
+
+def test_pools_are_the_probes(routed: RoutedModel) -> None:
+    prompts = make_prompts()
+    part = by_place(measurer(routed).measure(prompts, np.arange(5), np.zeros(5, bool)))
+    assert part.pooled.shape == (5, 4, 3, 8)
+    lens = np.array([prompt.prompt_len for prompt in prompts])
+    expected = np.log2(lens / 16384).astype(np.float16)
+    assert (part.pooled[:, :, 2] == expected[:, None, None]).all()
+
+
+def test_samples_lean_to_layers_that_matter(routed: RoutedModel) -> None:
+    part = measurer(routed).measure(make_prompts(), np.arange(5), np.zeros(5, bool))
+    part.slopes[:, 1] = [1e-4, 1e-4, 1.0, 1e-3]
+    part.nats[:, 1] = 0.1
+    lead = leads(part)
+    assert lead.argmax() == 2
+    one = measurer(routed)
+    one.lean(part)
+    share = one._sample(4000).mean(dim=1)
+    assert share[2] > share[3] > share[0]
+    assert 0.2 < float(share.mean()) < 0.8
+
+
+def test_files_survive_and_are_not_measured_again(routed: RoutedModel, tmp_path: Path) -> None:
+    items = [(place, place == 3, prompt) for place, prompt in enumerate(make_prompts())]
+    known = open_folder(tmp_path, {"model": "m"})
+    found = measure_into(tmp_path, measurer(routed), iter(items[:3]), known, 0.0)
+    again = open_folder(tmp_path, {"model": "m"})
+    assert sorted(join(again).place) == sorted(join(found).place) == [0, 1, 2]
+    whole = join(measure_into(tmp_path, measurer(routed), iter(items), again, 0.0))
+    assert sorted(whole.place) == [0, 1, 2, 3, 4]
+    assert whole.place[whole.held_out].tolist() == [3]
+    assert len(join(read_folder(tmp_path))) == 5
+    # Reading leaves what the folder says of itself.
+    assert json.loads((tmp_path / "measured.json").read_text()) == {"model": "m"}
+    with pytest.raises(ValueError, match="measurements of the same model"):
+        open_folder(tmp_path, {"model": "other"})
+
+
+def test_measurements_with_fewer_samples_are_joined(routed: RoutedModel) -> None:
+    part = measurer(routed).measure(make_prompts(), np.arange(5), np.zeros(5, bool))
+    fewer = Measurements(
+        part.pooled,
+        part.sparse[:, :1],
+        part.nats[:, :1],
+        part.slopes[:, :1],
+        part.tokens,
+        part.place + 5,
+        part.held_out,
+    )
+    joined = join([part, fewer])
+    assert joined.nats.shape == (10, 2)
+    assert np.isnan(joined.nats[5:, 1]).all()
+    with pytest.raises(ValueError, match="expected measurements of one model"):
+        join([part, Measurements(part.pooled[:, :2], *_rest(part))])
+
+
+def _rest(part: Measurements) -> list[np.ndarray]:
+    return [part.sparse, part.nats, part.slopes, part.tokens, part.place, part.held_out]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: Any) -> Any:
+    rng = np.random.default_rng(1)
+    lines = [
+        json.dumps(
+            {
+                "prompt": " ".join(map(str, rng.integers(0, 99, rng.integers(20, 90)))),
+                "answer": "so it is said",
+            }
+        )
+        for _ in range(40)
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    loaded: list[str] = []
+
+    def load(model: str, sink: int, window: int, *rest: Any) -> RoutedModel:
+        loaded.append(model)
+        return RoutedModel(tiny_model("qwen2"), sink, window)
+
+    monkeypatch.setattr(costs_train, "load_routed", load)
+    monkeypatch.setattr(costs_train, "load_tokenizer", lambda model: tokenizer)
+    settings = tiny("m", str(tmp_path / "out"))
+    return dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, files=(str(tmp_path / "answers.jsonl"),)),
+        router=dataclasses.replace(settings.router, sink_tokens=SINK, window_tokens=WINDOW),
+        fit=dataclasses.replace(settings.fit, steps=20),
+    ), loaded
+
+
+def test_a_run_is_measured_once_and_fitted_again(config: Any, tmp_path: Path) -> None:
+    settings, loaded = config
+    file = trainer.train(settings)
+    router, info = read_router(file)
+    assert (info.sink_tokens, info.window_tokens, info.num_layers) == (SINK, WINDOW, 4)
+    assert info.context_layers
+    assert sorted(info.freeing_order) == [0, 1, 2, 3]
+    report = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert [row["threshold"] for row in report["rows"]] == sorted(costs_train._THRESHOLDS)
+    measured = join(read_folder(tmp_path / "out" / "measurements"))
+    assert (measured.tokens > SINK + WINDOW).all()
+    assert loaded == ["m"]
+    # Another budget: as many prompts as are known are asked for, so the model is not loaded.
+    fewer = dataclasses.replace(settings.measure, prompts=len(measured))
+    budget = dataclasses.replace(settings.loss, budget_nats=10.0)
+    trainer.train(dataclasses.replace(settings, measure=fewer, loss=budget))
+    assert loaded == ["m"]
+    assert len(join(read_folder(tmp_path / "out" / "measurements"))) == len(measured)
+    again, _ = read_router(file)
+    assert not torch.equal(again.linear("head.4")[1], router.linear("head.4")[1])
+
+
+def test_prompts_within_the_window_are_refused(config: Any) -> None:
+    settings, _ = config
+    wide = dataclasses.replace(settings.router, window_tokens=4096)
+    with pytest.raises(ValueError, match="expected prompts of more than 4104 tokens"):
+        trainer.train(dataclasses.replace(settings, router=wide))
