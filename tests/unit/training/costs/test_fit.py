@@ -50,7 +50,7 @@ def make() -> tuple[Measurements, QuadraticCosts]:
 def fit(nats: float) -> torch.Tensor:
     """Return P(FULL) [L, N] of routers with a budget."""
     measured, costs = make()
-    loss = LossSettings(budget_nats=nats, multiplier_rate=0.05)
+    loss = LossSettings(budget_nats=nats)
     router, _ = fit_router(measured, costs, INPUTS, WIDTHS, loss, SETTINGS, seed=0)
     with torch.no_grad():
         return router(assemble(measured, INPUTS)).softmax(dim=-1)[..., Route.FULL]
@@ -94,7 +94,7 @@ def test_without_context_layers_there_is_nothing_to_share() -> None:
 
 def test_describe_counts_shares_nats_and_need() -> None:
     measured, costs = make()
-    loss = LossSettings(budget_nats=0.02, multiplier_rate=0.05)
+    loss = LossSettings(budget_nats=0.02)
     router, _ = fit_router(measured, costs, INPUTS, WIDTHS, loss, SETTINGS, seed=0)
     folded = router.fold()
     never, some = describe(folded, measured, costs, INPUTS, (1.0, 0.5))
