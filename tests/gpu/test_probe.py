@@ -95,23 +95,6 @@ def test_short_prompt_is_probed_once_its_text_is_long(engine: Engine) -> None:
     assert _bits(long) == (tuple(routes.tolist()), tuple(p_full.tolist()))
 
 
-def test_preemption_keeps_the_bits(files, engine: Engine) -> None:
-    prompts = [random_prompt(n, seed=60 + n) for n in (500, 161, 700, 1100)]
-    expected = [_bits(engine.generate([prompt], 1)[0]) for prompt in prompts]
-    # The prompts fill 156 blocks and each grows by 12 or 13. One more is vLLM's null block.
-    blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 5
-    with Engine(
-        files[0],
-        {"router": str(files[1])},
-        num_gpu_blocks_override=blocks,
-        max_model_len=2048,  # a cache must hold one such request: 128 blocks
-        **DEFAULTS,
-    ) as tight:
-        answers = tight.generate(prompts, 200)
-    assert sum(answer.preemptions for answer in answers) > 0
-    assert [_bits(answer) for answer in answers] == expected
-
-
 def test_captured_equals_eager(engine: Engine) -> None:
     probe = engine.runtime.probe
     replay = probe._replay
@@ -148,3 +131,21 @@ def test_pooled_queries_are_those_of_transformers(files, engine: Engine) -> None
         found = (engine.probe(prompt)[0].cpu() - expected).square().mean().sqrt()
         print(f"\n{length} tokens: r.m.s. error {found:.2e}, plain bfloat16 {allowed:.2e}")
         assert found <= 2 * allowed
+
+
+def test_preemption_keeps_the_bits(files, engine: Engine) -> None:
+    """Last: a second engine that ends takes with it what both have in this process."""
+    prompts = [random_prompt(n, seed=60 + n) for n in (500, 161, 700, 1100)]
+    expected = [_bits(engine.generate([prompt], 1)[0]) for prompt in prompts]
+    # The prompts fill 156 blocks and each grows by 12 or 13. One more is vLLM's null block.
+    blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 5
+    with Engine(
+        files[0],
+        {"router": str(files[1])},
+        num_gpu_blocks_override=blocks,
+        max_model_len=2048,  # a cache must hold one such request: 128 blocks
+        **DEFAULTS,
+    ) as tight:
+        answers = tight.generate(prompts, 200)
+    assert sum(answer.preemptions for answer in answers) > 0
+    assert [_bits(answer) for answer in answers] == expected
