@@ -4,7 +4,6 @@ import signal
 
 from demo.server import leave_on_signals
 
-
 BEFORE = signal.getsignal(signal.SIGTERM)
 
 
