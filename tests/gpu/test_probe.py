@@ -134,7 +134,6 @@ def test_pooled_queries_are_those_of_transformers(files, engine: Engine) -> None
 
 
 def test_preemption_keeps_the_bits(files, engine: Engine) -> None:
-    """Last: a second engine that ends takes with it what both have in this process."""
     prompts = [random_prompt(n, seed=60 + n) for n in (500, 161, 700, 1100)]
     expected = [_bits(engine.generate([prompt], 1)[0]) for prompt in prompts]
     # The prompts fill 156 blocks and each grows by 12 or 13. One more is vLLM's null block.
