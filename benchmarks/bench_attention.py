@@ -8,17 +8,14 @@ wrapper with the work plan that its backend computes ahead (`flash_attn_varlen_f
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 
+from benchmarks.row_file import RowFile
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.decode_views import (
     GroupTables,
@@ -38,7 +35,7 @@ from flux_vllm.attention_backend.kernels.triton_decode import (
 from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile, attend_prefill
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
-SINK, WINDOW, POOL = 128, 2048, 100
+SINK, WINDOW = 128, 2048
 SCALE = HEAD_DIM**-0.5
 DTYPE = torch.bfloat16
 ROWS: list[dict[str, object]] = []
@@ -70,7 +67,9 @@ def record(kernel: str, case: str, fn: Callable[[int], object], layers: int, **e
             times.append(start.elapsed_time(end) * 1000 / layers)
         times = times[1:]
     except Exception as error:  # noqa: BLE001 - one failing variant must not cost the others
-        print(f"{kernel:34s} {case:34s} FAILED {type(error).__name__}: {str(error)[:150]}")
+        failure = f"{type(error).__name__}: {str(error)[:150]}"
+        ROWS.append({"kernel": kernel, "case": case, "failure": failure})
+        print(f"{kernel:34s} {case:34s} FAILED {failure}")
         torch.cuda.synchronize()
         return None
     row = {
@@ -90,26 +89,12 @@ def record(kernel: str, case: str, fn: Callable[[int], object], layers: int, **e
 
 
 def write_rows(path: Path) -> None:
-    """Write every row with what it ran on."""
-    import vllm
-
-    commit = (
-        os.environ.get("FLUX_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+    """Write every row with its shape and what it ran on."""
+    shape = (
+        f"heads {HEADS}/{KV_HEADS}, head_dim {HEAD_DIM}, bf16, block {BLOCK_SIZE}, "
+        f"sink {SINK}, window {WINDOW}"
     )
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": getattr(vllm, "__version__", "?"),
-        "commit": commit,
-        "shape": f"heads {HEADS}/{KV_HEADS}, head_dim {HEAD_DIM}, bf16, block {BLOCK_SIZE}, "
-        f"sink {SINK}, window {WINDOW}, pool {POOL}",
-        "rows": ROWS,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    RowFile(path).keep_all([row | {"shape": shape} for row in ROWS])
 
 
 class Batch:

@@ -12,7 +12,6 @@ rows also say how much longer than that, and than the mean of the two.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine_process import Engine
-from benchmarks.provenance import provenance
+from benchmarks.row_file import RowFile, say
 from benchmarks.serve_cases import Shape
 from benchmarks.turns import longer_percent
 from flux_vllm.router.checkpoint import RouterInfo, write_router
@@ -51,20 +50,15 @@ def main() -> None:
                 stack.enter_context(engine)
             for engine in engines.values():
                 engine.wait()
-            sys.stdout.write("all engines are loaded\n")
-            sys.stdout.flush()
+            say("all engines are loaded")
             while args.go is not None and not args.go.exists():
                 time.sleep(0.2)
-            rows: list[dict[str, Any]] = []
-            source = provenance()
+            rows = RowFile(args.out)
             settings = {name: engine.settings() for name, engine in engines.items()}
             for context in args.contexts:
                 for row in _measure(engines, args, context):
-                    rows.append(row | {"engine": settings[row["policy"]], "provenance": source})
-                    sys.stdout.write(f"{describe(row)}\n")
-                sys.stdout.flush()
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(rows, indent=1) + "\n")
+                    key = row["metric"], context, row["policy"]
+                    rows.keep(key, row | {"engine": settings[row["policy"]]}, describe(row))
             if args.profile:
                 _profile(engines, args)
 

@@ -7,7 +7,6 @@ several KV caches, so that none is found in the L2 cache; in turns, medians.
 """
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.provenance import provenance
+from benchmarks.row_file import RowFile
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.decode_plan import (
     CallShape,
@@ -185,28 +184,25 @@ def main() -> None:
     assert fa3.is_available(), "needs a Hopper GPU and vLLM"
     torch.manual_seed(0)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    rows: list[dict[str, Any]] = []
-    source = provenance()
+    rows = RowFile(args.out)
     for heads in SHAPES:
         shape = CallShape(*heads, sms)
         for name, keys in cases().items():
-            rows.append(_row(name, make_batch(keys, shape), args.turns))
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1) + "\n")
+            rows.keep((heads, name), *_row(name, make_batch(keys, shape), args.turns))
 
 
-def _row(name: str, batch: Batch, turns: int) -> dict[str, Any]:
+def _row(name: str, batch: Batch, turns: int) -> tuple[dict[str, Any], str]:
+    """Measure a batch. Returns: its row, and a line about it."""
     own, flux = fa3s_plan(batch), flux_plan(batch)
     times = measure(batch, {"fa3_in_call": None, "fa3": own, "flux": flux}, turns)
     shape, us = batch.shape, {plan: found["us"] for plan, found in times.items()}
-    print(
+    line = (
         f"{shape.heads}/{shape.kv_heads} x {shape.head_dim}, {name:38s} FA3 in call "
         f"{us['fa3_in_call']:7.1f} us, FA3 {us['fa3']:7.1f}, flux {us['flux']:7.1f}  "
-        f"{us['fa3'] / us['flux']:.3f}x of FA3",
-        flush=True,
+        f"{us['fa3'] / us['flux']:.3f}x of FA3"
     )
     count = len(batch.keys)
-    return {
+    row = {
         "case": name,
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
@@ -216,6 +212,7 @@ def _row(name: str, batch: Batch, turns: int) -> dict[str, Any]:
         "us": times,
         "splits": {"fa3": splits_in(own, count), "flux": splits_in(flux, count)},
     }
+    return row, line
 
 
 if __name__ == "__main__":

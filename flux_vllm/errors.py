@@ -9,5 +9,9 @@ class RouterCheckpointError(ValueError):
     """A router checkpoint is missing, unreadable, or does not fit the model."""
 
 
+class CheckpointImportError(ValueError):
+    """A published checkpoint is unreadable, or cannot be served as its authors compute it."""
+
+
 class UnsupportedConfigurationError(NotImplementedError):
     """The model or a vLLM feature in use cannot be combined with layer routes."""

@@ -1,4 +1,4 @@
-"""What all tests share: marks, seeds, NaN in fresh memory, and the sample model."""
+"""What all tests share: marks, seeds, kernels without a GPU, NaN in new memory, a real model."""
 
 import importlib
 import os
@@ -24,6 +24,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
+def _missing_gpu() -> str:
+    """Say why GPU tests cannot run here; empty where they can."""
+    if find_spec("torch") is None:
+        return "needs a CUDA GPU; torch is not installed here"
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA GPU; this machine has none"
+
+
+def _interpret_kernels() -> None:
+    """Where there is no GPU, let Triton's interpreter run the kernels.
+
+    Triton chooses when it is imported; the processes that tests start choose for themselves.
+    """
+    if find_spec("triton") is None or not _missing_gpu():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    triton = importlib.import_module("triton")
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
+
+_interpret_kernels()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests without a GPU `cpu`; skip, saying why, what this machine cannot run."""
     gpu_reason: str | None = None
@@ -36,15 +62,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=gpu_reason))
         if item.get_closest_marker("vllm") is not None and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="needs vLLM; it is not installed here"))
-
-
-def _missing_gpu() -> str:
-    """Say why GPU tests cannot run here; empty where they can."""
-    if find_spec("torch") is None:
-        return "needs a CUDA GPU; torch is not installed here"
-    import torch
-
-    return "" if torch.cuda.is_available() else "needs a CUDA GPU; this machine has none"
 
 
 @pytest.fixture(autouse=True)

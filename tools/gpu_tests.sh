@@ -6,18 +6,17 @@
 #
 # On one GPU: serving by head size, the sample model, the backend's batches with the benchmarks'
 # head split, and the kernels. Where two GPUs are visible, tensor parallel 2 beside them: small models
-# by head size, and Llama 3.1 8B's widths where ../shared/gpu/shapes/llama-3.1-8b or
-# FLUX_TEST_8B_SHAPE=FOLDER has their config.json. On two H200s with 64 cores all took 6 to 8 minutes,
-# the tensor-parallel ones under 3 of them. The summary names what did not run.
+# by head size, and Llama 3.1 8B's widths (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two
+# H200s with 64 cores all took 6 to 8 minutes, the tensor-parallel ones under 3 of them. The summary
+# names what did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
 [[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 kernels=tests/unit/attention_backend
-shape=../shared/gpu/shapes/llama-3.1-8b
-[[ -n ${FLUX_TEST_8B_SHAPE:-} || ! -e $shape ]] || FLUX_TEST_8B_SHAPE=$(realpath "$shape")
-export OMP_NUM_THREADS=2 FLUX_TEST_OUT=$out FLUX_TEST_8B_SHAPE=${FLUX_TEST_8B_SHAPE:-}
+export OMP_NUM_THREADS=2 FLUX_TEST_OUT=$out
+export FLUX_TEST_8B_SHAPE=${FLUX_TEST_8B_SHAPE:-$PWD/benchmarks/shapes/llama-3.1-8b}
 unset VLLM_PORT # else every engine tries the same ports; vLLM takes free ones without it
 
 part() { # part NAME ARGUMENTS...: one pytest process
@@ -42,11 +41,7 @@ parts_of_two() { # tensor parallel 2; its engines on one GPU take the second, wh
     export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-1,0}
     part tensor_parallel_64 $file -k H64 &
     part tensor_parallel_128 $file -k H128 &
-    if [[ -n $FLUX_TEST_8B_SHAPE ]]; then
-        part tensor_parallel_8b $file -k 8b_widths &
-    else
-        not_run tensor_parallel_8b "needs $shape or FLUX_TEST_8B_SHAPE=FOLDER"
-    fi
+    part tensor_parallel_8b $file -k 8b_widths &
     wait
 }
 

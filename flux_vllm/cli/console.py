@@ -8,12 +8,18 @@ from functools import partialmethod
 from importlib.util import find_spec
 
 from flux_vllm.errors import (
+    CheckpointImportError,
     FluxConfigError,
     RouterCheckpointError,
     UnsupportedConfigurationError,
 )
 
-FLUX_ERRORS = (FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError)
+FLUX_ERRORS = (
+    FluxConfigError,
+    RouterCheckpointError,
+    CheckpointImportError,
+    UnsupportedConfigurationError,
+)
 """What the package raises for its user; the message is all there is to show."""
 
 INSTALL_VLLM = (

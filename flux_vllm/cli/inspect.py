@@ -53,6 +53,7 @@ def describe(path: Path, router: "LayerRouter", info: "RouterInfo") -> str:
     """Describe a router file in a few lines: `name  value`."""
     parameters = sum(parameter.numel() for parameter in router.parameters())
     probe, pools = info.inputs.probe, ", ".join(map(str, info.inputs.pools))
+    widths = [outputs for outputs, _ in router.shapes.values()][:-1]
     ends = f"first {probe.head_tokens} and last {probe.tail_tokens}"
     sparse = f"the first {info.sink_tokens} and the latest {info.window_tokens} tokens"
     rows = [
@@ -60,7 +61,9 @@ def describe(path: Path, router: "LayerRouter", info: "RouterInfo") -> str:
         ("base model", info.base_model or "not said"),
         ("layers", f"{info.num_layers}, head_dim {info.head_dim}"),
         ("parameters", f"{parameters:,} ({parameters // info.num_layers:,} a layer)"),
+        ("widths", f"{router.num_inputs} inputs, then {', '.join(map(str, widths))}"),
         ("looks at", f"{pools} of the prompt's {ends} tokens"),
+        ("in layers", ", ".join(["its own", *map(str, info.context_layers)])),
         ("SPARSE means", f"{info.sparse_pattern} in prompts, {sparse} in decode"),
     ]
     rows += [(f"  {name}", str(value)) for name, value in info.provenance.items()] or [

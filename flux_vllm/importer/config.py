@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flux_vllm.cli.console import CommandError
+from flux_vllm.errors import CheckpointImportError
 
 # The authors' architecture: that of the standard model, and its model_type.
 ARCHITECTURES = {
@@ -136,20 +136,20 @@ class RouterSettings:
 def read_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read the standard sizes.
 
-    Raises: CommandError: another architecture, a missing or impossible size, quantized weights,
-        layers with a window of their own.
+    Raises: CheckpointImportError: another architecture, a missing or impossible size, quantized
+        weights, layers with a window of their own.
     """
     architectures = config.get("architectures")
     known = [name for name in ARCHITECTURES if architectures == [name]]
     if not known:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected config.json with architectures of one among {list(ARCHITECTURES)}, found "
             f"{architectures!r}; only published Flux-Attention checkpoints are imported, a "
             "standard model needs a router of its own (`python -m training train`)"
         )
     for name in ("quantization_config", "use_sliding_window"):
         if config.get(name):
-            raise CommandError(
+            raise CheckpointImportError(
                 f"expected a checkpoint without {name}, as the published ones are, found "
                 f"{name} {config[name]!r}; import one without it"
             )
@@ -158,7 +158,7 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     kv_heads = _size(config, "num_key_value_heads")
     if heads % kv_heads:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected num_attention_heads a multiple of num_key_value_heads in config.json, found "
             f"{heads} and {kv_heads}; download the checkpoint again"
         )
@@ -181,7 +181,7 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
 def read_settings(config: Mapping[str, Any]) -> RouterSettings:
     """Read the authors' fields.
 
-    Raises: CommandError: a field or value whose meaning is not known or cannot be served.
+    Raises: CheckpointImportError: a field or value whose meaning is not known or cannot be served.
     """
     fields = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
     _expect(fields, "toggle_type", tuple(PATTERNS), "its SPARSE layers are not known here")
@@ -253,12 +253,12 @@ def _check_layer_types(layer_types: object, num_layers: int) -> None:
         or len(layer_types) != num_layers
         or not all(isinstance(name, str) for name in layer_types)
     ):
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected layer_types with a name for each of {num_layers} layers in config.json, "
             f"found {layer_types!r}; download the checkpoint again"
         )
     if set(layer_types) - {"full_attention"}:
-        raise CommandError(
+        raise CheckpointImportError(
             "expected layer_types of full_attention alone, as the published checkpoints have, "
             f"found {layer_types!r}; a layer with a window of its own has no routes"
         )
@@ -266,7 +266,7 @@ def _check_layer_types(layer_types: object, num_layers: int) -> None:
 
 def _expect(fields: Mapping[str, object], name: str, values: tuple[object, ...], why: str) -> None:
     if fields[name] not in values:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected {name} {' or '.join(map(repr, values))} in config.json, found "
             f"{fields[name]!r}; {why}, so this checkpoint cannot be imported"
         )
@@ -275,7 +275,7 @@ def _expect(fields: Mapping[str, object], name: str, values: tuple[object, ...],
 def _size(fields: Mapping[str, Any], name: str, most: int = _MOST, least: int = 1) -> int:
     value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected a whole number from {least} to {most} as {name} in config.json, found "
             f"{value!r}; download the checkpoint again"
         )
@@ -285,7 +285,7 @@ def _size(fields: Mapping[str, Any], name: str, most: int = _MOST, least: int = 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected true or false as {name} in config.json, found {value!r}; correct it"
         )
     return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from flux_vllm import __version__
-from flux_vllm.cli.console import CommandError
+from flux_vllm.errors import CheckpointImportError
 from flux_vllm.importer.config import (
     ModelShape,
     RouterSettings,
@@ -61,7 +61,8 @@ def import_checkpoint(
         progress: called with a line of text at each step.
 
     Returns: ImportReport: what was kept, dropped and assumed; also in OUT.
-    Raises: CommandError, RouterCheckpointError: whatever cannot be imported; OUT is as it was.
+    Raises: CheckpointImportError, RouterCheckpointError: whatever cannot be imported; OUT is as it
+        was.
     """
     out = out.resolve()
     _check_out(checkpoint, out)
@@ -122,18 +123,18 @@ def _router_info(name: str, shape: ModelShape, settings: RouterSettings) -> Rout
 
 def _check_out(checkpoint: Path, out: Path) -> None:
     if not checkpoint.is_dir():
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected the folder of a Flux-Attention checkpoint at {checkpoint}, found none; "
             "download one and give its folder"
         )
     if out.is_relative_to(checkpoint.resolve()):
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected OUT to be another folder than CHECKPOINT and not in it, found {out} for "
             f"{checkpoint.resolve()}; the checkpoint stays as it is"
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         what = "a folder with files in it" if out.is_dir() else "a file"
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected {out} to be new or empty, found {what}; choose another, or remove it"
         )
 
@@ -144,7 +145,7 @@ def _check_space(out: Path, tensors: SortedTensors, copied: list[Path]) -> None:
     needed += sum(stored.nbytes for stored in (*tensors.model.values(), *tensors.router.values()))
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected {needed / 1e9:.1f} GB free under {parent}, found {free / 1e9:.1f} GB; make "
             "room, or choose another disk"
         )
@@ -153,7 +154,8 @@ def _check_space(out: Path, tensors: SortedTensors, copied: list[Path]) -> None:
 def _side_files(checkpoint: Path, tensors: SortedTensors) -> tuple[list[str], list[str]]:
     """List the files to copy, and the entries of the folder that are left behind.
 
-    Raises: CommandError: a file to copy is a link to nothing, as in a hub's cache cut short.
+    Raises: CheckpointImportError: a file to copy is a link to nothing, as in a hub's cache cut
+        short.
     """
     read = {stored.file.name for stored in (*tensors.model.values(), *tensors.router.values())}
     copied, left = [], []
@@ -162,7 +164,7 @@ def _side_files(checkpoint: Path, tensors: SortedTensors) -> tuple[list[str], li
         if wanted and entry.is_file():
             copied.append(entry.name)
         elif wanted and not entry.exists():
-            raise CommandError(
+            raise CheckpointImportError(
                 f"expected a file at {entry}, found a link to nothing; download the checkpoint "
                 "again"
             )
@@ -185,7 +187,7 @@ def _make_folder(out: Path, fill: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected to write {out}, found: {error}; nothing was left there, mend that and run "
             "again"
         ) from error

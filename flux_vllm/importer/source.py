@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_vllm.cli.console import CommandError
+from flux_vllm.errors import CheckpointImportError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,18 +40,18 @@ class StoredTensor:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Raises: CommandError: missing, unreadable, or nested too deeply.
+    Raises: CheckpointImportError: missing, unreadable, or nested too deeply.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise _nested(file) from error
     except (OSError, ValueError) as error:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected a JSON file at {file}, found: {error}; give the folder of a whole checkpoint"
         ) from error
     if not isinstance(content, dict):
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected a JSON object in {file}, found {type(content).__name__}; download it again"
         )
     level: list[Any] = [content]
@@ -75,7 +75,8 @@ def read_headers(checkpoint: Path) -> dict[str, StoredTensor]:
             as in a hub's cache, or with `model.safetensors` alone.
 
     Returns: name to StoredTensor.
-    Raises: CommandError: missing or truncated shards, or an index that tells otherwise than they.
+    Raises: CheckpointImportError: missing or truncated shards, or an index that tells
+        otherwise than they.
     """
     index = checkpoint / INDEX
     if not index.is_file():
@@ -84,19 +85,19 @@ def read_headers(checkpoint: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()
     ):
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected a weight_map from tensors to files of the same folder in {index}, found "
             "something else; download it again"
         )
     files = sorted(set(weight_map.values()))
     if SINGLE not in files and (checkpoint / SINGLE).exists():
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected one set of weights in {checkpoint}, found {SINGLE} beside {INDEX}, which "
             "does not name it; remove the one that is not the model's"
         )
     missing = [file for file in files if not (checkpoint / file).is_file()]
     if missing:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected the {len(files)} shards that {index} names, found {len(missing)} of them "
             f"missing: {some(missing)}; download the checkpoint again"
         )
@@ -107,13 +108,13 @@ def read_headers(checkpoint: Path) -> dict[str, StoredTensor]:
         # A tensor that another shard holds too is in one place that the index denies.
         differing = [name for name in header if weight_map.get(name) != file]
         if differing:
-            raise CommandError(
+            raise CheckpointImportError(
                 f"expected in {file} the tensors that {INDEX} places there, found in it also "
                 f"{some(differing)}; index and shards are not of one checkpoint, download it again"
             )
     lacking = weight_map.keys() - tensors.keys()
     if lacking:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected every tensor of {INDEX} in its shard, found none of {some(lacking)}; index "
             "and shards are not of one checkpoint, download it again"
         )
@@ -135,8 +136,8 @@ def some(names: Collection[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _nested(file: Path) -> CommandError:
-    return CommandError(
+def _nested(file: Path) -> CheckpointImportError:
+    return CheckpointImportError(
         f"expected JSON of at most {_MOST_NESTED} levels in {file}, found more; download it again"
     )
 
@@ -152,7 +153,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected a whole safetensors file at {file}, found: {error}; give a folder with "
             f"{SINGLE} or {INDEX}, or download the checkpoint again"
         ) from error

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flux_vllm.cli.console import CommandError
+from flux_vllm.errors import CheckpointImportError
 from flux_vllm.importer.config import ModelShape
 from flux_vllm.importer.source import BYTES_OF_DTYPE, StoredTensor, some
 from flux_vllm.router.model import linear_shapes
@@ -51,7 +51,8 @@ def sort_tensors(
         shape: of the model.
         use_softmax: whether the router has two logits, else one.
 
-    Raises: CommandError: missing or unknown tensors, other shapes, dtypes that are no weight's.
+    Raises: CheckpointImportError: missing or unknown tensors, other shapes, dtypes that are no
+        weight's.
     """
     model = _model_shapes(shape)
     router = {
@@ -72,7 +73,7 @@ def sort_tensors(
         ("also holds", unknown),
     ):
         if names:
-            raise CommandError(
+            raise CheckpointImportError(
                 f"expected the {len(expected)} tensors of a {shape.model_type} model of "
                 f"{shape.num_layers} layers and its router, found a checkpoint that {what} "
                 f"{some(names)}; it is not whole, or of a version that is not known here"
@@ -141,12 +142,12 @@ def _router_shapes(shape: ModelShape, logits: int) -> list[tuple[str, str, tuple
 
 def _check(name: str, stored: StoredTensor, size: tuple[int, ...]) -> None:
     if stored.shape != size:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected {name} of shape {list(size)} as config.json says, found "
             f"{list(stored.shape)} in {stored.file.name}; config and weights do not belong together"
         )
     if stored.dtype not in BYTES_OF_DTYPE:
-        raise CommandError(
+        raise CheckpointImportError(
             f"expected {name} stored as one of {list(BYTES_OF_DTYPE)}, found {stored.dtype} in "
             f"{stored.file.name}; import a checkpoint that is not quantized"
         )

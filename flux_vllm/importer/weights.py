@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flux_vllm.cli.console import CommandError
+from flux_vllm.errors import CheckpointImportError
 from flux_vllm.importer.source import INDEX, SINGLE, StoredTensor
 from flux_vllm.importer.tensors import EMBEDDING, TIED_HEAD, SortedTensors, source_name
 from flux_vllm.router.checkpoint import RouterInfo, write_router
@@ -23,7 +23,7 @@ _ROWS = 8192  # of an embedding compared at a time
 def check_tied_head(tensors: SortedTensors) -> None:
     """Check that an output layer stored beside tied embeddings is the same matrix.
 
-    Raises: CommandError: it differs, so that one of the two would be lost.
+    Raises: CheckpointImportError: it differs, so that one of the two would be lost.
     """
     head, embedding = tensors.tied_head, tensors.model[EMBEDDING]
     if head is None:
@@ -33,7 +33,7 @@ def check_tied_head(tensors: SortedTensors) -> None:
         for row in range(0, head.shape[0], _ROWS):
             rows = slice(row, row + _ROWS)
             if not torch.equal(left[rows].float(), right[rows].float()):
-                raise CommandError(
+                raise CheckpointImportError(
                     f"expected {TIED_HEAD} equal to {EMBEDDING}, as config.json says with "
                     "tie_word_embeddings, found another matrix; set tie_word_embeddings to false "
                     "if the output layer was trained"

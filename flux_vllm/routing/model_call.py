@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flux_vllm.routing.state_layers import StateLayers
+
 
 class RunnerModelCall:
     """The model of a vLLM model runner, V1 or V2.
@@ -15,11 +17,15 @@ class RunnerModelCall:
     Args:
         runner: its model loaded.
         vllm_config: the engine's.
+        states: its layers that carry a state from token to token.
         device: of the model.
     """
 
-    def __init__(self, runner: Any, vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self, runner: Any, vllm_config: Any, states: StateLayers, device: torch.device
+    ) -> None:
         self._runner = runner
+        self._states = states
         self._vllm_config = vllm_config
         self._device = device
         model_config = vllm_config.model_config
@@ -28,15 +34,24 @@ class RunnerModelCall:
             model_config.supports_multimodal_inputs or model_config.enable_prompt_embeds
         )
         self._has_adapters = vllm_config.lora_config is not None
+        self._axes: torch.Tensor | None = None
+        """Of a model with several position axes: their rows, all alike where nothing but text is
+        asked; as long as vLLM's own, for which it is compiled."""
+        if model_config.uses_mrope:
+            row = vllm_config.scheduler_config.max_num_batched_tokens + 1
+            shape = model_config.mrope_num_dims, row
+            self._axes = torch.zeros(shape, dtype=torch.int64, device=device)
 
     @property
     def can_be_captured(self) -> bool:
         """Whether one CUDA graph serves all requests, where the engine has any.
 
-        Not with LoRA, whose kernels are launched by the number of adapters in use.
+        Not with LoRA, whose kernels are launched by the number of adapters in use, nor with layers
+        that carry a state: vLLM captures these in decode alone.
         """
         mode = self._vllm_config.compilation_config.cudagraph_mode
-        return self._device.type == "cuda" and mode.name != "NONE" and not self._has_adapters
+        is_fixed = not self._has_adapters and not len(self._states)
+        return self._device.type == "cuda" and mode.name != "NONE" and is_fixed
 
     def __call__(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
@@ -48,13 +63,18 @@ class RunnerModelCall:
         """
         from vllm.forward_context import set_forward_context
 
-        model = self._runner.get_model()
+        model, tokens = self._runner.get_model(), len(positions)
+        if self._axes is not None:
+            positions = self._axes[:, :tokens].copy_(positions)
         embeddings = None
         if self._takes_embeddings:
             embeddings = model.embed_input_ids(token_ids)
             if not getattr(model, "requires_raw_input_tokens", False):
                 token_ids = None  # type: ignore[assignment]
-        with set_forward_context(metadata, self._vllm_config, num_tokens=len(positions)):
+        context = set_forward_context(
+            metadata | self._states.metadata, self._vllm_config, num_tokens=tokens
+        )
+        with context, self._states.apart():
             model(
                 input_ids=token_ids,
                 positions=positions,

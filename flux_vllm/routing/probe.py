@@ -48,8 +48,10 @@ class ProbedLayer:
     index: int
     is_routed: bool
     """False for a layer that attends as the model has it, whatever the routes."""
+    is_pooled: bool
+    """Whether a router looks at the layer's queries."""
     rotary: RotaryInverse | None
-    """None where no router looks at the layer's queries."""
+    """None where they reach attention unrotated, or no router looks at them."""
 
 
 class ModelCall(Protocol):
@@ -121,7 +123,7 @@ class PromptProbe:
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         self._metadata = {
             layer.name: ProbeMetadata(
-                cu_seqlens, None if layer.rotary is None else self._mean_query[layer.index]
+                cu_seqlens, self._mean_query[layer.index] if layer.is_pooled else None
             )
             for layer in layers
         }

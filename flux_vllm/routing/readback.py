@@ -69,15 +69,6 @@ class PendingReadback:
                 routes, probability = routes.clone(), probability.clone()
         return cls(rows, routes, probability, event)
 
-    def by_request(self) -> dict[str, np.ndarray]:
-        """Return what was decided, [L] int8 by request; waits until it has arrived."""
-        touched = self.rows.touched
-        if self.routes is None or touched is None:
-            return {}
-        self.wait()
-        names = [self.rows.batch.request_ids[row] for row in np.flatnonzero(touched.decided)]
-        return dict(zip(names, self.routes.numpy().copy(), strict=True))
-
     def routes_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the routes of rows that were decided, once they have arrived.
 
@@ -91,6 +82,15 @@ class PendingReadback:
         place = np.cumsum(self.rows.touched.decided) - 1
         routes: np.ndarray = self.routes.numpy()[place[rows]]
         return routes
+
+    def by_request(self) -> dict[str, np.ndarray]:
+        """Return what was decided, [L] int8 by request; waits until it has arrived."""
+        touched = self.rows.touched
+        if self.routes is None or touched is None:
+            return {}
+        self.wait()
+        names = [self.rows.batch.request_ids[row] for row in np.flatnonzero(touched.decided)]
+        return dict(zip(names, self.routes.numpy().copy(), strict=True))
 
     def is_ready(self) -> bool:
         """Say whether the values have arrived."""

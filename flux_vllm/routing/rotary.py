@@ -19,13 +19,16 @@ class RotaryInverse:
         head_dim: of the queries.
         device: where queries will be.
 
-    Raises: UnsupportedConfigurationError: not a rotation that this class can undo (several
-        position axes, position-dependent tables); found by trying it.
+    With several position axes (M-RoPE) a text's tokens have the same position on each, and are
+    rotated as by one.
+
+    Raises: UnsupportedConfigurationError: not a rotation that this class can undo
+        (position-dependent tables, an axis that counts otherwise); found by trying it.
     """
 
     def __init__(self, rotary: Any, head_dim: int, device: torch.device) -> None:
         compute = getattr(rotary, "_compute_cos_sin_cache", None)
-        if compute is None or hasattr(rotary, "mrope_section"):
+        if compute is None:
             raise _unsupported(rotary, "no single table of cos and sin")
         try:
             with torch.device("cpu"):
@@ -81,6 +84,9 @@ class RotaryInverse:
         query = torch.randn(len(places), head_dim, generator=torch.Generator().manual_seed(0))
         kept = getattr(rotary, "cos_sin_cache", None)
         given = query.to(device)
+        axes = getattr(rotary, "mrope_section", None)
+        if axes:
+            positions = positions.expand(len(axes), -1)
         try:
             rotated, _ = rotary.forward_native(positions.to(device), given.clone(), given.clone())
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:

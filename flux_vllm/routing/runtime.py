@@ -254,16 +254,16 @@ class FluxRuntime:
             return None
         if not self.reads_back:
             return None
-        readback, self._readback = self._readback, None
-        if readback is not None:
-            self._pending.append(readback)
-        elif not self._is_counted_on_device(current.batch):
-            self._pending.append(PendingReadback.read(current, self.table, self.fixed_routes))
+        pending, self._readback = self._readback, None
+        if pending is None and not self._is_counted_on_device(current.batch):
+            pending = PendingReadback.read(current, self.table, self.fixed_routes)
+        if pending is not None:
+            self._pending.append(pending)
         if self._pending:
             self._count_pending(wait=False)
         if self.decode_counts is not None and not self.is_warming_up:
             self._count_decode(self.decode_counts.poll())
-        return None if readback is None or readback.routes is None else readback
+        return None if pending is None or pending.routes is None else pending
 
     def _is_counted_on_device(self, batch: Batch) -> bool:
         return self.decode_counts is not None and not batch.has_prefill

@@ -14,6 +14,7 @@ from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
 from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.routing.runtime import FluxRuntime
+from flux_vllm.routing.state_layers import StateLayers
 from flux_vllm.startup.check import check_features, check_fit, check_probe
 from flux_vllm.startup.layers import AttentionLayer, attention_layers, layers_for_router, rotary_of
 from flux_vllm.startup.report import start_reporting
@@ -40,7 +41,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     layers = attention_layers(model)
     full = [layer for layer in layers if layer.has_full_attention]
     # The others of full attention stay undecided, hence FULL.
-    routed = layers_for_router(model, full) if config.needs_router else full
+    routed = layers_for_router(model, layers) if config.needs_router else full
     if info is not None:
         for layer in layers:
             if layer in routed or layer.index in info.context_layers:
@@ -66,7 +67,12 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
             router.to(device),
             config.threshold,
             _probed_layers(layers, routed, info.inputs, device),
-            RunnerModelCall(runner, vllm_config, device),
+            RunnerModelCall(
+                runner,
+                vllm_config,
+                StateLayers(vllm_config, info.inputs.probe.tokens, device),
+                device,
+            ),
             _mean_over_ranks,
             device,
         )
@@ -102,14 +108,15 @@ def _probed_layers(
     rotaries: dict[int, RotaryInverse] = {}
     probed = []
     for layer in layers:
-        inverse = None
-        if layer in routed or layer.index in inputs.context_layers:
-            rotary = rotary_of(layer)
+        is_routed, inverse = layer in routed, None
+        is_pooled = is_routed or layer.index in inputs.context_layers
+        rotary = rotary_of(layer) if is_pooled else None
+        if rotary is not None:
             if id(rotary) not in rotaries:
                 rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
             inverse = rotaries[id(rotary)]
         probed.append(
-            ProbedLayer(layer.attention.layer_name, layer.index, layer in routed, inverse)
+            ProbedLayer(layer.attention.layer_name, layer.index, is_routed, is_pooled, inverse)
         )
     return probed
 

@@ -47,6 +47,12 @@ def check_configuration(vllm_config: Any) -> None:
             check_probe(info.inputs, vllm_config)
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
     if config.free_kv:
+        if model.is_hybrid:
+            raise UnsupportedConfigurationError(
+                'flux config: expected a model of attention layers alone with "free_kv", found one '
+                "that mixes them with layers that carry a state, whose memory does not grow with "
+                'the context; drop "free_kv"'
+            )
         check_free_kv(config, info, vllm_config)
 
 
@@ -82,8 +88,6 @@ def check_features(vllm_config: Any) -> None:
         "an encoder-decoder model": model.is_encoder_decoder,
         "a pooling or encoder model": model.runner_type != "generate",
         "a model without attention": model.is_attention_free,
-        "a model that mixes attention with state-space layers": model.is_hybrid,
-        "multi-dimensional RoPE": model.uses_mrope,
         "bidirectional attention over multimodal prefixes": model.is_mm_prefix_lm,
         "reference sliding window attention": model.rswa_window is not None,
     }

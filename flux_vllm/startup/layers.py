@@ -63,24 +63,31 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """Choose, of the layers with full attention, those that a router can decide for: with RoPE.
+    """Choose the layers that a router decides for: of full attention, with RoPE.
 
-    Raises: UnsupportedConfigurationError: there are none.
+    Layers without it beside others with it are those through which a model sees its whole context:
+    they stay FULL. A model without any RoPE has no such division: all are chosen.
+
+    Raises: UnsupportedConfigurationError: RoPE is in layers with a sliding window alone.
     """
-    chosen = [layer for layer in layers if rotates(layer.parent) is not False]
+    full = [layer for layer in layers if layer.has_full_attention]
+    if all(rotates(layer.parent) is False for layer in layers):
+        return full
+    chosen = [layer for layer in full if rotates(layer.parent) is not False]
     if not chosen:
         raise UnsupportedConfigurationError(
             '--attention-backend flux with policy "router": expected rotary position embeddings '
-            f"(RoPE) in layers with full attention, found none in {type(model).__name__}; "
-            'choose a policy without a router ("full", "sparse", "static")'
+            f"(RoPE) in layers with full attention, found none in {type(model).__name__}, whose "
+            "layers with a sliding window have them; choose a policy without a router "
+            '("full", "sparse", "static")'
         )
     return chosen
 
 
 def rotary_of(layer: AttentionLayer) -> Any:
-    """Give a layer's rotary embedding, if what it does to queries can be undone.
+    """Give a layer's rotary embedding; None where queries reach attention unrotated.
 
-    Raises: UnsupportedConfigurationError: it cannot, or there is none.
+    Raises: UnsupportedConfigurationError: what it does to queries cannot be undone.
     """
     parent, attention = layer.parent, layer.attention
     rotary, kind = getattr(parent, "rotary_emb", None), type(parent).__name__
@@ -89,9 +96,11 @@ def rotary_of(layer: AttentionLayer) -> Any:
     if type(parent).__module__.startswith("transformers."):
         expected = "attention layers of a model that vLLM implements itself"
         found = f"transformers' {kind}, whose queries before RoPE are out of reach"
-    elif rotary is None or turned is False:
-        expected = "rotary position embeddings (RoPE) in every layer whose queries a router sees"
-        found = f"none in {attention.layer_name} ({kind})"
+    elif turned is False:
+        return None
+    elif rotary is None:
+        expected = "rotary position embeddings (RoPE) as `rotary_emb` of a layer, or none at all"
+        found = f"others in {attention.layer_name} ({kind})"
     elif turned is None:
         expected = "rotary position embeddings (RoPE) in every call of a layer, or in none"
         found = f"{kind}, which applies them under a condition"

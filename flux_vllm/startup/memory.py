@@ -28,8 +28,14 @@ def reserve_buffers(available_bytes: int, worker: Any, runtime: FluxRuntime) -> 
 
 
 def _kv_cache_groups(worker: Any) -> list[Any]:
-    """Say how vLLM will group the model's layers in its KV cache (KVCacheGroupSpec)."""
-    vllm_config, specs = worker.vllm_config, dict(worker.get_kv_cache_spec())
+    """Say how vLLM will group the attention layers in its KV cache (KVCacheGroupSpec)."""
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    groups = _all_groups(worker.vllm_config, dict(worker.get_kv_cache_spec()))
+    return [group for group in groups if isinstance(group.kv_cache_spec, AttentionSpec)]
+
+
+def _all_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
     try:
         from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
     except ImportError:  # vLLM 0.32

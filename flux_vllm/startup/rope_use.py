@@ -6,6 +6,7 @@ Only a query that was rotated, and then handed to attention as it was, can be ro
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ _CONSTANT = (
     *(ast.boolop, ast.cmpop, ast.unaryop),
 )
 """What a condition may be made of that is the same whenever the module is called."""
+_ROPE = re.compile("rope|rotar|rotat|freqs|sin_?cos|cos_?sin", re.IGNORECASE)
+"""What code that rotates calls its parts."""
 _BRANCHES = (ast.IfExp, ast.For, ast.Match, ast.Try, ast.While, ast.With)
 """What may run a part of itself or not; `if` is looked into."""
 
@@ -28,12 +31,13 @@ def rotates(attention: Any) -> bool | None:
     Some models leave RoPE out in some layers: conditions on the module's own attributes are looked
     up, since they are the same for all its calls.
 
-    Returns: None where that depends on anything else, or there is no source to be read.
+    Returns: None where that depends on anything else, there is no source to be read, or it rotates
+        by another name than `rotary_emb`.
     """
     kind: Any = type(attention)
     tree = _rotating_function(kind)
     if tree is None:
-        return None
+        return None if _speaks_of_rope(kind) else False
     found: list[bool | None] = []
     for node, is_conditional in _statements(tree.body, attention):
         if _rotates_within(node):
@@ -60,11 +64,33 @@ def change_after_rope(attention: Any) -> str | None:
     tree = _rotating_function(kind)
     if tree is None:
         return None
+    change, place = _follow(tree, attention, _is_rotation)
+    caller = None if place is None else _calling_function(kind, tree.name)
+    if caller is None or place is None:
+        return change
+    call = f"self.{tree.name}"
+    return _follow(caller, attention, functools.partial(_is_call, name=call), place)[0]
+
+
+def _follow(
+    tree: ast.FunctionDef, attention: Any, makes: Callable[[ast.AST], bool], place: int = 0
+) -> tuple[str | None, int | None]:
+    """Follow queries through a method.
+
+    Args:
+        tree: of the method.
+        attention: the module.
+        makes: says whether an expression makes the queries.
+        place: theirs, where it makes several things.
+
+    Returns: what changes them, or None; and their place where the method returns them among others
+        instead of attending, else None.
+    """
     names: set[str] = set()
-    reached = False
+    reached, returned = False, None
     for node, _ in _statements(tree.body, attention):
-        if isinstance(node, ast.Assign) and _is_rotation(node.value):
-            names.add(_first_target(node))
+        if isinstance(node, ast.Assign) and makes(node.value):
+            names.add(_target(node, place))
         elif (
             isinstance(node, ast.Assign)
             and isinstance(node.targets[0], ast.Name)
@@ -73,9 +99,15 @@ def change_after_rope(attention: Any) -> str | None:
             names.add(node.targets[0].id)
         elif _hands_on(node, names):
             reached = True
-        elif not isinstance(node, ast.Delete) and (_uses(node, names) or _rotates_within(node)):
-            return ast.unparse(node)
-    return None if reached else f"{tree.name}() without self.attn(q, ...)"
+        elif (found := _returned_place(node, names)) is not None:
+            returned = found
+        elif not isinstance(node, ast.Delete) and (
+            _uses(node, names) or any(makes(part) for part in ast.walk(node))
+        ):
+            return ast.unparse(node), None
+    if reached:
+        return None, None
+    return f"{tree.name}() without self.attn(q, ...)", returned
 
 
 @functools.cache
@@ -91,6 +123,28 @@ def _rotating_function(attention_class: type) -> ast.FunctionDef | None:
     return None
 
 
+@functools.cache
+def _speaks_of_rope(attention_class: type) -> bool:
+    """Say whether a name in a module's methods may stand for RoPE, or they cannot be read."""
+    for owner in attention_class.__mro__:
+        if owner.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for function in filter(inspect.isfunction, vars(owner).values()):
+            tree = _parse(function)
+            if tree is None or any(_ROPE.search(name) for name in _names(tree)):
+                return True
+    return False
+
+
+def _names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        yield from (
+            value
+            for name in ("id", "attr", "arg")
+            if isinstance(value := getattr(node, name, None), str)
+        )
+
+
 def _parse(function: Callable) -> ast.FunctionDef | None:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
@@ -99,8 +153,23 @@ def _parse(function: Callable) -> ast.FunctionDef | None:
     return tree if isinstance(tree, ast.FunctionDef) else None
 
 
+@functools.cache
+def _calling_function(attention_class: type, name: str) -> ast.FunctionDef | None:
+    """Parse the method that calls another one; None where there is none to be read."""
+    for owner in attention_class.__mro__:
+        for function in filter(inspect.isfunction, vars(owner).values()):
+            tree = _parse(function)
+            if tree and any(_is_call(part, f"self.{name}") for part in ast.walk(tree)):
+                return tree
+    return None
+
+
+def _is_call(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == name
+
+
 def _is_rotation(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "self.rotary_emb"
+    return _is_call(node, "self.rotary_emb")
 
 
 def _rotates_within(node: ast.AST) -> bool:
@@ -142,9 +211,17 @@ def _truth(test: ast.expr, attention: Any) -> bool | None:
         return None
 
 
-def _first_target(node: ast.Assign) -> str:
+def _target(node: ast.Assign, place: int) -> str:
     target = node.targets[0]
-    return ast.unparse(target.elts[0] if isinstance(target, ast.Tuple) else target)
+    return ast.unparse(target.elts[place] if isinstance(target, ast.Tuple) else target)
+
+
+def _returned_place(node: ast.AST, names: set[str]) -> int | None:
+    """Say at which place a statement returns the queries, used nowhere else in it."""
+    if not (isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)):
+        return None
+    places = [i for i, part in enumerate(node.value.elts) if ast.unparse(part) in names]
+    return places[0] if len(places) == 1 and _uses(node, names) == 1 else None
 
 
 def _uses(node: ast.AST, names: set[str]) -> int:

@@ -3,8 +3,6 @@
 Oracle: the same engine without `free_kv`; for memory, the formula of docs/KV_MEMORY.md.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -166,7 +164,7 @@ def test_more_requests_fit(tiny_model):
 
 
 def _speculate(model, flux):
-    """Answer with drafts; in a process that is given up, where numba bears no second engine."""
+    """Answer with drafts."""
     ngram = {"num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     with PoisonedEngine(
         model,
@@ -185,12 +183,9 @@ def _speculate(model, flux):
 @pytest.mark.slow
 def test_ngram_speculation(tiny_model):
     """Rows of several queries, drafts refused: what is freed counts verified tokens alone."""
-    spawn = multiprocessing.get_context("spawn")
-    found = []
-    for flux in (FREE, FLUX):
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found.append(pool.submit(_speculate, tiny_model, flux).result())
-    (freeing, drafted, freed), (plain, _, none) = found
+    (freeing, drafted, freed), (plain, _, none) = (
+        _speculate(tiny_model, flux) for flux in (FREE, FLUX)
+    )
     assert freeing == plain
     assert drafted
     assert freed > none == 0
@@ -329,7 +324,7 @@ def test_routed_preemption(tiny_model, tmp_path):
         assert answer.routes == other.routes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_routed_clusters_on_two_ranks(tiny_model, tmp_path):
     """One rank's output brings the routes of all, from another process."""
     flux = _routed(tmp_path, tiny_model)

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.real_tasks import cli
 from flux_vllm.router.place import beside_weights
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.long]
 
 WORDS = "The quick brown fox jumps over the lazy dog and runs along the river bank at dawn. "
 

@@ -3,7 +3,8 @@
 Oracles: tests/helpers/reference.py, which runs transformers over a prompt's two ends, decides by a
 router written anew, and replays the engine's cache history under those routes; for routes and
 P(FULL) across schedules, equality to the bit. The random router's routes vary from prompt to
-prompt. One engine serves nearly all: chunks are limited and the prefix cache emptied between tests.
+prompt. One engine serves nearly all: its chunks and KV blocks are limited, and its prefix cache is
+emptied, between tests.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Answer, Engine
-from tests.helpers.models import random_prompt, write_random_router
+from tests.helpers.models import random_prompt, write_random_router, write_tiny_llama
 from tests.helpers.reference import ReferenceRouter, SparsePattern
 from tests.helpers.replay import assert_routed
 
@@ -35,8 +36,7 @@ def shared(tiny_model) -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(shared: Engine) -> Engine:
-    shared.limit_chunks(0)
-    shared.forget_prefixes()
+    shared.reset()
     return shared
 
 
@@ -51,7 +51,7 @@ def _bits(answer: Answer) -> tuple:
 
 def test_same_bits_for_every_schedule(engine: Engine) -> None:
     """Chunks of 97 and 256 and none, alone and with neighbours, first asked and cached."""
-    prompts = [random_prompt(length, seed=length) for length in (161, 333, 640, 1281, 2100)]
+    prompts = [random_prompt(length, seed=length) for length in (161, 333, 640, 1281, 1288, 2100)]
     seen: list[set] = [set() for _ in prompts]
     for chunk in CHUNKS:
         engine.limit_chunks(chunk)
@@ -177,22 +177,16 @@ def test_aborted_request_and_its_id_again(engine: Engine) -> None:
     assert not runtime.prompts_may_be_due()
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True], ids=["recompute", "cached"])
-def test_preemption_and_resume(tiny_model, reference, reference_router, prefix_caching) -> None:
+@pytest.mark.parametrize("skips_cache", [True, False], ids=["recompute", "cached"])
+def test_preemption_and_resume(engine: Engine, reference, reference_router, skips_cache) -> None:
     prompts = [random_prompt(length, seed=60 + length) for length in (500, 161, 700, 1100, 100)]
-    blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 4
-    bytes_per_block = 4 * 2 * 2 * 32 * 4 * BLOCK_SIZE
-    with Engine(
-        tiny_model,
-        {},
-        block_size=BLOCK_SIZE,
-        max_model_len=2048,
-        max_num_batched_tokens=300,
-        enable_prefix_caching=prefix_caching,
-        kv_cache_memory_bytes=blocks * bytes_per_block,
-    ) as engine:
-        answers = engine.generate(prompts, 200)
-        alone = [engine.generate([prompt], 70)[0] for prompt in prompts]
+    blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 3
+    engine.limit_steps(300)
+    with engine.few_blocks(blocks):
+        answers = engine.generate(prompts, 100, skip_reading_prefix_cache=skips_cache)
+    engine.forget_prefixes()
+    # The short one needs no route before its text outgrows sinks and window.
+    alone = [engine.generate([prompt], 70)[0] for prompt in prompts]
     assert sum(answer.preemptions for answer in answers) > 0
     for answer, undisturbed in zip(answers, alone, strict=True):
         _check(answer, reference, reference_router)
@@ -223,3 +217,15 @@ def test_router_that_looks_at_more(tiny_model, reference, tmp_path) -> None:
     for answer in answers:
         _check(answer, reference, router)
     assert len({tuple(answer.routes) for answer in answers}) > 1
+
+
+def test_positions_past_the_rope_table_do_not_end_the_engine(tmp_path, monkeypatch) -> None:
+    """Where the operator allows them, vLLM answers with whatever it reads there; so do routes."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    model = write_tiny_llama(tmp_path, layers=2, max_position_embeddings=512)
+    write_random_router(tmp_path, num_layers=2, head_dim=32)
+    with Engine(model, {}, max_model_len=1024, block_size=BLOCK_SIZE) as engine:
+        for length in (900, 300):
+            (answer,) = engine.generate([random_prompt(length, seed=length)], 4)
+            assert len(answer.tokens) == 4
+            assert answer.routes is not None

@@ -125,12 +125,18 @@ def _truncated_router(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "flux", "message"),
     [
-        (None, '{"windw_tokens": 64}', "flux config: expected keys among "),
+        pytest.param(
+            None,
+            '{"windw_tokens": 64}',
+            "flux config: expected keys among ",
+            marks=pytest.mark.long,
+        ),
         (None, "{}", "expected a router at FOLDER/flux/flux_router.safetensors, found nothing "),
-        (
+        pytest.param(
             _truncated_router,
             "{}",
             "FOLDER/flux_router.safetensors: expected a safetensors file, found one that cannot ",
+            marks=pytest.mark.long,
         ),
     ],
     ids=["unknown-key", "no-router", "truncated"],

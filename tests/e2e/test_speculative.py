@@ -4,9 +4,6 @@ Oracle: tests/helpers/reference.py, fed the drafts that stood; a row's window st
 query's. Three allowed tokens make a random model repeat itself, so that its n-grams foretell it.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
@@ -41,7 +38,7 @@ STATIC = {
 
 
 def _answers(folder, flux):
-    """Answer a batch and a prompt alone, in a process that is then given up."""
+    """Answer a batch and a prompt alone."""
     prompts = [random_prompt(n, seed=n) for n in (30, 185, 700)]
     with Engine(
         folder, flux, block_size=BLOCK_SIZE, max_num_batched_tokens=256, speculative_config=NGRAM
@@ -54,10 +51,7 @@ def _answers(folder, flux):
 
 @pytest.mark.parametrize("flux", [STATIC, {}], ids=["static", "router"])
 def test_drafts(tiny_model, reference, reference_router, flux):
-    # numba, which proposes n-grams, keeps vLLM 0.32 from starting another engine in its process.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        answers = pool.submit(_answers, tiny_model, flux).result()
+    answers = _answers(tiny_model, flux)
     assert_verified_drafts(answers)
     for answer in answers:
         request = replay(

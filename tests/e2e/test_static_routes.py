@@ -1,123 +1,157 @@
-"""Policy `static` on a real engine against transformers in float32.
+"""Policy `static` on a real engine against transformers in float32, under every sparse pattern.
 
 Oracle: tests/helpers/reference.py. Covers the kernel path of FULL rows, compacted decode, exact
-SPARSE prefill at any chunk offset, batches, the prefix cache, and preemption.
+SPARSE prefill at any chunk offset (a chunk edge within a query block, within a prompt's tail),
+batches of prompts and decodes, the prefix cache, and preemption. One engine serves all tests of a
+pattern and block size.
 """
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.models import random_prompt
-from tests.helpers.reference import FULL, SPARSE, SparsePattern
+from tests.helpers.reference import FULL, SPARSE, ReferenceModel, Request, SparsePattern
 from tests.helpers.replay import assert_same, logprob_errors, replay
 
 pytestmark = pytest.mark.vllm
 
 ROUTES = [SPARSE, FULL, SPARSE, FULL]
-FLUX = {
-    "policy": "static",
-    "sparse_layers": [0, 2],
-    "sink_tokens": SINK_TOKENS,
-    "window_tokens": WINDOW_TOKENS,
-}
-# Around sink + window = 160, then unaligned, then long.
-LENGTHS = [159, 160, 161, 500, 1100, 3001]
-BLOCK_SIZES = [32, 128]
+# Around sink + window = 160 and two of XAttention's blocks, then unaligned.
+LENGTHS = [159, 160, 161, 255, 257, 500, 1100]
+LONG = pytest.param([2001, 3001], marks=pytest.mark.long, id="long")
 
 
-def _pattern(block_size):
-    return SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size)
+def flux(kind: str = "streaming") -> dict:
+    return {
+        "policy": "static",
+        "sparse_layers": [0, 2],
+        "sink_tokens": SINK_TOKENS,
+        "window_tokens": WINDOW_TOKENS,
+        "sparse_pattern": kind,
+    }
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("chunk", [4096, 256, 97], ids=["one-chunk", "chunks-256", "chunks-97"])
-def test_static_equals_reference(tiny_model, reference, block_size, chunk, record_property):
-    worst = [0.0, 0.0]
-    with Engine(tiny_model, FLUX, block_size=block_size, max_num_batched_tokens=chunk) as engine:
-        for length in LENGTHS:
-            # 200 decoded tokens cross several block edges; once is enough.
-            tokens = 200 if (length, chunk) == (500, 4096) else 24
-            prompt = random_prompt(length, seed=length)
-            (answer,) = engine.generate([prompt], tokens, prompt_logprobs=True)
-            assert max(step[1] for step in answer.steps) == min(chunk, length)
-            request = replay(reference, answer, _pattern(block_size), ROUTES)
-            assert_same(answer, request)
-            worst = list(map(max, worst, logprob_errors(answer, request)))
-    record_property("worst_prompt_logprob_error", worst[0])
-    record_property("worst_output_logprob_error", worst[1])
+@dataclass
+class Served:
+    """An engine, what its SPARSE layers mean, and what says what they should give."""
 
+    engine: Engine
+    pattern: SparsePattern
+    reference: ReferenceModel
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_eight_requests_in_one_batch(tiny_model, reference, block_size, record_property):
-    lengths = [159, 160, 161, 500, 1100, 3001, 17, 290]
-    prompts = [random_prompt(length, seed=10 + length) for length in lengths]
-    # 512 tokens a step: prompts in chunks run beside others' decodes.
-    with Engine(tiny_model, FLUX, block_size=block_size, max_num_batched_tokens=512) as engine:
-        answers = engine.generate(prompts, 24, prompt_logprobs=True)
-    worst = [0.0, 0.0]
-    for answer in answers:
-        request = replay(reference, answer, _pattern(block_size), ROUTES)
+    def check(self, answer, history=None) -> Request:
+        request = replay(self.reference, answer, self.pattern, ROUTES, history=history)
         assert_same(answer, request)
-        worst = list(map(max, worst, logprob_errors(answer, request)))
-    record_property("worst_prompt_logprob_error", worst[0])
-    record_property("worst_output_logprob_error", worst[1])
+        return request
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_prefix_cache_hit(tiny_model, reference, block_size, record_property):
-    worst = 0.0
-    with Engine(tiny_model, FLUX, block_size=block_size, enable_prefix_caching=True) as engine:
-        for length in LENGTHS:
-            prompt = random_prompt(length, seed=20 + length)
-            (first,) = engine.generate([prompt], 24)
-            (second,) = engine.generate([prompt + random_prompt(40, seed=length)], 24)
-            assert second.cached_tokens == length // block_size * block_size
-            source = replay(reference, first, _pattern(block_size), ROUTES).history
-            request = replay(reference, second, _pattern(block_size), ROUTES, history=source)
-            assert_same(second, request)
-            worst = max(worst, logprob_errors(second, request)[1])
-    record_property("worst_output_logprob_error", worst)
+CASES = [("streaming", 32), ("streaming", 128), ("triangle", 32), ("xattention", 32)]
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_preemption(tiny_model, reference, block_size, record_property):
-    prompts = [random_prompt(length, seed=30 + length) for length in (500, 161, 700, 1100)]
-    bytes_per_block = 4 * 2 * 2 * 32 * 4 * block_size  # layers, k and v, KV heads, dim, float32
-    # All prompts fit, their generations do not. One block is vLLM's null block.
-    blocks = sum(-(-len(prompt) // block_size) for prompt in prompts) + 3
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def shared(request, tiny_model, reference) -> Iterator[Served]:
+    kind, block_size = request.param
     with Engine(
-        tiny_model,
-        FLUX,
-        block_size=block_size,
-        max_model_len=2048,
-        max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=blocks * bytes_per_block,
+        tiny_model, flux(kind), block_size=block_size, enable_prefix_caching=True
     ) as engine:
-        answers = engine.generate(prompts, 200)
-    assert sum(answer.preemptions for answer in answers) > 0
-    worst = 0.0
+        pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size, kind)
+        yield Served(engine, pattern, reference)
+
+
+@pytest.fixture
+def served(shared: Served) -> Served:
+    shared.engine.reset()
+    return shared
+
+
+@pytest.mark.parametrize("step_tokens", [4096, 256, 97])
+@pytest.mark.parametrize("lengths", [pytest.param(LENGTHS, id="short"), LONG])
+def test_every_chunk_equals_the_reference(served: Served, step_tokens: int, lengths) -> None:
+    """Prompt log-probabilities are asked for, so that nothing comes from the prefix cache."""
+    served.engine.limit_steps(step_tokens)
+    for length in lengths:
+        # 100 decoded tokens cross several block edges; once is enough.
+        tokens = 100 if (length, step_tokens) == (500, 4096) else 24
+        prompt = random_prompt(length, seed=length)
+        (answer,) = served.engine.generate([prompt], tokens, prompt_logprobs=True)
+        assert max(step[1] for step in answer.steps) == min(step_tokens, length)
+        served.check(answer)
+
+
+@pytest.mark.parametrize("lengths", [pytest.param([*LENGTHS, 17], id="short"), LONG])
+def test_requests_in_one_batch(served: Served, lengths) -> None:
+    prompts = [random_prompt(length, seed=10 + length) for length in lengths]
+    served.engine.limit_steps(512)  # prompts in chunks run beside others' decodes
+    answers = served.engine.generate(prompts, 24, prompt_logprobs=True)
+    assert len({answer.steps[0][:2] for answer in answers}) > 1
     for answer in answers:
-        request = replay(reference, answer, _pattern(block_size), ROUTES)
-        assert_same(answer, request)
-        worst = max(worst, logprob_errors(answer, request)[1])
-    record_property("worst_output_logprob_error", worst)
+        served.check(answer)
 
 
-def test_wrong_routes_would_show(reference):
+@pytest.mark.parametrize("lengths", [pytest.param(LENGTHS, id="short"), LONG])
+def test_prefix_cache_hit(served: Served, lengths) -> None:
+    block_size = served.pattern.block_size
+    for length in lengths:
+        prompt = random_prompt(length, seed=20 + length)
+        (first,) = served.engine.generate([prompt], 24)
+        (second,) = served.engine.generate([prompt + random_prompt(190, seed=length)], 24)
+        assert second.cached_tokens == length // block_size * block_size
+        source = replay(served.reference, first, served.pattern, ROUTES).history
+        served.check(second, source)
+
+
+@pytest.mark.parametrize("skips_cache", [True, False], ids=["recompute", "cached"])
+def test_preemption(served: Served, skips_cache: bool) -> None:
+    """Text that is computed again lies past the prompt, where triangle's tail goes on."""
+    prompts = [random_prompt(length, seed=30 + length) for length in (500, 161, 700, 1100)]
+    # All prompts fit, their generations do not.
+    blocks = sum(-(-len(prompt) // served.pattern.block_size) for prompt in prompts) + 2
+    with served.engine.few_blocks(blocks):
+        answers = served.engine.generate(prompts, 70, skip_reading_prefix_cache=skips_cache)
+    resumed = [answer for answer in answers if answer.preemptions]
+    assert resumed
+    for answer in resumed if skips_cache else ():
+        assert sum(start == 0 for start, _, _ in answer.steps) > 1
+    for answer in answers:
+        served.check(answer)
+
+
+def _changes(reference, kind: str, changed: SparsePattern | list[int]) -> float:
+    """Give by how much another pattern or other routes move the log-probabilities at least."""
+    prompt = random_prompt(1100, seed=1100)
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 32, kind)
+    given = {"pattern": pattern, "routes": ROUTES}
+    other = given | ({"routes": changed} if isinstance(changed, list) else {"pattern": changed})
+    right, wrong = (reference.run(prompt, num_decode=4, **each) for each in (given, other))
+    return (right.prompt_logprobs - wrong.prompt_logprobs)[1:].abs().max()
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_wrong_route_would_show(reference, layer: int) -> None:
     """The tolerance is tight enough: one route changed moves the log-probabilities."""
-    prompt = random_prompt(500, seed=500)
-    pattern = _pattern(32)
-    right = reference.run(prompt, pattern=pattern, routes=ROUTES, num_decode=4)
-    for layer in range(4):
-        wrong_routes = [1 - r if i == layer else r for i, r in enumerate(ROUTES)]
-        wrong = reference.run(prompt, pattern=pattern, routes=wrong_routes, num_decode=4)
-        difference = (right.prompt_logprobs - wrong.prompt_logprobs)[1:].abs().max()
-        assert difference > 0.1
+    wrong = [1 - route if at == layer else route for at, route in enumerate(ROUTES)]
+    assert _changes(reference, "streaming", wrong) > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "cache"), [("float16", "bfloat16"), ("bfloat16", "float16")])
-def test_kv_cache_of_another_dtype(tiny_model, reference, dtype, cache, record_property):
+@pytest.mark.parametrize("kind", ["triangle", "xattention"])
+def test_streaming_in_its_place_would_show(reference, kind: str) -> None:
+    assert _changes(reference, kind, SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 32)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache"),
+    [
+        ("float16", "bfloat16"),
+        pytest.param("bfloat16", "float16", marks=pytest.mark.long),
+    ],
+)
+def test_kv_cache_of_another_dtype(
+    tiny_model, reference, dtype: str, cache: str, record_property: Callable[..., None]
+) -> None:
     """vLLM's CPU kernels keep the model's dtype in it, so it is the same to the last bit.
 
     What low precision costs is told by policy `full`, which is vLLM's own answer.
@@ -130,17 +164,18 @@ def test_kv_cache_of_another_dtype(tiny_model, reference, dtype, cache, record_p
             return engine.generate(prompts, 16, prompt_logprobs=True)
 
     worst = {}
-    for flux, other, routes in (
-        (FLUX, (FLUX, "auto"), ROUTES),
+    for config, other, routes in (
+        (flux(), (flux(), "auto"), ROUTES),
         ({"policy": "full"}, (None, cache), [FULL] * 4),
     ):
         errors = []
-        for answer, same in zip(answers(flux, cache), answers(*other), strict=True):
+        for answer, same in zip(answers(config, cache), answers(*other), strict=True):
             assert answer.tokens == same.tokens
             assert answer.logprobs == same.logprobs
             assert answer.prompt_logprobs == same.prompt_logprobs
-            request = replay(reference, answer, _pattern(32), routes, follow_tokens=True)
+            pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 32)
+            request = replay(reference, answer, pattern, routes, follow_tokens=True)
             errors += logprob_errors(answer, request)
-        worst[flux["policy"]] = max(errors)
-        record_property(f"worst_logprob_error_{flux['policy']}", max(errors))
+        worst[config["policy"]] = max(errors)
+        record_property(f"worst_logprob_error_{config['policy']}", max(errors))
     assert worst["static"] < 2 * worst["full"]

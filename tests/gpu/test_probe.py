@@ -21,11 +21,13 @@ from tests.helpers.reference import ReferenceModel, ReferenceRouter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
-LENGTHS = [161, 333, 640, 1281, 3000]
+LENGTHS = [161, 333, 640, 1281, 1288, 3000]
+BLOCK_SIZE = 16
 CHUNKS = [0, 256, 97]
 DEFAULTS = {
     "dtype": "bfloat16",
     "enforce_eager": False,
+    "block_size": BLOCK_SIZE,
     "enable_prefix_caching": True,
     "max_num_seqs": 16,
     "gpu_memory_utilization": 0.1,  # several processes share the GPU
@@ -73,7 +75,7 @@ def test_same_bits_for_every_schedule(engine: Engine) -> None:
         for bits, prompt in zip(seen, prompts, strict=True):
             first, again = (engine.generate([prompt], 8)[0] for _ in range(2))
             assert first.cached_tokens == 0
-            assert again.cached_tokens == (len(prompt) - 1) // 16 * 16
+            assert again.cached_tokens == (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
             bits |= {_bits(first), _bits(again)}
         engine.forget_prefixes()
         for bits, answer in zip(seen, engine.generate(prompts, 8), strict=True):
@@ -91,18 +93,6 @@ def test_short_prompt_is_probed_once_its_text_is_long(engine: Engine) -> None:
     (long,) = engine.generate([prompt], 40)
     _, p_full, routes = engine.probe(prompt)
     assert _bits(long) == (tuple(routes.tolist()), tuple(p_full.tolist()))
-
-
-def test_preemption_keeps_the_bits(files, engine: Engine) -> None:
-    prompts = [random_prompt(n, seed=60 + n) for n in (500, 161, 700, 1100)]
-    expected = [_bits(engine.generate([prompt], 1)[0]) for prompt in prompts]
-    blocks = sum(-(-len(prompt) // 16) for prompt in prompts) + 5
-    with Engine(
-        files[0], {"router": str(files[1])}, num_gpu_blocks_override=blocks, **DEFAULTS
-    ) as tight:
-        answers = tight.generate(prompts, 200)
-    assert sum(answer.preemptions for answer in answers) > 0
-    assert [_bits(answer) for answer in answers] == expected
 
 
 def test_captured_equals_eager(engine: Engine) -> None:
@@ -141,3 +131,20 @@ def test_pooled_queries_are_those_of_transformers(files, engine: Engine) -> None
         found = (engine.probe(prompt)[0].cpu() - expected).square().mean().sqrt()
         print(f"\n{length} tokens: r.m.s. error {found:.2e}, plain bfloat16 {allowed:.2e}")
         assert found <= 2 * allowed
+
+
+def test_preemption_keeps_the_bits(files, engine: Engine) -> None:
+    prompts = [random_prompt(n, seed=60 + n) for n in (500, 161, 700, 1100)]
+    expected = [_bits(engine.generate([prompt], 1)[0]) for prompt in prompts]
+    # The prompts fill 156 blocks and each grows by 12 or 13. One more is vLLM's null block.
+    blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 5
+    with Engine(
+        files[0],
+        {"router": str(files[1])},
+        num_gpu_blocks_override=blocks,
+        max_model_len=2048,  # a cache must hold one such request: 128 blocks
+        **DEFAULTS,
+    ) as tight:
+        answers = tight.generate(prompts, 200)
+    assert sum(answer.preemptions for answer in answers) > 0
+    assert [_bits(answer) for answer in answers] == expected

@@ -3,12 +3,14 @@
 The log comes from vLLM's scheduler, not from flux: a test replays it in the reference.
 """
 
+import functools
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -55,6 +57,8 @@ class Engine:
         arguments: further arguments of `vllm.LLM`.
     """
 
+    _open: ClassVar[int] = 0
+
     def __init__(self, model: Path, flux: dict[str, Any] | None, **arguments: Any) -> None:
         from vllm import LLM
 
@@ -72,15 +76,19 @@ class Engine:
         if flux is not None:
             defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
         self.has_flux = flux is not None
+        _override_kernels_once()
+        gc.freeze()  # vLLM collects garbage eight times an engine, half a second each over all else
         try:
             self.llm = LLM(model=str(model), **(defaults | arguments))
         except BaseException:
-            _forget_engine()
+            self._forget()
             raise
+        Engine._open += 1
         self.core = self.llm.llm_engine.engine_core.engine_core
         self._steps: dict[str, list[tuple[int, int, str]]] = {}
         self._step_of: dict[tuple[int, str], int] = {}
         self._preemptions: dict[str, int] = {}
+        self._most_step_tokens = self.core.scheduler.max_num_scheduled_tokens
         self._log_scheduler()
 
     def _log_scheduler(self) -> None:
@@ -139,9 +147,30 @@ class Engine:
         """Cut prompts into chunks of at most so many tokens from now on; 0: whole."""
         self.core.scheduler.scheduler_config.long_prefill_token_threshold = tokens
 
+    def limit_steps(self, tokens: int) -> None:
+        """Schedule at most so many tokens a step from now on, of all requests together."""
+        self.core.scheduler.max_num_scheduled_tokens = tokens
+
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
         assert self.llm.reset_prefix_cache()
+
+    def reset(self) -> None:
+        """Undo the limits and empty the prefix cache, for another test."""
+        self.limit_chunks(0)
+        self.limit_steps(self._most_step_tokens)
+        self.forget_prefixes()
+
+    @contextmanager
+    def few_blocks(self, blocks: int) -> Iterator[None]:
+        """Leave so many KV blocks, found in no prefix cache; the others are taken meanwhile."""
+        self.forget_prefixes()
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        taken = pool.get_new_blocks(pool.get_num_free_blocks() - blocks)
+        try:
+            yield
+        finally:
+            pool.free_blocks(taken)
 
     def probe(self, tokens: Sequence[int]) -> tuple[Any, Any, Any]:
         """Probe a prompt without a request.
@@ -161,9 +190,10 @@ class Engine:
         max_tokens: int,
         prompt_logprobs: bool = False,
         candidates: int = 0,
+        adapter: Any = None,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answer prompts together, greedily."""
+        """Answer prompts together, greedily, through a LoRA adapter (LoRARequest) or without."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(
@@ -179,7 +209,10 @@ class Engine:
         self._step_of.clear()
         self._preemptions.clear()
         outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+            lora_request=adapter,
         )
         if self.has_flux:
             self.runtime.status()  # the decisions of steps in flight
@@ -216,7 +249,21 @@ class Engine:
         """Take the engine down, so that another can start in this process."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core
-        _forget_engine()
+        Engine._open -= 1
+        self._forget()
+
+    @classmethod
+    def _forget(cls) -> None:
+        """Undo what engines set up in this process, one that did not start too.
+
+        All of them share it, so it stays for those that are open.
+        """
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        if cls._open == 0:
+            cleanup_dist_env_and_memory()  # collects garbage too
+        else:
+            gc.collect()
 
     def __enter__(self) -> "Engine":
         return self
@@ -225,9 +272,15 @@ class Engine:
         self.close()
 
 
-def _forget_engine() -> None:
-    """Undo what an engine set up in this process, one that did not start too."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+def _override_kernels_once() -> None:
+    """Let the process's first engine alone put C++ kernels in the place of Triton's.
 
-    cleanup_dist_env_and_memory()
-    gc.collect()
+    vLLM 0.32 looks through all modules for them at each start, and falls over numba's, which
+    speculative decoding imports.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    register = platform.register_triton_kernel_overrides
+    if not hasattr(register, "cache_info"):
+        platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.head_split import HeadSplitKernels
+from benchmarks.experiments.head_split import HeadSplitKernels
 from tests.helpers.cuda_backend import BackendWorker
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,

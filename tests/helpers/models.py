@@ -145,6 +145,8 @@ def _calibrate(
     for layer in range(features.shape[1]):
         prefix = f"layers.{layer}"
         mean, deviation = features[:, layer].mean(dim=0), features[:, layer].std(dim=0)
+        if not deviation.any():
+            continue  # a layer without attention
         weight = tensors[f"{prefix}.features.0.weight"] / deviation
         tensors[f"{prefix}.features.0.weight"] = weight
         tensors[f"{prefix}.features.0.bias"] -= weight @ mean
@@ -172,6 +174,7 @@ def write_random_router(
     window_tokens: int = 128,
     seed: int = 0,
     model_folder: str | Path | None = None,
+    model: Any = None,
     prompts: Sequence[Sequence[int]] | None = None,
     vocab_size: int = 512,
     gain: float = 1.5,
@@ -193,6 +196,7 @@ def write_random_router(
         seed: of the weights and the sample prompts.
         model_folder: model whose features the router is fitted to; None leaves it unfitted, and its
             routes may then hardly vary.
+        model: the reference that computes these; default a StepModel of that folder.
         prompts: sample prompts to fit it to; default random ones of 40 to 900 tokens.
         vocab_size: of the random sample prompts.
         gain: standard deviation of the logits' difference over the sample prompts.
@@ -224,7 +228,7 @@ def write_random_router(
                 random_prompt(length, 1_000_000 + seed * 1_000 + i, vocab_size)
                 for i, length in enumerate(lengths)
             ]
-        raw, model = ReferenceRouter(tensors, metadata), StepModel(model_folder)
+        raw, model = ReferenceRouter(tensors, metadata), model or StepModel(model_folder)
         features = torch.stack([raw.features(model, prompt) for prompt in prompts])
         tensors = _calibrate(tensors, features, gain)
     path = Path(folder) / "flux_router.safetensors"

@@ -6,7 +6,8 @@ server did, step by step: chunked prefill, prefix-cache hits (`history.first(n)`
 request), second turns (the same), preemption and resume. `ReferenceModel.run` is the short form.
 
 Nothing here or in the modules it stands on (`reference_steps`, `reference_attention`,
-`reference_router`) comes from `flux_vllm`: all is written from the definitions of DESIGN.md.
+`reference_router`, `oracle`) comes from `flux_vllm`: all is written from the definitions of
+DESIGN.md.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .reference_attention import Phase, SparsePattern, masked_attention, visible_keys
+from .reference_attention import Phase, SparsePattern, masked_attention
 from .reference_router import FULL, SPARSE, ReferenceRouter
 from .reference_steps import History, StepModel, StepRecord
 
@@ -28,7 +29,6 @@ __all__ = [
     "SparsePattern",
     "StepRecord",
     "masked_attention",
-    "visible_keys",
 ]
 
 _LOGIT_SLICE = 256  # positions per vocabulary product

@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.helpers import reference_attention
 from tests.helpers.close_choices import (
     assert_chosen_as_exactly,
     before_close_choices,
@@ -20,6 +19,7 @@ from tests.helpers.close_choices import (
 )
 from tests.helpers.engine import Answer
 from tests.helpers.models import random_prompt, round_to_bfloat16, write_tiny_llama
+from tests.helpers.oracle import masks
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, SparsePattern
 from tests.helpers.replay import logprob_errors, replay
 
@@ -108,7 +108,7 @@ def test_one_wrong_token_before_close_choices_fails(stand: Stand) -> None:
 
 def test_one_wrong_late_block_fails(stand: Stand) -> None:
     """In all heads and sparse layers its queries lose the latest of the key blocks chosen."""
-    choose = reference_attention.choose_blocks
+    choose = masks.choose_blocks
 
     def forgetful(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         chosen, margin = choose(*arguments)
@@ -117,7 +117,7 @@ def test_one_wrong_late_block_fails(stand: Stand) -> None:
             chosen[LATE_BLOCK, 1 + taken[-1:]] = False
         return chosen, margin
 
-    with patch.object(reference_attention, "choose_blocks", forgetful):
+    with patch.object(masks, "choose_blocks", forgetful):
         wrong = stand.answer(LENGTHS[-1])
     with pytest.raises(AssertionError, match="worst block's median"):
         stand.check([*stand.answers[:-1], wrong])

@@ -25,8 +25,8 @@ from tests.helpers.reference import (
     ReferenceRouter,
     Request,
     SparsePattern,
-    visible_keys,
 )
+from tests.unit.test_oracle import keys_by_definition
 
 PATTERN = SparsePattern(sink_tokens=20, window_tokens=50, block_size=16)
 MIXED = [SPARSE, FULL, FULL, SPARSE]
@@ -64,20 +64,6 @@ def router(family: Path, tmp_path_factory: pytest.TempPathFactory) -> ReferenceR
         model_folder=family,
     )
     return ReferenceRouter.load(path)
-
-
-def _keys_by_definition(p: int, route: int, phase: str, pattern: SparsePattern) -> set[int]:
-    """List the keys of the query at p, from DESIGN.md section 2."""
-    sinks, window, block = pattern.sink_tokens, pattern.window_tokens, pattern.block_size
-    causal = set(range(p + 1))
-    if route == FULL:
-        return causal
-    keys = set(range(sinks)) | {k for k in causal if p - window < k <= p}
-    if phase == "decode":
-        if sinks:
-            keys |= {k for k in causal if k // block <= (sinks - 1) // block}
-        keys |= {k for k in causal if k // block >= max(0, p - window + 1) // block}
-    return keys & causal
 
 
 def _eager_logprobs(
@@ -153,7 +139,7 @@ def test_routes_equal_eager_attention_under_set_masks(
 
     def see(layer: int, p: int) -> set[int]:
         phase = "prefill" if p < 130 else "decode"
-        return _keys_by_definition(p, routes[layer], phase, PATTERN)
+        return keys_by_definition(p, routes[layer], phase, PATTERN)
 
     _assert_logprobs(request, _eager_logprobs(family, request.tokens, see))
     assert request.greedy_tokens == request.output_tokens
@@ -174,7 +160,7 @@ def test_history_of_another_request_keeps_its_routes(family: Path, model: Refere
 
     def see(layer: int, p: int) -> set[int]:
         route = MIXED[layer] if p < 96 else others[layer]
-        return _keys_by_definition(p, route, "prefill" if p < 156 else "decode", PATTERN)
+        return keys_by_definition(p, route, "prefill" if p < 156 else "decode", PATTERN)
 
     _assert_logprobs(second, _eager_logprobs(family, second.tokens, see))
     assert int(second.prompt_logprobs.isnan().sum()) == 97
@@ -191,7 +177,7 @@ def test_second_turn_reads_what_decode_wrote(family: Path, model: ReferenceModel
 
     def see(layer: int, p: int) -> set[int]:
         phase = "decode" if 90 <= p < 112 or p >= len(prompt) else "prefill"
-        return _keys_by_definition(p, MIXED[layer], phase, PATTERN)
+        return keys_by_definition(p, MIXED[layer], phase, PATTERN)
 
     _assert_logprobs(second, _eager_logprobs(family, second.tokens, see))
 
@@ -208,32 +194,11 @@ def test_preempted_request_keeps_its_routes(
     assert all(step.routes == routes for step in request.steps)
 
     def see(layer: int, p: int) -> set[int]:
-        return _keys_by_definition(p, routes[layer], "prefill" if p < 210 else "decode", PATTERN)
+        return keys_by_definition(p, routes[layer], "prefill" if p < 210 else "decode", PATTERN)
 
     expected = _eager_logprobs(family, request.tokens, see)
     last = torch.stack(request.output_logprobs[10:])
     torch.testing.assert_close(last, expected[209:211], rtol=0, atol=ROUNDING)
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("route", [FULL, SPARSE], ids=["full", "sparse"])
-@pytest.mark.parametrize(
-    ("sinks", "window", "block"),
-    [(0, 1, 16), (1, 1, 16), (16, 16, 16), (17, 30, 16), (15, 33, 32), (5, 7, 1), (3, 200, 128)],
-)
-def test_visible_keys_are_the_written_sets(
-    sinks: int, window: int, block: int, route: int, phase: str
-) -> None:
-    pattern = SparsePattern(sinks, window, block)
-    for start, end in ((0, 90), (40, 90), (89, 90), (149, 150)):
-        mask = visible_keys(start, end, route, phase, pattern)
-        assert mask.shape == (end - start, end)
-        for row, p in zip(mask, range(start, end), strict=True):
-            seen = set(row.nonzero()[:, 0].tolist())
-            # Queries of one decode row share the window of the first.
-            first = start if phase == "decode" else p
-            expected = _keys_by_definition(first, route, phase, pattern)
-            assert seen == expected | set(range(first + 1, p + 1))
 
 
 def test_hidden_tokens_do_not_matter_when_sparse(tmp_path: Path) -> None:

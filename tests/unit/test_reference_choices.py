@@ -11,8 +11,8 @@ import torch
 
 from tests.helpers.close_choices import before_close_choices
 from tests.helpers.models import random_prompt, write_tiny_llama
+from tests.helpers.oracle.block_choice import choice_margin
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, SparsePattern
-from tests.helpers.reference_attention import choice_margin
 
 PATTERN = SparsePattern(20, 50, 16, "xattention", threshold=0.6)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.prompts.answers import Answer, AnswerSettings, Asked
+from training.prompts.answerer import Answer, AnswerSettings, Asked
 
 
 class TransformersAnswerer:

@@ -4,7 +4,7 @@ import importlib
 import os
 from typing import Any
 
-from training.prompts.answers import Answer, AnswerSettings, Asked
+from training.prompts.answerer import Answer, AnswerSettings, Asked
 
 
 class VllmAnswerer:

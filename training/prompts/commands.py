@@ -11,7 +11,8 @@ from typing import Any
 
 from training import cli
 from training.data.encoding import token_counter
-from training.prompts.answers import AnswerSettings, write_answers
+from training.prompts.answerer import AnswerSettings
+from training.prompts.answers import write_answers
 from training.prompts.asking import make_requests
 from training.prompts.assemble import PromptSettings, assemble
 from training.prompts.fetch import Fetcher

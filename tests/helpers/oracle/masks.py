@@ -1,21 +1,49 @@
-"""Which keys each sparse pattern shows a chunk's queries: the definitions, position by position.
+"""Which keys each sparse pattern shows a chunk's queries at prefill: the definitions.
 
 Dimension legend: Q queries of a chunk, S keys of a request, N query heads, K kv heads, H head dim.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from flux_vllm.patterns import streaming, triangle, xattention
-from flux_vllm.patterns.base import SparsePattern
 from tests.helpers.oracle import naive
+from tests.helpers.oracle.block_choice import BLOCK, choose_blocks
 
-BLOCK = 128
+
+@dataclass(frozen=True, slots=True)
+class SparsePattern:
+    """What SPARSE means: attended tokens, and the KV block size that decode widens to.
+
+    Attributes:
+        sink_tokens, window_tokens, block_size: of decode, and of prefill where the kind has them.
+        kind: what prefill does: "streaming", "triangle" or "xattention".
+        tail_tokens: of triangle: the prompt's last queries, which see everything.
+        stride: of xattention's anti-diagonals.
+        threshold: of xattention: share of the estimated attention that the chosen blocks hold.
+    """
+
+    sink_tokens: int
+    window_tokens: int
+    block_size: int
+    kind: str = "streaming"
+    tail_tokens: int = 128
+    stride: int = 16
+    threshold: float = 0.9
+
+    @classmethod
+    def of(cls, pattern: Any) -> "SparsePattern":
+        """Say what a pattern of the package means at prefill."""
+        names = ("sink_tokens", "window_tokens", "tail_tokens", "stride", "threshold")
+        values = {name: getattr(pattern, name) for name in names if hasattr(pattern, name)}
+        return cls(block_size=1, kind=pattern.name, **values)
 
 
 def visible(
-    pattern: SparsePattern, query: torch.Tensor, key: torch.Tensor, prompt_len: int, scale: float
+    pattern: Any, query: torch.Tensor, key: torch.Tensor, prompt_len: int, scale: float
 ) -> torch.Tensor:
-    """Build a pattern's mask over one request's chunk.
+    """Build the mask of a pattern of the package over one request's chunk.
 
     Args:
         pattern: of the package.
@@ -26,61 +54,42 @@ def visible(
 
     Returns: [Q, S] bool, or [N, Q, S] where heads differ.
     """
-    if isinstance(pattern, xattention.Pattern):
-        return _of_blocks(pattern, query, key, scale)
-    assert isinstance(pattern, streaming.Pattern)
-    positions = range(len(key) - len(query), len(key))
-    mask = naive.prefill_mask(positions, naive.SPARSE, pattern.sink_tokens, pattern.window_tokens)
-    if isinstance(pattern, triangle.Pattern):
-        for row, position in enumerate(positions):
-            if position >= prompt_len - pattern.tail_tokens:
-                mask[row, : position + 1] = True
+    rule = SparsePattern.of(pattern)
+    if rule.kind == "xattention":
+        return of_blocks(choices(rule, query, key, scale)[0], len(query), len(key))
+    return of_positions(rule, range(len(key) - len(query), len(key)), prompt_len)
+
+
+def of_positions(pattern: SparsePattern, positions: range, prompt_len: int) -> torch.Tensor:
+    """Build the mask [Q, S] of a pattern by which only positions count."""
+    assert pattern.kind in ("streaming", "triangle"), pattern.kind
+    sizes = (pattern.sink_tokens, pattern.window_tokens)
+    mask = naive.prefill_mask(positions, naive.SPARSE, *sizes)
+    if pattern.kind == "triangle":
+        in_tail = torch.arange(positions.start, positions.stop) >= prompt_len - pattern.tail_tokens
+        mask |= naive.prefill_mask(positions, naive.FULL, *sizes) & in_tail[:, None]
     return mask
 
 
-def _of_blocks(
-    pattern: xattention.Pattern, query: torch.Tensor, key: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Build XAttention's mask [N, Q, S], product by product."""
-    heads, group = query.shape[1], query.shape[1] // key.shape[1]
-    start, end = len(key) - len(query), len(key)
-    mask = torch.zeros(heads, len(query), end, dtype=torch.bool)
-    for head in range(heads):
-        padded = torch.zeros(-(-end // BLOCK) * BLOCK, 2, query.shape[2])
-        padded[start:end, 0] = query[:, head].float()
-        padded[:end, 1] = key[:, head // group].float()
-        for block in range(start // BLOCK, -(-end // BLOCK)):
-            kept = _kept(pattern, padded, block, start, end, scale)
-            for position in range(max(start, block * BLOCK), min(end, (block + 1) * BLOCK)):
-                for key_block in kept:
-                    seen = slice(key_block * BLOCK, min(position, key_block * BLOCK + 127) + 1)
-                    mask[head, position - start, seen] = True
-    return mask
+def choices(
+    pattern: SparsePattern, query: torch.Tensor, key: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose XAttention's blocks for every head, from query [Q, N, H] and key [S, K, H].
+
+    Returns: [N, query blocks, key blocks] bool, and [query blocks] the least margin of the heads'
+        choices; see `choose_blocks`.
+    """
+    group = query.shape[1] // key.shape[1]
+    q, k = query.float(), key.float()
+    chosen = [
+        choose_blocks(q[:, n], k[:, n // group], scale, pattern.stride, pattern.threshold)
+        for n in range(query.shape[1])
+    ]
+    blocks, margins = zip(*chosen, strict=True)
+    return torch.stack(blocks), torch.stack(margins).amin(dim=0)
 
 
-def _kept(
-    pattern: xattention.Pattern,
-    padded: torch.Tensor,
-    block: int,
-    start: int,
-    end: int,
-    scale: float,
-) -> list[int]:
-    """Choose a query block's key blocks, from queries and keys [positions, 2, H] by grid."""
-    stride, mass = pattern.stride, [0.0] * (block + 1)
-    rows = range(block * BLOCK // stride, (block + 1) * BLOCK // stride)
-    # Strided rows that have a query in the chunk.
-    present = [row for row in rows if (row + 1) * stride > start and row * stride < end]
-    for row in present:
-        scores = []
-        for column in range(row + 1):
-            queries = padded[row * stride : (row + 1) * stride, 0]
-            keys = padded[column * stride : (column + 1) * stride, 1]
-            scores.append((queries.flip(0) * keys).sum() * scale / stride)
-        for column, weight in enumerate(torch.stack(scores).softmax(dim=0).tolist()):
-            mass[column * stride // BLOCK] += weight
-    kept = sorted({0, block})
-    others = sorted(range(1, block), key=lambda other: -mass[other])
-    while sum(mass[b] for b in kept) < pattern.threshold * len(present) and others:
-        kept.append(others.pop(0))
-    return kept
+def of_blocks(blocks: torch.Tensor, num_queries: int, num_keys: int) -> torch.Tensor:
+    """Build the mask [N, Q, S] of chosen blocks [N, query blocks, key blocks]."""
+    query, key = torch.arange(num_keys - num_queries, num_keys), torch.arange(num_keys)
+    return blocks[:, query // BLOCK][:, :, key // BLOCK] & (key <= query[:, None])

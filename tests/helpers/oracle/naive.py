@@ -1,6 +1,6 @@
 """Float32 oracle of every attention path: what is computed, with no regard to speed.
 
-Imports torch only, loops over requests and positions, and shares no code with the kernels.
+Imports torch only, loops over requests, and shares no code with the package.
 
 Dimension legend: R requests, T packed tokens, Q queries of one request, S keys of one request,
 N query heads, K kv heads, H head dim, B KV blocks, M block-table width.
@@ -13,25 +13,6 @@ import torch
 
 FULL = 1
 SPARSE = 0
-
-
-def visible_keys(position: int, route: int, sink_tokens: int, window_tokens: int) -> set[int]:
-    """Return the keys that a query attends to at prefill, exactly.
-
-    Args:
-        position: of the query, from 0.
-        route: FULL or SPARSE.
-        sink_tokens: first tokens always attended.
-        window_tokens: latest tokens attended, the query's own included.
-
-    Returns: positions within [0, position].
-    """
-    everything = set(range(position + 1))
-    if route != SPARSE:
-        return everything
-    sinks = set(range(sink_tokens))
-    window = set(range(position - window_tokens + 1, position + 1))
-    return (sinks | window) & everything
 
 
 def compacted_blocks(
@@ -58,26 +39,29 @@ def compacted_blocks(
 def prefill_mask(
     positions: range, route: int, sink_tokens: int, window_tokens: int
 ) -> torch.Tensor:
-    """Build the mask [Q, S] bool of a prefill chunk; S ends with the last query."""
-    mask = torch.zeros(len(positions), positions.stop, dtype=torch.bool)
-    for query, position in enumerate(positions):
-        keys = visible_keys(position, route, sink_tokens, window_tokens)
-        mask[query, sorted(keys)] = True
-    return mask
+    """Build the mask [Q, S] bool of a prefill chunk; S ends with the last query.
+
+    A SPARSE query sees the first `sink_tokens` and the latest `window_tokens`, its own included.
+    """
+    key = torch.arange(positions.stop)
+    query = key[positions.start :, None]
+    seen = key <= query
+    if route == SPARSE:
+        seen &= (key < sink_tokens) | (key > query - window_tokens)
+    return seen
 
 
 def decode_mask(
     positions: range, route: int, sink_tokens: int, window_tokens: int, block_size: int
 ) -> torch.Tensor:
     """Build the mask [Q, S] bool of a decode row, its edges widened to whole blocks."""
-    mask = torch.zeros(len(positions), positions.stop, dtype=torch.bool)
-    blocks = compacted_blocks(
-        positions.start, positions.stop, sink_tokens, window_tokens, block_size
-    )
-    for query, position in enumerate(positions):
-        for key in range(position + 1):
-            mask[query, key] = route != SPARSE or key // block_size in blocks
-    return mask
+    seen = prefill_mask(positions, FULL, sink_tokens, window_tokens)
+    if route == SPARSE:
+        kept = compacted_blocks(
+            positions.start, positions.stop, sink_tokens, window_tokens, block_size
+        )
+        seen &= torch.isin(torch.arange(positions.stop) // block_size, torch.tensor(kept))
+    return seen
 
 
 def gather_pages(cache: torch.Tensor, blocks: torch.Tensor, num_keys: int) -> torch.Tensor:
@@ -115,13 +99,14 @@ def attend(
 
     Returns: [Q, N, H] in `dtype`.
     """
-    queries_per_kv = query.shape[1] // key.shape[1]
-    q_NQH = query.to(dtype).transpose(0, 1)
-    k_NSH = key.to(dtype).repeat_interleave(queries_per_kv, dim=1).transpose(0, 1)
-    v_NSH = value.to(dtype).repeat_interleave(queries_per_kv, dim=1).transpose(0, 1)
-    scores = (q_NQH @ k_NSH.transpose(1, 2)) * scale
+    heads, kv_heads = query.shape[1], key.shape[1]
+    # The query heads of one KV head are stacked as rows: keys are never expanded.
+    q_KRH = query.to(dtype).transpose(0, 1).reshape(kv_heads, -1, query.shape[2])
+    k_KSH, v_KSH = (x.to(dtype).transpose(0, 1) for x in (key, value))
+    scores = (q_KRH @ k_KSH.transpose(1, 2) * scale).view(heads, len(query), len(key))
     scores = scores.masked_fill(~mask.to(scores.device), float("-inf"))
-    return (scores.softmax(dim=-1) @ v_NSH).transpose(0, 1)
+    attended = scores.softmax(dim=-1).view(kv_heads, -1, len(key)) @ v_KSH
+    return attended.view(heads, len(query), -1).transpose(0, 1)
 
 
 def attend_batch(

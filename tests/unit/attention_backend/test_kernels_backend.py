@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import triton
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,
     SPARSE,
@@ -24,9 +24,7 @@ from tests.unit.attention_backend.test_kernels_cases import (
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 BATCHES = {

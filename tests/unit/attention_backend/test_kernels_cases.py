@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import triton
 
 from flux_vllm.attention_backend.kernels.paged import KVCache
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.patterns.base import SparsePattern
 from tests.helpers.oracle import naive
 from tests.helpers.oracle.masks import visible
@@ -21,23 +21,11 @@ FULL, SPARSE = naive.FULL, naive.SPARSE
 
 DEVICES = [
     pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            not triton.knobs.runtime.interpret,
-            reason="runs in Triton's interpreter, started by test_kernels_interpreter.py",
-        ),
+        "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here")
     ),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available() or triton.knobs.runtime.interpret,
-                reason="needs a CUDA GPU",
-            ),
-        ],
-    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+"""Where kernels run: in Triton's interpreter, or on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import triton
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.batch import Batch
 from flux_vllm.config import FluxConfig
@@ -25,9 +25,7 @@ from tests.helpers.reference_attention import SparsePattern, masked_attention
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 3, 4, 2, 64, 16

@@ -11,6 +11,13 @@ import torch
 
 from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.decode_views import NO_REQUEST
+from tests.unit.attention_backend.decode_rows import (
+    AWKWARD,
+    SPECULATIVE,
+    Views,
+    decode,
+    views_of,
+)
 from tests.unit.attention_backend.test_kernels_cases import (
     FULL,
     SPARSE,
@@ -20,13 +27,6 @@ from tests.unit.attention_backend.test_kernels_cases import (
     assert_as_exact_as_torch,
     check_rows,
     make_batch,
-)
-from tests.unit.attention_backend.test_kernels_decode import (
-    AWKWARD,
-    SPECULATIVE,
-    Views,
-    decode,
-    views_of,
 )
 from tests.unit.attention_backend.test_kernels_prefill import AWKWARD as AWKWARD_PREFILL
 from tests.unit.attention_backend.test_kernels_prefill import LONG_CASES, LONG_IDS, _by_torch

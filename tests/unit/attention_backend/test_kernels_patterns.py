@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
 
 from flux_vllm.attention_backend.cuda.patterns import plan_batch, prefill_nbytes
 from flux_vllm.attention_backend.kernels import block_rows, block_sparse, fa3
@@ -19,9 +18,11 @@ from flux_vllm.attention_backend.kernels.block_choice import choose_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
 from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import make_pattern
-from tests.helpers import fa3_emulation, reference_attention
+from tests.helpers import fa3_emulation
+from tests.helpers.oracle import block_choice
 from tests.helpers.oracle.naive import gather_pages
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
@@ -61,7 +62,7 @@ TRIANGLE_ROWS = {
 @pytest.fixture(autouse=True)
 def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter stand for a GPU without FlashAttention-3."""
-    if not triton.knobs.runtime.interpret:
+    if not INTERPRETED:
         return
     from vllm.v1.attention.backends import flash_attn
 
@@ -97,7 +98,7 @@ def check(
 def _emulated_fa3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter stand for a GPU with FlashAttention-3 in plain torch, Triton barred."""
     monkeypatch.setattr(block_sparse, "attend_blocks", lambda *_, **__: pytest.fail("by Triton"))
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         monkeypatch.setattr(fa3, "is_available", lambda: True)
         monkeypatch.setattr(fa3, "attend", fa3_emulation.attend)
     elif not fa3.is_available():
@@ -144,6 +145,11 @@ XATTENTION_SHAPES = [
     Shape(heads=8, kv_heads=1, head_dim=128, block_size=32),
     Shape(head_dim=96, block_size=32),
 ]
+# Of whole layers; scores and choices are tested on all of them below.
+LAYER_SHAPES = [
+    pytest.param(shape, id=str(shape), marks=[pytest.mark.long] if is_long else [])
+    for shape, is_long in zip(XATTENTION_SHAPES[1:], (True, False, False, True), strict=True)
+]
 FEW = [Row(70, 450, SPARSE), Row(300, 300, FULL), Row(5, 700, SPARSE)]
 LONG = [
     Row(1, 5000, SPARSE, False),
@@ -161,7 +167,7 @@ def test_xattention(name: str, device: str, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", XATTENTION_SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", LAYER_SHAPES)
 def test_xattention_shapes(
     shape: Shape, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -187,7 +193,7 @@ def test_xattention_with_fa3(
 
 @pytest.mark.usefixtures("_emulated_fa3")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", XATTENTION_SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", LAYER_SHAPES)
 def test_xattention_shapes_with_fa3(
     shape: Shape, device: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -236,7 +242,7 @@ def test_xattention_long_with_fa3(device: str, tmp_path_factory: pytest.TempPath
     ids=str,
 )
 def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str) -> None:
-    """Against tests/helpers/reference_attention.py; rows that are switched off have no list."""
+    """Against tests/helpers/oracle/block_choice.py; rows that are switched off have no list."""
     rows = [Row(70, 450), Row(9, 300), Row(300, 801), Row(1, 257)]
     active = [True, False, True, True]
     batch = make_batch(rows, shape, device)
@@ -263,9 +269,6 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
         lse, tasks, seqused_q, batch.seq_lens, chosen, counts, threshold=threshold, stride=stride,
         **sizes,
     )  # fmt: skip
-    pattern = reference_attention.SparsePattern(
-        0, 1, 16, "xattention", stride=stride, threshold=threshold
-    )
     heads = range(shape.heads)
     for index, row in enumerate(rows):
         key = gather_pages(batch.key_cache, batch.block_table[index], row.seq_len).float().cpu()
@@ -273,11 +276,12 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
         mine = [task for task in range(len(tasks)) if packed.tasks[task, 0] == index]
         assert len(mine) == (row.seq_len - 1) // 128 - (row.seq_len - row.query_len) // 128 + 1
         for head in heads if active[index] else []:
-            expected = reference_attention.chosen_blocks(
+            expected, _ = block_choice.choose_blocks(
                 query[:, head],
                 key[:, head * shape.kv_heads // shape.heads],
                 scale,
-                pattern,
+                stride,
+                threshold,
             )
             for task in mine:
                 _, block, entry = packed.tasks[task]

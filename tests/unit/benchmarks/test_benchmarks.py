@@ -6,13 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import (
-    bench_head_split,
-    bench_online,
-    bench_overhead,
-    bench_serve,
-    head_split_layer,
-)
+from benchmarks import bench_online, bench_overhead, bench_serve
+from benchmarks.experiments import bench_head_split, head_split_layer
 from benchmarks.provenance import provenance
 from benchmarks.row_file import RowFile, time_limit
 from benchmarks.serve_cases import PLANS, Prefill, Row, default_chunk, longest_context

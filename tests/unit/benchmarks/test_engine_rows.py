@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_overhead, bench_serve
-from benchmarks.engine_process import _Driver
+from benchmarks.engine_driver import EngineDriver
 from tests.helpers.models import write_tiny_llama
 
 KERNELS = [("FlashAttnFwdSm90", 4, 3.0), ("gemm", 8, 1.0)]
@@ -130,7 +130,7 @@ def test_settings_are_what_vllm_made_of_the_arguments(model: Path) -> None:
 
     def settings(**more: Any) -> tuple[dict[str, Any], Any]:
         config = arguments(**more).create_engine_config()
-        driver = object.__new__(_Driver)
+        driver = object.__new__(EngineDriver)
         driver._core = SimpleNamespace(vllm_config=config)
         return driver.settings(), config
 

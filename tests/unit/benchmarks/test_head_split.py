@@ -1,16 +1,18 @@
 """The benchmarks' head split on the real builder and layers, in Triton's interpreter."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
 
-from tests.helpers.interpreter_runs import InterpreterRuns
+from flux_vllm.attention_backend.kernels.paged import KVCache
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
+]
 
 SHAPE = Shape(heads=12, kv_heads=4)
 BATCHES = {
@@ -18,21 +20,8 @@ BATCHES = {
     "mixed": [Row(1, 92, SPARSE, False), Row(1, 40, FULL, False), Row(5, 88, SPARSE), Row(5, 56)],
     "short_prefill": [Row(8, 40, SPARSE), Row(1, 90, SPARSE, False)],
 }
-in_interpreter = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="this process is the interpreter's")
-def test_in_the_interpreter() -> None:
-    file = Path(__file__)
-    status, output = InterpreterRuns([file]).results()[file]
-    assert status == 0, output[-8000:]
-    assert f"{len(BATCHES) + 1} passed" in output, output
-
-
-@in_interpreter
 @pytest.mark.parametrize("name", BATCHES)
 def test_batch(
     name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -45,11 +34,11 @@ def test_batch(
     )
 
 
-@in_interpreter
 def test_odd_number_of_kv_heads_is_refused() -> None:
-    from benchmarks.head_split import halves
+    from benchmarks.experiments.head_split import halves
 
-    call = SimpleNamespace(query=torch.zeros(1, 6, 8), keys=torch.zeros(2, 16, 3, 8))
+    keys = torch.zeros(2, 16, 3, 8)
+    call = SimpleNamespace(query=torch.zeros(1, 6, 8), cache=KVCache(keys, keys))
     with pytest.raises(ValueError, match="even number of KV heads, found 3"):
         halves(call)  # type: ignore[arg-type]
 

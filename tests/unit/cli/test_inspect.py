@@ -76,6 +76,25 @@ def test_inspect_tells_a_router_of_the_latest_tokens_alone(
     assert "looks at      tail:96 of the prompt's first 128 and" in capsys.readouterr().out
 
 
+def test_inspect_shows_widths_and_context_layers(
+    router: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(router)]) == 0
+    shown = capsys.readouterr().out
+    assert "widths        8 inputs, then 64, 16, 32, 8\n" in shown
+    assert "in layers     its own\n" in shown
+    _, info = read_router(router)
+    info = dataclasses.replace(
+        info, pools=("tail:8", "head:16"), context_layers=(1, 4), widths=(12, 10, 14, 6)
+    )
+    layers = LayerRouter(LAYERS, HEAD_DIM, info.inputs.vectors, info.widths)
+    write_router(router, layers, info)
+    assert main(["inspect", str(router)]) == 0
+    shown = capsys.readouterr().out
+    assert "widths        48 inputs, then 12, 10, 14, 6\n" in shown
+    assert "in layers     its own, 1, 4\n" in shown
+
+
 def test_inspect_fits(router: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(router), "--model", _model(tmp_path / "model")]) == 0
     assert "5 layers, head_dim 8" in capsys.readouterr().out

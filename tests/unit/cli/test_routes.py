@@ -136,7 +136,7 @@ def test_routes_of_the_sample_model(sample_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_routes_refuses_a_prompt_that_does_not_fit(
     chat: bool, sample_model: Path, tmp_path: Path
 ) -> None:

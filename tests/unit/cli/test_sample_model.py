@@ -254,7 +254,7 @@ def test_sample_model_without_a_package(
     assert re.search(f"'{module}', found none.*{remedy}", capsys.readouterr().err)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_model_draws_no_bars_into_a_pipe(tmp_path: Path) -> None:
     """Also where torch has imported tqdm before, as in the demo."""
     code = "import sys, torch, tqdm; from flux_vllm.cli import main; sys.exit(main(sys.argv[1:]))"

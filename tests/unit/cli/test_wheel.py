@@ -5,6 +5,7 @@ environment that runs the tests; the checkout and its editable install are out o
 """
 
 import configparser
+import os
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_vllm_finds_the_installed_wheel(clean: tuple[Path, Path], tmp_path: Path
     shown = subprocess.run(
         [str(python), "-c", FIND],
         cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )

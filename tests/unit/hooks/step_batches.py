@@ -40,6 +40,29 @@ class Req:
     drafts: int = 0
 
 
+def unwrapped(function: Any) -> Any:
+    """Give vLLM's own function of a wrapped one."""
+    assert hasattr(function, "__flux_wrapped__")
+    return function.__wrapped__
+
+
+def new_request(name: str, tokens: list[int] | None, computed: int = 0, **changes: Any) -> Any:
+    """Make vLLM's own NewRequestData."""
+    from vllm.v1.core.sched.output import NewRequestData
+
+    fields = {
+        "req_id": name,
+        "prompt_token_ids": tokens,
+        "mm_features": [],
+        "sampling_params": None,
+        "pooling_params": None,
+        "block_ids": ([1],),
+        "num_computed_tokens": computed,
+        "lora_request": None,
+    }
+    return NewRequestData(**fields | changes)
+
+
 def blocks(tokens: int) -> list[int]:
     return list(range(1, tokens // BLOCK + 2))
 

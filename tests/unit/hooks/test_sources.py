@@ -2,7 +2,7 @@
 
 Oracle: vLLM's own source, read with `ast` alike for both (0.33's Python files are fetched once by
 `tools/vllm_sources.py`), so that a function which changes its parameters or goes away fails here
-first. `test_hooks.py` runs the wrappers themselves.
+first. `test_wrap.py`, `test_engines.py` and `test_worker.py` run the wrappers themselves.
 """
 
 import ast
@@ -115,6 +115,19 @@ CALLS = {
 }
 # file, class: names it must define (fields, properties or methods) that start-up reads
 MEMBERS = {
+    ("model_executor/layers/mamba/abstract.py", "MambaBase"): {
+        "get_kv_cache_spec",
+        "get_attn_backend",
+        "kv_cache",
+    },
+    ("v1/kv_cache_interface.py", "MambaSpec"): {
+        "shapes",
+        "dtypes",
+        "mamba_cache_mode",
+        "num_speculative_blocks",
+        "num_prefill_checkpoint_blocks",
+        "prefill_checkpoint_alignment",
+    },
     ("config/model.py", "ModelConfig"): {
         "use_mla",
         "is_encoder_decoder",
@@ -122,6 +135,7 @@ MEMBERS = {
         "is_attention_free",
         "is_hybrid",
         "uses_mrope",
+        "mrope_num_dims",
         "is_mm_prefix_lm",
         "rswa_window",
         "get_total_num_hidden_layers",

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from flux_vllm.cli import main
-from flux_vllm.cli.console import CommandError
+from flux_vllm.errors import CheckpointImportError
 from flux_vllm.importer import config as import_config
 from flux_vllm.importer import weights as import_weights
 from flux_vllm.importer.model import import_checkpoint
@@ -360,7 +360,7 @@ def test_import_hub_cache(tmp_path: Path) -> None:
     assert report.checkpoint == read_info(tmp_path / "out").base_model == "QQ/full_streaming"
     shutil.rmtree(blobs)
     assert _tensors_of(tmp_path / "out").keys() < tensors.keys()
-    with pytest.raises(CommandError, match="shards that|JSON file"):
+    with pytest.raises(CheckpointImportError, match="shards that|JSON file"):
         import_checkpoint(snapshot, tmp_path / "again")
 
 
@@ -374,7 +374,7 @@ def test_import_tied_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert any(line.startswith("lm_head.weight") for line in report.dropped)
     head[-1, 3] += 1
     paw = write_checkpoint(tmp_path / "other", config, tensors | {"lm_head.weight": head}, 3)
-    with pytest.raises(CommandError, match="found another matrix"):
+    with pytest.raises(CheckpointImportError, match="found another matrix"):
         import_checkpoint(paw, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux_vllm.cli.console import CommandError
-from flux_vllm.errors import RouterCheckpointError
+from flux_vllm.errors import CheckpointImportError, RouterCheckpointError
 from flux_vllm.importer import model as import_model
 from flux_vllm.importer import weights as import_weights
 from flux_vllm.importer.model import import_checkpoint
@@ -138,7 +137,7 @@ def test_import_refuses_tensors(case: str, tmp_path: Path) -> None:
 
 
 def _refused(paw: Path, out: Path, message: str) -> None:
-    with pytest.raises(CommandError) as refusal:
+    with pytest.raises(CheckpointImportError) as refusal:
         import_checkpoint(paw, out)
     assert message in str(refusal.value)
     assert not out.parent.exists() or not any(out.parent.iterdir())
@@ -212,12 +211,12 @@ def test_import_refuses_out_in_use(tmp_path: Path) -> None:
     paw = write_checkpoint(tmp_path / "paw", config, tensors)
     (tmp_path / "link").symlink_to(paw)
     for out in (paw, tmp_path / "link", tmp_path / "paw" / ".." / "paw", paw / "out"):
-        with pytest.raises(CommandError, match="another folder than CHECKPOINT"):
+        with pytest.raises(CheckpointImportError, match="another folder than CHECKPOINT"):
             import_checkpoint(paw, out)
-    with pytest.raises(CommandError, match="found a folder with files in it"):
+    with pytest.raises(CheckpointImportError, match="found a folder with files in it"):
         import_checkpoint(paw, tmp_path / "standard")
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(CommandError, match="found a file"):
+    with pytest.raises(CheckpointImportError, match="found a file"):
         import_checkpoint(paw, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -249,7 +248,7 @@ def test_import_failing_midway_leaves_nothing(
         save_file(*args, **kwargs)
 
     monkeypatch.setattr(import_weights, "save_file", save)
-    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CommandError
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointImportError
     with pytest.raises(expected):
         import_checkpoint(paw, tmp_path / "there" / "out")
     assert calls == 2

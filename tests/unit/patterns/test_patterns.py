@@ -1,7 +1,7 @@
-"""The patterns' definitions, counts and CPU paths.
+"""The patterns' counts, options and CPU paths.
 
-Oracle: tests/helpers/reference_attention.py, written from DESIGN.md and the papers apart from the
-package; a loop over queries and keys for the counts.
+Oracle: the masks of tests/helpers/oracle, written from DESIGN.md and the papers apart from the
+package and held to them key by key in test_oracle.py.
 """
 
 import re
@@ -24,9 +24,8 @@ from flux_vllm.patterns import make_pattern
 from flux_vllm.patterns.base import SparsePattern
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from tests.conftest import REPOSITORY
-from tests.helpers import reference_attention
+from tests.helpers.oracle import naive
 from tests.helpers.oracle.masks import visible
-from tests.helpers.reference_router import SPARSE
 
 S, W, TAIL = 40, 70, 50
 SCALE = 0.3
@@ -74,21 +73,9 @@ def make(name: str) -> SparsePattern:
 
 
 def expected(name: str, case: Case, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Give the mask [N, Q, S] by the tests' own reference."""
-    pattern = reference_attention.SparsePattern(S, W, BLOCK, name, **OPTIONS[name])
-    if name != "xattention":
-        mask = reference_attention.visible_keys(
-            case.computed, case.end, SPARSE, "prefill", pattern, case.prompt_len
-        )
-        return mask.expand(case.heads, -1, -1)
-    positions, keys = torch.arange(case.computed, case.end), torch.arange(case.end)
-    masks = []
-    for head in range(case.heads):
-        blocks = reference_attention.chosen_blocks(
-            query[:, head], key[:, head // (case.heads // K)], SCALE, pattern
-        )
-        masks.append(blocks[positions // 128][:, keys // 128] & (keys <= positions[:, None]))
-    return torch.stack(masks)
+    """Give the oracle's mask [N, Q, S]."""
+    mask = visible(make(name), query, key, case.prompt_len, SCALE)
+    return mask.expand(case.heads, -1, -1)
 
 
 def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,14 +83,6 @@ def draw(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query = 4 * torch.randn(case.scheduled, case.heads, H)
     key, value = torch.randn(2, case.end, K, H)
     return query, key, value
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_visible_is_the_definition(name: str, case: Case) -> None:
-    query, key, _ = draw(case)
-    found = visible(make(name), query, key, case.prompt_len, SCALE)
-    assert torch.equal(found.expand(case.heads, -1, -1), expected(name, case, query, key))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -165,23 +144,13 @@ def run_on_cpu(
     return output
 
 
-def masked(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Attend by a mask [N, Q, S]."""
-    group = query.shape[1] // K
-    scores = torch.einsum("qnh,snh->nqs", query, key.repeat_interleave(group, dim=1)) * SCALE
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return torch.einsum("nqs,snh->qnh", weights, value.repeat_interleave(group, dim=1))
-
-
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_chunks_equal_masked_attention(name: str, case: Case) -> None:
     query, key, value = draw(case)
     output = run_on_cpu(make(name), case, query, key, value)
-    exact = masked(query, key, value, expected(name, case, query, key))
+    exact = naive.attend(query, key, value, expected(name, case, query, key), SCALE)
     torch.testing.assert_close(output, exact, rtol=0, atol=2e-5)
 
 
@@ -201,7 +170,9 @@ def test_the_example_of_the_docs_runs(case: Case, monkeypatch: pytest.MonkeyPatc
     positions, keys = torch.arange(case.computed, case.end)[:, None], torch.arange(case.end)
     mask = (keys < S) | (keys > positions - W) | (keys % 37 == 0)
     mask &= keys <= positions
-    torch.testing.assert_close(output, masked(query, key, value, mask), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        output, naive.attend(query, key, value, mask, SCALE), rtol=0, atol=2e-5
+    )
     one = [np.array([n]) for n in (case.prompt_len, case.computed, case.scheduled)]
     batch = Batch(("a",), *one, np.array([True]))
     assert pattern.prefill_keys(batch) == mask.sum()

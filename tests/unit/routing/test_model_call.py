@@ -5,9 +5,9 @@ Oracle: calls recorded by fakes of vLLM's parts. The real ones run in tests/e2e
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -23,18 +23,29 @@ TOKENS, POSITIONS = torch.tensor([5, 6, 0], dtype=torch.int32), torch.tensor([0,
 
 def config(mode: str = "FULL_AND_PIECEWISE", lora: bool = False, **model: bool) -> Any:
     flags = {"supports_multimodal_inputs": False, "enable_prompt_embeds": False}
+    flags |= {"uses_mrope": False, "mrope_num_dims": 3}
     return SimpleNamespace(
         model_config=SimpleNamespace(**flags | model),
         lora_config=object() if lora else None,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
     )
+
+
+class NoStates(dict):
+    """A model of attention layers alone."""
+
+    metadata: ClassVar[dict] = {}
+    apart = staticmethod(nullcontext)
 
 
 def call(model: Any, vllm_config: Any) -> mock.Mock:
     """Call a model. Returns: what set_forward_context was called with."""
     runner = SimpleNamespace(get_model=lambda: model)
     with mock.patch("vllm.forward_context.set_forward_context") as context:
-        RunnerModelCall(runner, vllm_config, CPU)({"layer": "metadata"}, TOKENS, POSITIONS)
+        RunnerModelCall(runner, vllm_config, NoStates(), CPU)(
+            {"layer": "metadata"}, TOKENS, POSITIONS
+        )
     return context
 
 
@@ -46,6 +57,16 @@ def test_tokens_without_slots_or_graphs() -> None:
     model.assert_called_once_with(
         input_ids=TOKENS, positions=POSITIONS, intermediate_tensors=None, inputs_embeds=None
     )
+
+
+def test_model_with_several_position_axes() -> None:
+    """As rows of a buffer as long as vLLM's, for whose strides it is compiled."""
+    model = mock.Mock()
+    context = call(model, config(uses_mrope=True))
+    positions = model.call_args.kwargs["positions"]
+    assert positions.tolist() == [POSITIONS.tolist()] * 3
+    assert (positions.stride(), positions.dtype) == ((513, 1), torch.int64)
+    assert context.call_args.kwargs["num_tokens"] == 3
 
 
 @pytest.mark.parametrize("flag", ["supports_multimodal_inputs", "enable_prompt_embeds"])
@@ -71,28 +92,33 @@ def test_adapter(adapter: Any, number: int) -> None:
 
     given = None if adapter is None else Hashable(**vars(adapter))
     runner = mock.Mock()
-    RunnerModelCall(runner, config(lora=True), CPU).use_adapter(given, 4)
+    RunnerModelCall(runner, config(lora=True), NoStates(), CPU).use_adapter(given, 4)
     wanted = set() if given is None else {given}
     runner._set_active_loras.assert_called_once_with((number,), (number,) * 4, wanted)
 
 
 def test_engine_without_adapters() -> None:
     runner = mock.Mock()
-    RunnerModelCall(runner, config(), CPU).use_adapter(None, 4)
+    RunnerModelCall(runner, config(), NoStates(), CPU).use_adapter(None, 4)
     runner._set_active_loras.assert_not_called()
 
 
 @pytest.mark.parametrize(
-    ("device", "mode", "lora", "can"),
+    ("device", "mode", "lora", "states", "can"),
     [
-        (CUDA, "FULL_AND_PIECEWISE", False, True),
-        (CUDA, "NONE", False, False),  # --enforce-eager
-        (CUDA, "FULL", True, False),
-        (CPU, "FULL", False, False),
+        (CUDA, "FULL_AND_PIECEWISE", False, 0, True),
+        (CUDA, "NONE", False, 0, False),  # --enforce-eager
+        (CUDA, "FULL", True, 0, False),
+        (CUDA, "FULL", False, 3, False),
+        (CPU, "FULL", False, 0, False),
     ],
 )
-def test_can_be_captured(device: torch.device, mode: str, lora: bool, can: bool) -> None:
-    assert RunnerModelCall(mock.Mock(), config(mode, lora), device).can_be_captured == can
+def test_can_be_captured(
+    device: torch.device, mode: str, lora: bool, states: int, can: bool
+) -> None:
+    layers = NoStates(zip(range(states), "abc", strict=False))
+    model_call = RunnerModelCall(mock.Mock(), config(mode, lora), layers, device)
+    assert model_call.can_be_captured == can
 
 
 def test_capture_as_vllm_captures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +150,7 @@ def test_capture_as_vllm_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", platform, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", captured)
-    model_call = RunnerModelCall(mock.Mock(), config(), CUDA)
+    model_call = RunnerModelCall(mock.Mock(), config(), NoStates(), CUDA)
     assert model_call.capture(lambda: events.append("work")) is graph.replay
     within = ["+pool", "+graph", "work", "join", "-graph", "-pool"]
     assert events == ["+ranks", "work", "work", "sync", *within, "-ranks"]

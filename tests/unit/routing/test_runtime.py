@@ -1,11 +1,10 @@
-"""FluxRuntime: when routes are decided, that they stand, and what is reported of them.
+"""FluxRuntime: when routes are decided, and that they stand.
 
 Oracle: routes written down by hand for each request; a recording reporter in place of the metrics.
 Pinned: a request keeps its routes through preemption and recomputation; a slot that a new request
 takes over says nothing of its former owner, in the table or in the numbers.
 """
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
-from flux_vllm.routing.decode_counts import DecodeCounts, DecodeKeys
 from flux_vllm.routing.prompts import Prompt
-from flux_vllm.routing.readback import PendingReadback
-from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
-    CPU,
     FULL,
     INFO,
     OPEN,
@@ -120,104 +114,6 @@ class TestLifeOfARequest:
         run(runtime, batch(("a", 0, 50, 50)), readable=False)
         routes = runtime.table.routes[runtime.table.slot("a")].tolist()
         assert routes == [SPARSE, FULL, OPEN, SPARSE]
-
-
-class TestNumbers:
-    def test_probabilities_of_routed_layers(self) -> None:
-        """Layer 2 keeps its window and has NaN."""
-        runtime = make(answers=ANSWERS)
-        run(runtime, batch(("a", 0, 90, 90)))
-        run(runtime, batch(("a", 90, 1, 90), ("b", 0, 40, 40)))
-        run(runtime, batch(("a", 91, 1, 90), ("b", 40, 1, 40)))
-        found = runtime.reporter.probabilities  # type: ignore[union-attr]
-        expected = [[[0.1, 0.9, 0.1]], [[0.9, 0.1, 0.1]]]
-        assert [np.round(rows, 1).tolist() for rows in found] == expected
-
-    def test_policies_without_a_router_have_none(self) -> None:
-        runtime = make("full")
-        run(runtime, batch(("a", 0, 90, 90)))
-        assert runtime.reporter.probabilities == []  # type: ignore[union-attr]
-
-    def test_journal_gets_each_request_once(self) -> None:
-        runtime = make(answers=ANSWERS)
-        entries: list[tuple] = []
-        append = lambda *entry: entries.append(entry)  # noqa: E731
-        runtime.journal = SimpleNamespace(append=append)  # type: ignore[assignment]
-        run(runtime, batch(("a", 0, 50, 90)))
-        run(runtime, batch(("a", 50, 40, 90), ("b", 0, 2, 40), ("c", 0, 5, 5)))
-        run(runtime, batch(("a", 90, 1, 90), ("b", 2, 38, 40), ("c", 5, 1, 5)))
-        found = [(name, length, routes.tolist()) for name, length, routes, _ in entries]
-        assert found == [("a", 90, [*A[:2], OPEN, A[2]]), ("b", 40, [*B[:2], OPEN, B[2]])]
-        p_full = entries[0][3]
-        assert p_full[:2] == pytest.approx([0.1, 0.9])
-        assert math.isnan(p_full[2])
-
-    def test_an_empty_step_counts_what_has_arrived_since(self) -> None:
-        runtime = make(answers=ANSWERS)
-        begin(runtime, batch(("a", 0, 40, 40)))
-        has_passed = False
-        event = SimpleNamespace(query=lambda: has_passed, synchronize=lambda: None)
-        count = runtime._count_pending
-
-        def count_late(wait: bool) -> None:
-            """Make the step's values late, as a GPU's are."""
-            for pending in runtime._pending:
-                object.__setattr__(pending, "event", event)
-            count(wait)
-
-        runtime._count_pending = count_late  # type: ignore[method-assign]
-        runtime.end_step()
-        assert recorded(runtime) == []
-        has_passed = True
-        runtime.end_step()
-        assert recorded(runtime) == [(("a",), [A], [True])]
-
-
-class TestCountedOnTheDevice:
-    """Kernels count decode steps where a backend gave the runtime its counts."""
-
-    def make(self) -> Any:
-        runtime = make(answers=ANSWERS)
-        runtime.decode_counts = DecodeCounts(4, CPU)
-        return runtime
-
-    def test_only_steps_with_prefill_or_decisions_are_noted(self) -> None:
-        runtime = self.make()
-        run(runtime, batch(("a", 0, 90, 90), ("b", 0, 9, 9)))
-        for end in range(91, 100):
-            run(runtime, batch(("a", end - 1, 1, 90), ("b", end - 82, 1, 9)))
-        assert recorded(runtime) == [(("a", "b"), [A, NONE], [True, False])]
-        assert not runtime._pending
-
-    def test_a_decision_in_a_decode_step_counts_no_keys(self) -> None:
-        runtime = self.make()
-        run(runtime, batch(("a", 0, 10, 10)))
-        for end in range(11, REACH + 3):
-            run(runtime, batch(("a", end - 1, 1, 10)))
-        assert recorded(runtime)[1:] == [(("a",), [A], [True])]
-        assert runtime.reporter.keys_counted == [True, False]  # type: ignore[union-attr]
-
-    def test_totals_reach_the_metrics(self) -> None:
-        runtime = self.make()
-        run(runtime, batch(("a", 0, 90, 90)))
-        runtime.decode_counts.totals[:, 0] = torch.tensor([7, 9, 1])
-        runtime.status()
-        runtime.decode_counts.totals[:, 1] = torch.tensor([1, 2, 0])
-        runtime.end_step()  # vLLM's empty step
-        found = runtime.reporter.decode_keys  # type: ignore[union-attr]
-        assert found == [DecodeKeys(7, 9, 1), DecodeKeys(1, 2, 0)]
-
-    def test_warm_up_counts_nowhere(self) -> None:
-        runtime = self.make()
-        runtime.is_warming_up = True
-        run(runtime, batch(("a", 0, 9, 9), is_warmup=True))
-        runtime.decode_counts.totals += 5
-        runtime.end_warm_up()
-        assert not runtime.is_warming_up
-        runtime.decode_counts.totals[:, 0] += 2
-        runtime.status()
-        found = runtime.reporter.decode_keys  # type: ignore[union-attr]
-        assert found == [DecodeKeys(2, 2, 2)]
 
 
 class TestRowsThatStay:
@@ -378,146 +274,3 @@ class TestSlots:
         runtime.abandon_step()
         runtime.end_step()
         assert recorded(runtime) == []
-
-
-class TestFixedRoutes:
-    @pytest.mark.parametrize(
-        ("config", "routes"),
-        [
-            ({"policy": "full"}, [FULL, FULL, OPEN, FULL]),
-            (
-                {"policy": "sparse", "sink_tokens": 1, "window_tokens": 2},
-                [SPARSE, SPARSE, OPEN, SPARSE],
-            ),
-            (
-                {
-                    "policy": "static",
-                    "sparse_layers": (1,),
-                    "sink_tokens": 1,
-                    "window_tokens": 2,
-                },
-                [FULL, SPARSE, OPEN, FULL],
-            ),
-            (
-                {"policy": "static", "sparse_layers": (), "sink_tokens": 1, "window_tokens": 2},
-                [FULL, FULL, OPEN, FULL],
-            ),
-        ],
-        ids=["full", "sparse", "static-1", "static-none"],
-    )
-    def test_policy(self, config: dict, routes: list[int]) -> None:
-        """Layer 2 keeps a sliding window of its own and has no route."""
-        runtime = make(**config)
-        assert runtime.fixed_routes == routes
-        assert run(runtime, batch(("a", 0, 9, 9), ("b", 0, 3, 8))) == ["a", "b"]
-        assert runtime.table.routes[runtime.table.slots(["a", "b"])].tolist() == [routes] * 2
-        kept = [routes[layer] for layer in ROUTED]
-        assert recorded(runtime) == [(("a", "b"), [kept, kept], [True, True])]
-        assert run(runtime, batch(("b", 3, 5, 8)), announced="b") == []
-
-    def test_new_pattern_is_for_all_requests(self) -> None:
-        runtime = make("static", sparse_layers=(1,), sink_tokens=1, window_tokens=2)
-        run(runtime, batch(("a", 0, 9, 9)))
-        runtime.fix_routes((0, 3))
-        run(runtime, batch(("a", 9, 1, 9), ("b", 0, 9, 9)))
-        assert recorded(runtime)[-1][1] == [[SPARSE, FULL, SPARSE]] * 2
-
-    def test_keys_given_back_fix_them(self) -> None:
-        sizes = {"sink_tokens": 1, "window_tokens": 2}
-        runtime = make("static", sparse_layers=(1,), free_kv=True, **sizes)
-        with pytest.raises(UnsupportedConfigurationError) as error:
-            runtime.fix_routes((0, 3))
-        assert str(error.value) == (
-            'flux_fix_routes: expected an engine without "free_kv", found one that has given back '
-            'keys of the layers that were SPARSE; start it without "free_kv"'
-        )
-        assert runtime.fixed_routes == [FULL, SPARSE, OPEN, FULL]
-
-    def test_router_has_none(self) -> None:
-        runtime = make()
-        assert runtime.fixed_routes is None
-        with pytest.raises(AssertionError):
-            runtime.fix_routes((0,))
-
-
-class TestSetThreshold:
-    def test_config_and_probe_follow(self) -> None:
-        runtime = make(answers=ANSWERS)
-        runtime.set_threshold(0.8)
-        assert runtime.config.threshold == 0.8
-        assert runtime.probe.thresholds == [0.8]  # type: ignore[union-attr]
-
-    def test_value_out_of_range_changes_nothing(self) -> None:
-        runtime = make(answers=ANSWERS)
-        with pytest.raises(FluxConfigError, match="expected a number from 0 to 1"):
-            runtime.set_threshold(1.5)
-        assert runtime.probe.thresholds == []  # type: ignore[union-attr]
-
-    def test_layers_whose_keys_are_given_back_stay_sparse(self) -> None:
-        runtime = make(answers=ANSWERS, free_kv=True)
-        runtime.set_threshold(0.01)
-        with pytest.raises(FluxConfigError, match='a threshold above 0 with "free_kv"'):
-            runtime.set_threshold(0)
-        assert runtime.config.threshold == 0.01
-        assert runtime.probe.thresholds == [0.01]  # type: ignore[union-attr]
-
-    def test_fixed_routes_have_none(self) -> None:
-        with pytest.raises(AssertionError, match="the policy is not `router`"):
-            make("full").set_threshold(0.5)
-
-
-class TestStatus:
-    def test_recent_decisions(self) -> None:
-        runtime = make(answers=ANSWERS)
-        run(runtime, batch(("a", 0, 64, 100)))
-        run(runtime, batch(("a", 64, 36, 100), ("b", 0, 40, 40), ("c", 0, 7, 7)))
-        status = runtime.status()
-        assert status["routed_layers"] == list(ROUTED)
-        assert [entry["request_id"] for entry in status["recent"]] == ["a", "b"]
-        entry = status["recent"][0]
-        assert entry["prompt_tokens"] == 100
-        assert entry["routes"] == [SPARSE, FULL, OPEN, SPARSE]
-        assert entry["full_probability"][:2] == pytest.approx([0.1, 0.9])
-        assert entry["full_probability"][2] != entry["full_probability"][2]  # NaN
-
-    def test_recent_is_bounded(self) -> None:
-        runtime = make("full")
-        for index in range(300):
-            name = f"r{index}"
-            run(runtime, batch((name, 0, 9, 9)))
-            runtime.finish([name])
-        names = [entry["request_id"] for entry in runtime.status()["recent"]]
-        assert names == [f"r{i}" for i in range(300 - len(names), 300)]
-        assert len(names) == 256
-
-    def test_warmup_is_not_recent(self) -> None:
-        runtime = make("full")
-        run(runtime, batch(("_warmup_0", 0, 9, 9), is_warmup=True))
-        assert runtime.status()["recent"] == []
-
-    def test_a_rank_that_nobody_reads_copies_nothing(self, monkeypatch) -> None:
-        """All tensor-parallel ranks have the same routes: the first one's are read."""
-        runtime = make(answers=ANSWERS)
-        runtime.reads_back = False
-        monkeypatch.setattr(PendingReadback, "read", None)
-        assert run(runtime, batch(("a", 0, 50, 50))) == ["a"]
-        assert run(runtime, batch(("a", 50, 1, 50))) == []
-        assert runtime.table.routes[runtime.table.slot("a")].tolist() == [
-            SPARSE,
-            FULL,
-            OPEN,
-            SPARSE,
-        ]
-        assert runtime.status()["recent"] == recorded(runtime) == []
-
-    def test_offline(self) -> None:
-        runtime = make("full")
-        run(runtime, batch(("a", 0, 9, 9)))
-
-        class LLM:
-            def collective_rpc(self, name: str) -> list[Any]:
-                assert name == "flux_status"
-                return [runtime.status()]
-
-        (decision,) = recent_decisions(LLM())
-        assert decision == runtime.recent[0]

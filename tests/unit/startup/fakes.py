@@ -27,6 +27,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             is_attention_free=False,
             is_hybrid=False,
             uses_mrope=False,
+            mrope_num_dims=3,
             is_mm_prefix_lm=False,
             rswa_window=None,
             supports_multimodal_inputs=False,
@@ -52,7 +53,12 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             block_size=32,
         ),
     }
-    root = {"kv_transfer_config": None, "speculative_config": None, "lora_config": None}
+    root = {
+        "kv_transfer_config": None,
+        "speculative_config": None,
+        "num_speculative_tokens": 0,
+        "lora_config": None,
+    }
     for name, value in changes.items():
         part, _, field = name.partition("__")
         if part == "root":
@@ -65,6 +71,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         additional_config={"flux": flux or {}},
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
         load_config=SimpleNamespace(download_dir=None),
+        compilation_config=SimpleNamespace(static_forward_context={}),
     )
 
 

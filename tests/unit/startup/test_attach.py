@@ -1,26 +1,21 @@
-"""Attaching to a loaded model: which layers get a route, which models are refused, who counts.
+"""Attaching to a loaded model: which layers get a route, which models are refused.
 
 Oracle: the messages, and the layers written down by hand; vLLM's real Attention and rotary classes.
 Pinned: layers with a sliding window of their own stay unrouted, and attention of another kind
 (chunked local) does not pass for full attention.
 """
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
-from flux_vllm.metrics import directory
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.inputs import Pool, RouterInputs
-from flux_vllm.startup import report
 from flux_vllm.startup.attach import _probed_layers, attach
 from flux_vllm.startup.layers import attention_layers
-from flux_vllm.startup.rope_use import change_after_rope
 from tests.unit.startup.fakes import (
     CPU,
     H,
@@ -38,29 +33,6 @@ from tests.unit.startup.fakes import (
 pytestmark = pytest.mark.vllm
 
 INPUTS = RouterInputs(pools=(Pool("tail", 8),))
-
-
-@pytest.fixture(autouse=True)
-def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLUX_METRICS_DIR", raising=False)
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-
-
-@pytest.fixture(scope="module")
-def rope() -> Any:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.rotary_embedding import get_rope
-
-    with set_current_vllm_config(VllmConfig()):
-        return get_rope(H, 512, rope_parameters={"rope_theta": 1e4}, dtype=torch.float32)
-
-
-@pytest.fixture
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import distributed
-
-    monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -138,23 +110,37 @@ class TestAttach:
         runtime = attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path, flux), CPU)
         assert runtime.routed_layers == (0, 1, 2, 3)
 
-    def test_no_layer_with_rope(self, tmp_path: Path, rope: Any) -> None:
+    def test_model_without_rope_is_routed_by_queries_as_they_are(
+        self, tmp_path: Path, rope: Any
+    ) -> None:
         write(tmp_path)
+        runtime = attach(runner_of(self.rotating(rope)), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (0, 1, 2, 3)
+        assert runtime.probe._rotations == []
+        assert all(data.mean_query is not None for data in runtime.probe._metadata.values())
+
+    def test_rope_beside_sliding_windows_alone(self, tmp_path: Path, rope: Any) -> None:
+        """Like Cohere2's: layers that see everything have none."""
+        write(tmp_path)
+        model = Model(self.attentions({1: 128}), rope, RotatingWhereTold)
+        for index, layer in enumerate(reversed(model.layers)):
+            layer.self_attn.use_rope = index == 1
         with pytest.raises(UnsupportedConfigurationError) as error:
-            attach(runner_of(self.rotating(rope)), make_config(tmp_path), CPU)
+            attach(runner_of(model), make_config(tmp_path), CPU)
         assert str(error.value) == (
             '--attention-backend flux with policy "router": expected rotary position embeddings '
-            "(RoPE) in layers with full attention, found none in Model; choose a policy without a "
-            'router ("full", "sparse", "static")'
+            "(RoPE) in layers with full attention, found none in Model, whose layers with a "
+            "sliding window have them; choose a policy without a router "
+            '("full", "sparse", "static")'
         )
 
     def test_context_layer_without_rope(self, tmp_path: Path, rope: Any) -> None:
+        """Nothing is undone there."""
         write(tmp_path, context_layers=(1,), pools=("tail:8",))
-        with pytest.raises(
-            UnsupportedConfigurationError,
-            match=r"in every layer whose queries a router sees, found none in model\.layers\.1\.",
-        ):
-            attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path), CPU)
+        runtime = attach(runner_of(self.rotating(rope, 0, 2)), make_config(tmp_path), CPU)
+        assert runtime.probe._rotations[0].layers.tolist() == [0, 2]
+        pooled = [data.mean_query is not None for data in runtime.probe._metadata.values()]
+        assert pooled == [True, True, True, False]
 
     def test_static_on_a_sliding_window_layer(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [0, 1], "sink_tokens": 1, "window_tokens": 2}
@@ -185,8 +171,8 @@ class TestAttach:
         with pytest.raises(UnsupportedConfigurationError) as error:
             attach(runner_of(Model(self.attentions(), None)), make_config(tmp_path), CPU)
         assert str(error.value) == (
-            "--attention-backend flux: expected rotary position embeddings (RoPE) in every layer "
-            "whose queries a router sees, found none in model.layers.0.self_attn.attn "
+            "--attention-backend flux: expected rotary position embeddings (RoPE) as `rotary_emb` "
+            "of a layer, or none at all, found others in model.layers.0.self_attn.attn "
             "(SelfAttention); serve this model without --attention-backend flux"
         )
 
@@ -241,88 +227,6 @@ class TestAttach:
         assert attach(runner_of(Model(self.attentions(), rope)), config, CPU).probe is None
 
 
-@pytest.mark.usefixtures("_one_rank")
-class TestNumbers:
-    @pytest.fixture
-    def model(self, rope: Any, tmp_path: Path) -> Model:
-        write(tmp_path)
-        return Model([make_attention(i) for i in range(L)], rope)
-
-    def test_no_front_end_no_numbers(
-        self, tmp_path: Path, model: Model, monkeypatch, caplog: Any
-    ) -> None:
-        """As in a worker whose environment the API server's variable did not reach."""
-        monkeypatch.setattr(report.logger, "propagate", True)
-        with caplog.at_level("WARNING", report.logger.name):
-            assert attach(runner_of(model), make_config(tmp_path), CPU).reporter is None
-        (message,) = caplog.messages
-        assert "FLUX_METRICS_DIR or PROMETHEUS_MULTIPROC_DIR" in message
-        assert "nothing is counted" in message
-
-    def test_first_rank_counts(self, tmp_path: Path, model: Model, monkeypatch) -> None:
-        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
-        config = make_config(tmp_path, {"threshold": 0.25})
-        assert attach(runner_of(model), config, CPU).reporter is not None
-        info = directory.FluxCollector(str(tmp_path)).collect()
-        (sample,) = next(m for m in info if m.name == "flux_router_info").samples
-        assert sample.value == 1
-        assert sample.labels == {
-            "model_name": "served",
-            "policy": "router",
-            "base_model": "org/Other",
-            "threshold": "0.25",
-            "sparse_pattern": "streaming",
-            "sink_tokens": "64",
-            "window_tokens": "256",
-            "probe": "128+128",
-            "pools": "ends:48",
-            "kernels": "cpu",
-        }
-
-    @pytest.mark.parametrize("plugins", [None, "flux", "flux,flux_live"])
-    def test_ring_only_for_a_live_page(
-        self, tmp_path: Path, model: Model, monkeypatch, plugins: str | None
-    ) -> None:
-        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
-        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-        if plugins is not None:
-            monkeypatch.setenv("VLLM_PLUGINS", plugins)
-        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
-        assert runtime.reporter is not None
-        assert (runtime.journal is not None) == (plugins == "flux,flux_live")
-
-    @pytest.mark.parametrize("name", ["MetricStore", "RouteJournal"])
-    def test_full_disk_is_said_and_served(
-        self, tmp_path: Path, model: Model, monkeypatch, caplog: Any, name: str
-    ) -> None:
-        def no_room(*args: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(report, name, no_room)
-        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
-        monkeypatch.setenv("VLLM_PLUGINS", "flux_live")
-        monkeypatch.setattr(report.logger, "propagate", True)
-        with caplog.at_level("WARNING", report.logger.name):
-            runtime = attach(runner_of(model), make_config(tmp_path), CPU)
-        assert (runtime.reporter is None) == (name == "MetricStore")
-        assert runtime.journal is None
-        what = {"MetricStore": "counters", "RouteJournal": "the latest requests' routes"}[name]
-        (message,) = caplog.messages
-        assert message == (
-            f"flux: expected room for {what} in {tmp_path}, found: [Errno 28] No space left on "
-            "device; requests are served without"
-        )
-
-    def test_other_ranks_do_not(self, tmp_path: Path, model: Model, monkeypatch) -> None:
-        from vllm import distributed
-
-        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
-        monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
-        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
-        assert runtime.reporter is None
-        assert not runtime.reads_back
-
-
 def probed(model: nn.Module) -> list[Any]:
     layers = attention_layers(model)
     return _probed_layers(layers, layers, INPUTS, CPU)
@@ -347,118 +251,3 @@ def test_queries_scaled_after_rope_are_refused(rope: Any, monkeypatch) -> None:
     )
     monkeypatch.setattr(SometimesScaling, "do_scaling", False)
     assert len(probed(model)) == 1
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "attributes", "change"),
-    [
-        ("llama", "LlamaAttention", {}, None),
-        ("qwen3", "Qwen3Attention", {}, None),
-        ("mixtral", "MixtralAttention", {}, None),
-        ("lfm2", "Lfm2Attention", {}, None),  # reshapes queries after RoPE
-        ("mistral", "MistralAttention", {"do_llama_4_scaling": False}, None),
-        (
-            "mistral",
-            "MistralAttention",
-            {"do_llama_4_scaling": True},
-            "q = (q * attn_scale).to(q.dtype)",
-        ),
-        (
-            "llama4",
-            "Llama4Attention",
-            {},
-            "q = self.qk_norm(q.float()).reshape(-1, self.q_size).to(q.dtype)",
-        ),
-    ],
-)
-def test_change_after_rope_on_vllms_models(
-    module: str, name: str, attributes: dict, change: str | None
-) -> None:
-    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
-    attention = kind.__new__(kind)
-    nn.Module.__init__(attention)
-    vars(attention).update(attributes)
-    assert change_after_rope(attention) == change
-
-
-class Attention(nn.Module):
-    """Each method is what a model might do between RoPE and attention."""
-
-    def product_in_the_call(self, positions: Any, q: Any, k: Any) -> Any:
-        """Scale on the way."""
-        q, k = self.rotary_emb(positions, q, k)
-        return self.attn(q * 2, k, k)
-
-    def in_place(self, positions: Any, q: Any, k: Any) -> Any:
-        """Scale without an assignment."""
-        q, k = self.rotary_emb(positions, q, k)
-        q.mul_(2)
-        return self.attn(q, k, k)
-
-    def under_another_name(self, positions: Any, q: Any, k: Any) -> Any:
-        """Rename, then scale."""
-        q, k = self.rotary_emb(positions, q, k)
-        query = q
-        query *= 2
-        return self.attn(query, k, k)
-
-    def slice_of_it(self, positions: Any, q: Any, k: Any) -> Any:
-        """Scale a part."""
-        q, k = self.rotary_emb(positions, q, k)
-        q[..., :8] = 0
-        return self.attn(q, k, k)
-
-    def by_a_function(self, positions: Any, q: Any, k: Any) -> Any:
-        """Let another write into it."""
-        q, k = self.rotary_emb(positions, q, k)
-        torch.mul(k, 2, out=q)
-        return self.attn(q, k, k)
-
-    def two_at_once(self, positions: Any, q: Any, k: Any) -> Any:
-        """Scale in a tuple."""
-        q, k = self.rotary_emb(positions, q, k)
-        k, q = k, q * 2
-        return self.attn(q, k, k)
-
-    def handed_out(self, positions: Any, q: Any, k: Any) -> Any:
-        """Attend elsewhere."""
-        q, k = self.rotary_emb(positions, q, k)
-        return q, k
-
-    def something_else(self, positions: Any, q: Any, k: Any) -> Any:
-        """Attend with another tensor."""
-        raw = q
-        q, k = self.rotary_emb(positions, q, k)
-        return self.attn(raw, k, k)
-
-    def in_place_rotation(self, positions: Any, q: Any, k: Any) -> Any:
-        """Rotate without an assignment."""
-        self.rotary_emb(positions, q, k)
-        return self.attn(q, k, k)
-
-    def renamed_and_reshaped(self, positions: Any, q: Any, k: Any) -> Any:
-        """Change nothing."""
-        q, k = self.rotary_emb(positions, q, k)
-        query = q.view(-1, 4, 8).flatten(1)
-        attended = self.attn(query, k, k, output_shape=q.shape)
-        return attended.view(q.shape[0], -1)
-
-
-@pytest.mark.parametrize(
-    ("method", "change"),
-    [
-        ("product_in_the_call", "return self.attn(q * 2, k, k)"),
-        ("in_place", "q.mul_(2)"),
-        ("under_another_name", "query *= 2"),
-        ("slice_of_it", "q[..., :8] = 0"),
-        ("by_a_function", "torch.mul(k, 2, out=q)"),
-        ("two_at_once", "k, q = (k, q * 2)"),
-        ("handed_out", "return (q, k)"),
-        ("something_else", "something_else() without self.attn(q, ...)"),
-        ("in_place_rotation", "self.rotary_emb(positions, q, k)"),
-        ("renamed_and_reshaped", None),
-    ],
-)
-def test_change_after_rope_accepts_known_shapes_alone(method: str, change: str | None) -> None:
-    kind = type(method, (nn.Module,), {"forward": vars(Attention)[method]})
-    assert change_after_rope(kind()) == change

@@ -51,8 +51,6 @@ REFUSED = {
     "an encoder-decoder model": {"model__is_encoder_decoder": True},
     "a pooling or encoder model": {"model__runner_type": "pooling"},
     "a model without attention": {"model__is_attention_free": True},
-    "a model that mixes attention with state-space layers": {"model__is_hybrid": True},
-    "multi-dimensional RoPE": {"model__uses_mrope": True},
     "bidirectional attention over multimodal prefixes": {"model__is_mm_prefix_lm": True},
     "reference sliding window attention": {"model__rswa_window": 128},
     "pipeline parallel, a KV connector": {

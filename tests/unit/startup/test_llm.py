@@ -4,7 +4,6 @@ Oracle: the exception that leaves a real LLM(...) in this process, before any en
 started: nothing else is patched or faked. The models are tiny random ones.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -112,18 +111,6 @@ def test_kv_connector(model: Path) -> None:
         kv_transfer_config=connector,
     )
     assert message == REFUSED.format("a KV connector")
-
-
-def test_multi_dimensional_rope(model: Path, tmp_path: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [4, 6, 6],
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    message = fails(tmp_path, UnsupportedConfigurationError, {"policy": "full"})
-    assert message == REFUSED.format("multi-dimensional RoPE")
 
 
 def test_fp8_kv_cache(model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether a layer of a loaded model rotates its queries, as its source and its attributes say.
+"""Whether a layer rotates its queries and what it does to them next, by source and attributes.
 
 Oracle: vLLM's models, read by a person; methods written here, each with one way to put a condition.
 """
@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from flux_vllm.startup.rope_use import change_after_rope, rotates
@@ -35,7 +36,10 @@ FULL_NOPE = {"sliding_window": None, "apply_rope_all_layers": False}
         ("llama4", "Llama4Attention", {"rotary_emb": None}, False),
         ("llama4", "Llama4Attention", {"rotary_emb": object()}, True),
         ("iquest_loopcoder", "LoopCoderAttention", {}, None),  # depends on the loop
-        ("opt", "OPTAttention", {}, None),  # has no RoPE
+        ("opt", "OPTAttention", {}, False),
+        ("nemotron_h", "NemotronHAttention", {}, False),
+        ("falcon_h1", "FalconH1AttentionDecoderLayer", {}, True),
+        ("chatglm", "GLMAttention", {}, True),
     ],
 )
 def test_rotates_on_vllms_models(
@@ -157,3 +161,151 @@ def test_what_a_condition_switches_off_changes_nothing() -> None:
     assert change_after_rope(module) is None
     module.is_shared = True
     assert change_after_rope(module) == "q = q * 2"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "attributes", "change"),
+    [
+        ("llama", "LlamaAttention", {}, None),
+        ("qwen3", "Qwen3Attention", {}, None),
+        ("mixtral", "MixtralAttention", {}, None),
+        ("lfm2", "Lfm2Attention", {}, None),  # reshapes queries after RoPE
+        ("mistral", "MistralAttention", {"do_llama_4_scaling": False}, None),
+        (
+            "mistral",
+            "MistralAttention",
+            {"do_llama_4_scaling": True},
+            "q = (q * attn_scale).to(q.dtype)",
+        ),
+        (
+            "llama4",
+            "Llama4Attention",
+            {},
+            "q = self.qk_norm(q.float()).reshape(-1, self.q_size).to(q.dtype)",
+        ),
+    ],
+)
+def test_change_after_rope_on_vllms_models(
+    module: str, name: str, attributes: dict, change: str | None
+) -> None:
+    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    attention = kind.__new__(kind)
+    nn.Module.__init__(attention)
+    vars(attention).update(attributes)
+    assert change_after_rope(attention) == change
+
+
+class Changing(nn.Module):
+    """Each method is what a model might do between RoPE and attention."""
+
+    def product_in_the_call(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale on the way."""
+        q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q * 2, k, k)
+
+    def in_place(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale without an assignment."""
+        q, k = self.rotary_emb(positions, q, k)
+        q.mul_(2)
+        return self.attn(q, k, k)
+
+    def under_another_name(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rename, then scale."""
+        q, k = self.rotary_emb(positions, q, k)
+        query = q
+        query *= 2
+        return self.attn(query, k, k)
+
+    def slice_of_it(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale a part."""
+        q, k = self.rotary_emb(positions, q, k)
+        q[..., :8] = 0
+        return self.attn(q, k, k)
+
+    def by_a_function(self, positions: Any, q: Any, k: Any) -> Any:
+        """Let another write into it."""
+        q, k = self.rotary_emb(positions, q, k)
+        torch.mul(k, 2, out=q)
+        return self.attn(q, k, k)
+
+    def two_at_once(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale in a tuple."""
+        q, k = self.rotary_emb(positions, q, k)
+        k, q = k, q * 2
+        return self.attn(q, k, k)
+
+    def handed_out(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend elsewhere."""
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k
+
+    def something_else(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend with another tensor."""
+        raw = q
+        q, k = self.rotary_emb(positions, q, k)
+        return self.attn(raw, k, k)
+
+    def in_place_rotation(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate without an assignment."""
+        self.rotary_emb(positions, q, k)
+        return self.attn(q, k, k)
+
+    def renamed_and_reshaped(self, positions: Any, q: Any, k: Any) -> Any:
+        """Change nothing."""
+        q, k = self.rotary_emb(positions, q, k)
+        query = q.view(-1, 4, 8).flatten(1)
+        attended = self.attn(query, k, k, output_shape=q.shape)
+        return attended.view(q.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("product_in_the_call", "return self.attn(q * 2, k, k)"),
+        ("in_place", "q.mul_(2)"),
+        ("under_another_name", "query *= 2"),
+        ("slice_of_it", "q[..., :8] = 0"),
+        ("by_a_function", "torch.mul(k, 2, out=q)"),
+        ("two_at_once", "k, q = (k, q * 2)"),
+        ("handed_out", "handed_out() without self.attn(q, ...)"),
+        ("something_else", "something_else() without self.attn(q, ...)"),
+        ("in_place_rotation", "self.rotary_emb(positions, q, k)"),
+        ("renamed_and_reshaped", None),
+    ],
+)
+def test_change_after_rope_accepts_known_shapes_alone(method: str, change: str | None) -> None:
+    kind = type(method, (nn.Module,), {"forward": vars(Changing)[method]})
+    assert change_after_rope(kind()) == change
+
+
+class Helped(nn.Module):
+    """Rotates in a method of its own, like Qwen3-Next's."""
+
+    scales = False
+
+    def project(self, positions: Any, q: Any, k: Any) -> Any:
+        """Rotate, and hand on among other things."""
+        q, k = self.rotary_emb(positions, q, k)
+        return k, q, None
+
+    def forward(self, positions: Any, q: Any, k: Any) -> Any:
+        """Attend."""
+        k, q, _ = self.project(positions, q, k)
+        if self.scales:
+            q = q * 2
+        return self.attn(q, k, k)
+
+
+def test_queries_are_followed_through_a_method_that_returns_them() -> None:
+    module = Helped()
+    assert rotates(module) is True
+    assert change_after_rope(module) is None
+    module.scales = True
+    assert change_after_rope(module) == "q = q * 2"
+
+
+def test_queries_that_nobody_takes_are_not_known() -> None:
+    class Alone(nn.Module):
+        project = Helped.project
+
+    assert change_after_rope(Alone()) == "project() without self.attn(q, ...)"

@@ -9,26 +9,14 @@ from typing import Any
 import torch
 
 from flux_vllm.router.inputs import RouterInputs
+from tests.helpers.oracle import naive
 
 
-def visible_keys(
-    tokens: int, sink: int, window: int, tail: Sequence[int] = (), causal: bool = False
-) -> torch.Tensor:
-    """Say which keys each query sees: [T, T] bool.
-
-    Args:
-        tokens: T.
-        sink: first keys that all queries see.
-        window: latest keys that a query sees, its own included.
-        tail: queries that see everything up to their own.
-        causal: all do.
-    """
-    position = torch.arange(tokens)
-    distance = position[:, None] - position[None]
-    all_keys = torch.zeros(tokens, dtype=torch.bool)
-    all_keys[list(tail)] = True
-    seen = (distance < window) | (position[None] < sink) | all_keys[:, None] | causal
-    return (distance >= 0) & seen
+def _mask(tokens: int, sink: int, window: int, route: int, tail: Sequence[int]) -> torch.Tensor:
+    """Say which keys each query sees: [T, T] bool; those of `tail` see all up to their own."""
+    mask = naive.prefill_mask(range(tokens), route, sink, window)
+    mask[list(tail)] = naive.prefill_mask(range(tokens), naive.FULL, sink, window)[list(tail)]
+    return mask
 
 
 @torch.no_grad()
@@ -56,7 +44,7 @@ def own_hidden(
     handles = []
     for layer, of_layer in zip(model.model.layers, routes, strict=True):
         masks = [
-            visible_keys(tokens, sink, window, tails[row] if tails else (), bool(route))
+            _mask(tokens, sink, window, int(route), tails[row] if tails else ())
             for row, route in enumerate(of_layer)
         ]
         mask = torch.stack(masks)[:, None]

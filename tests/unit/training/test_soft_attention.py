@@ -1,4 +1,4 @@
-"""Oracle: dense float32 softmax over an explicit set of visible keys."""
+"""Oracle: dense float32 softmax under an explicit mask (tests/helpers/oracle)."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.oracle import naive as oracle
 from training.soft_attention import (
     full_attention,
     make_sparse_attention,
@@ -18,15 +19,10 @@ from training.soft_attention import (
 def naive(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sink: int, window: int
 ) -> torch.Tensor:
-    """Sink+window attention key by key."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))
-    scores = q.float() @ k.transpose(-1, -2) * scale
-    for p in range(q.shape[2]):
-        for j in range(q.shape[2]):
-            if j > p or not (j < sink or p - j < window):
-                scores[:, :, p, j] = float("-inf")
-    return scores.softmax(dim=-1) @ v
+    """Sink+window attention of [B, N, T, H] by the oracle."""
+    mask = oracle.prefill_mask(range(q.shape[2]), oracle.SPARSE, sink, window)
+    rows = zip(*(x.transpose(1, 2) for x in (q, k, v)), strict=True)
+    return torch.stack([oracle.attend(*row, mask, scale).transpose(0, 1) for row in rows])
 
 
 # Below S + W, equal to it and one above; block edges of 16; unaligned tails.

@@ -10,13 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.prompts import answers as module
-from training.prompts.answers import (
-    AnswerSettings,
-    cut_middle,
-    make_answerer,
-    render,
-    write_answers,
-)
+from training.prompts.answerer import AnswerSettings
+from training.prompts.answers import cut_middle, make_answerer, render, write_answers
 
 Lines = Callable[[Path], list[dict[str, Any]]]
 

@@ -1,7 +1,7 @@
 """How dense XAttention is on real text: the attended share of query-key pairs, by layer.
 
-    python -m benchmarks.xattention_density --model M --out OUT.json --thresholds 0.9 0.95 \\
-        --tokens 2100 7600 -- FILE [FILE ...]
+    python -m benchmarks.experiments.xattention_density --model M --out OUT.json \\
+        --thresholds 0.9 0.95 --tokens 2100 7600 -- FILE [FILE ...]
 
 Every layer is SPARSE under XAttention, the text is prefilled in one chunk, and of the pairs of a
 query and a key up to it those count that a query attends to, over all query heads. Runs on a CPU

@@ -1,6 +1,7 @@
 """Layer-level routes against a head-level split of the same sparsity.
 
-    python -m benchmarks.bench_head_split --model SHAPE_FOLDER --load-format dummy --out OUT.json
+    python -m benchmarks.experiments.bench_head_split --model SHAPE_FOLDER \\
+        --load-format dummy --out OUT.json
 
 Half of the attention is SPARSE in both. Layer-level: half of the layers, each with all its heads.
 Head-level: in each layer half of the KV head groups (`head_split.py`: two attention calls on slices
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine_process import Engine
-from benchmarks.head_split_layer import HEADS, LAYER_CASES, LAYERS, SHARE, measure_layer
+from benchmarks.experiments.head_split_layer import HEADS, LAYER_CASES, LAYERS, SHARE, measure_layer
 from benchmarks.row_file import RowFile, say, time_limit
 from benchmarks.serve_cases import CHUNK, K, Shape
 
@@ -75,7 +76,7 @@ def _measure_engines(args: argparse.Namespace, rows: RowFile, in_time: Callable[
     kinds: dict[str, dict[str, Any]] = {
         BASE: {"attention_backend": args.baseline},
         LAYERS: flux,
-        HEADS: flux | {"worker_extension_cls": "benchmarks.head_split.HeadSplitWorker"},
+        HEADS: flux | {"worker_extension_cls": "benchmarks.experiments.head_split.HeadSplitWorker"},
     }
     engines = {name: Engine(shape.vocab_size, **(arguments | kinds[name])) for name in args.engines}
     with ExitStack() as stack:

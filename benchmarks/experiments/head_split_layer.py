@@ -40,7 +40,7 @@ LAYER_CASES = (
 def measure_layer(case: LayerCase, rows: RowFile) -> None:
     """Time one attention layer in all ways."""
     from benchmarks import bench_attention as attention
-    from benchmarks.head_split import HeadSplitKernels
+    from benchmarks.experiments.head_split import HeadSplitKernels
     from flux_vllm.attention_backend.cuda.calls import Sizes
     from flux_vllm.attention_backend.cuda.fa3_calls import FA3Kernels
     from flux_vllm.router.route import Route
@@ -147,14 +147,14 @@ class SideBySide:
 
     def decode(self, call: Any) -> None:
         """Attend a batch without prefill rows."""
-        from benchmarks.head_split import halves
+        from benchmarks.experiments.head_split import halves
 
         full, routed = halves(call)
         self._both(lambda: self._kernels.decode(full), lambda: self._kernels.decode(routed))
 
     def sink_window_pass(self, call: Any) -> None:
         """Attend SPARSE prefill rows."""
-        from benchmarks.head_split import halves
+        from benchmarks.experiments.head_split import halves
 
         full, routed = halves(call)
         rows, metadata = full.rows.sparse_seqused_q, call.metadata

@@ -1,0 +1,182 @@
+"""Layers of several kinds, and weights of another: those of full attention are routed, no others.
+
+Oracles: see tests/helpers/families.py.
+"""
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from transformers import (
+    FalconH1Config,
+    Gemma3TextConfig,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    NemotronHConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
+
+from flux_vllm.errors import UnsupportedConfigurationError
+from tests.helpers.families import (
+    STATIC,
+    Case,
+    Family,
+    check_fixed_routes,
+    check_router,
+    make_case,
+    start,
+)
+from tests.helpers.models import write_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+FAMILIES = {
+    # Attention and a state space side by side in every layer.
+    "falcon-h1": Family(
+        FalconH1Config,
+        {**MAMBA, "mamba_d_ssm": 256, "mamba_chunk_size": 64},
+        routed=(0, 1, 2, 3),
+        sparse=(0, 3),
+    ),
+    "granite-hybrid-rope": Family(
+        GraniteMoeHybridConfig,
+        {
+            **MAMBA,
+            "mamba_chunk_size": 64,
+            "layer_types": ["mamba", "attention"] * 2,
+            "position_embedding_type": "rope",
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 256,
+        },
+    ),
+    # Queries that nothing rotates.
+    "nemotron-h": Family(
+        NemotronHConfig,
+        {
+            "layers_block_type": ["mamba", "attention"] * 2,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "n_groups": 1,
+            "ssm_state_size": 16,
+            "chunk_size": 64,
+        },
+    ),
+    "qwen3-next": Family(
+        Qwen3NextConfig,
+        {
+            **DELTA_NET,
+            # In both: which experts low precision would choose is no matter here.
+            "num_experts": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        dtype="bfloat16",
+        lengths=(100, 161, 333, 1300),  # its KV blocks are of 1,152 tokens
+    ),
+    "llama-gptq-4-bit": Family(
+        LlamaConfig, {}, routed=(0, 1, 2, 3), sparse=(0, 3), dtype="bfloat16", is_quantized=True
+    ),
+    # Layers with a sliding window of their own between those that see everything.
+    "gemma3": Family(
+        Gemma3TextConfig,
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+            "query_pre_attn_scalar": 32,
+        },
+    ),
+}
+# Several position axes, which a text counts alike.
+QWEN3_5 = Family(
+    Qwen3_5TextConfig,
+    {
+        **DELTA_NET,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    dtype="bfloat16",
+    lengths=(100, 161, 333, 700),  # its KV blocks are of 640 tokens
+    head_dim=64,
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(FAMILIES[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def test_fixed_routes(case: Case) -> None:
+    check_fixed_routes(case)
+
+
+def test_router(case: Case) -> None:
+    check_router(case)
+
+
+def test_memory_of_sparse_layers_is_not_given_back(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, NemotronHConfig, **FAMILIES["nemotron-h"].config)
+    with pytest.raises(UnsupportedConfigurationError, match="attention layers alone"):
+        start(tmp_path, FAMILIES["nemotron-h"], STATIC | {"sparse_layers": [3], "free_kv": True})
+
+
+def _check_all(family: Family, folder: Path) -> None:
+    case = make_case(family, folder)
+    check_fixed_routes(case)
+    check_router(case)
+
+
+def test_several_position_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3.5 on text. In a process of its own, where torchvision may be a stand-in.
+
+    vLLM's code of the model imports it for images, and installations for the CPU lack it.
+    """
+    if find_spec("torchvision") is None:
+        _write_torchvision(tmp_path / "stand-in")
+        monkeypatch.syspath_prepend(tmp_path / "stand-in")  # the process takes it over,
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # and hands it on
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(_check_all, QWEN3_5, tmp_path / "model").result()
+
+
+def _write_torchvision(folder: Path) -> None:
+    """Write modules that have every name, and do nothing."""
+    everything = """
+from enum import Enum
+
+__version__ = "0"
+
+
+class InterpolationMode(Enum):
+    NEAREST, NEAREST_EXACT, BILINEAR, BICUBIC, BOX, HAMMING, LANCZOS = range(7)
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__getattr__": lambda self, name: None})
+"""
+    modules = ("__init__", "io", "transforms/__init__", "transforms/functional")
+    for module in (*modules, "transforms/v2/__init__", "transforms/v2/functional"):
+        path = folder / "torchvision" / f"{module}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(everything)

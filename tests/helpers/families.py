@@ -1,0 +1,220 @@
+"""Tiny models of families whose layers are not all alike, served and held to their references.
+
+Oracles: stock vLLM, bit by bit, where every layer is as the model has it;
+tests/helpers/whole_reference.py, transformers' own code of each family in float32, for fixed routes
+and for a router's, in one chunk, in chunks and on a prefix-cache hit. `/metrics` names the layers
+that have routes.
+
+vLLM's CPU kernels of gated delta nets know bfloat16 alone: there, at most twice the r.m.s. error
+that stock vLLM makes against the same reference, whose weights are the same.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from prometheus_client import generate_latest
+from transformers import PreTrainedConfig
+
+from flux_vllm.router.place import beside_weights
+
+from .engine import Answer, Engine
+from .metrics import parse
+from .models import random_prompt, round_to_bfloat16, write_random_router, write_tiny_model
+from .quantized import quantize_to_gptq
+from .reference import FULL, SPARSE, ReferenceRouter, SparsePattern
+from .replay import P_FULL_MARGIN, check_routes
+from .whole_reference import WholeModel
+
+SINK_TOKENS, WINDOW_TOKENS = 32, 128
+LENGTHS = (100, 161, 333, 500)
+OUTPUT = 8
+CHUNK = 97
+TOLERANCE = 0.02
+STATIC = {
+    "policy": "static",
+    "sparse_layers": [],
+    "sink_tokens": SINK_TOKENS,
+    "window_tokens": WINDOW_TOKENS,
+}
+_names = itertools.count()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model of four layers."""
+
+    config_class: type[PreTrainedConfig]
+    config: dict[str, Any]
+    routed: tuple[int, ...] = (1, 3)
+    """Layers that have a route, as the configuration says."""
+    sparse: tuple[int, ...] = (3,)
+    """Layers to make SPARSE."""
+    dtype: str = "float32"
+    lengths: tuple[int, ...] = LENGTHS
+    """Of the prompts; one is longer than a KV block."""
+    head_dim: int = 32
+    is_quantized: bool = False
+    """Whether its projections are of four bits."""
+
+
+@dataclass
+class Case:
+    """A family's model, its reference and router, and what stock vLLM answers."""
+
+    folder: Path
+    family: Family
+    reference: WholeModel
+    router: ReferenceRouter
+    stock: list[Answer]
+    block_size: int
+
+    @property
+    def pattern(self) -> SparsePattern:
+        """What SPARSE means."""
+        return SparsePattern(SINK_TOKENS, WINDOW_TOKENS, self.block_size)
+
+    def error(self, answers: Sequence[Answer], routes: Sequence[Sequence[int]]) -> float:
+        """Compare answers with what the reference makes of the routes of each."""
+        errors = [
+            error
+            for answer, taken in zip(answers, routes, strict=True)
+            for error in self.reference.errors(answer, self.pattern, taken)
+        ]
+        if self.family.dtype == "float32":
+            return max(errors)
+        return math.sqrt(sum(error**2 for error in errors) / len(errors))
+
+    @cached_property
+    def allowed(self) -> float:
+        """How large an error may be."""
+        if self.family.dtype == "float32":
+            return TOLERANCE
+        full = self.reference.full_routes()
+        return 2 * self.error(self.stock, [full] * len(self.stock))
+
+
+def make_case(family: Family, folder: Path) -> Case:
+    """Write a family's model and router, and answer with stock vLLM."""
+    write_tiny_model(
+        folder, family.config_class, heads=4, head_dim=family.head_dim, **family.config
+    )
+    if family.dtype == "bfloat16":
+        round_to_bfloat16(folder)
+    exact = folder / "exact" if family.is_quantized else folder
+    if family.is_quantized:
+        quantize_to_gptq(folder, exact)
+    reference = WholeModel(exact)
+    assert set(family.routed) <= set(reference.attention_layers)
+    write_random_router(
+        beside_weights(folder).parent,
+        num_layers=4,
+        head_dim=family.head_dim,
+        pool_tokens=48,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=folder,
+        model=reference,
+    )
+    router = ReferenceRouter.load(beside_weights(folder))
+    with start(folder, family, None) as engine:
+        stock = list(_answers(engine, family))
+        block_size = engine.worker.vllm_config.cache_config.block_size
+    return Case(folder, family, reference, router, stock, block_size)
+
+
+def start(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
+    """Start an engine: stock vLLM where there is no configuration of flux."""
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+
+    # vLLM 0.32's CPU kernels of state spaces give no states from within a chunk, for which its
+    # prefix cache asks all the same. Without that, chunks end where a state is kept.
+    with patch.object(MambaMixer2, "get_kv_cache_spec", MambaBase.get_kv_cache_spec):
+        return Engine(
+            folder,
+            flux,
+            dtype=family.dtype,
+            max_num_batched_tokens=2048,
+            max_num_seqs=4,
+            enable_prefix_caching=True,
+            served_model_name=f"family-{next(_names)}",
+        )
+
+
+def _answers(engine: Engine, family: Family) -> Iterator[Answer]:
+    """Answer each prompt in one chunk, in chunks, and when its first blocks are cached."""
+    for length in family.lengths:
+        prompt = random_prompt(length, seed=length)
+        for chunk in (0, CHUNK):
+            engine.limit_chunks(chunk)
+            engine.forget_prefixes()
+            yield engine.generate([prompt], OUTPUT, prompt_logprobs=True)[0]
+        engine.limit_chunks(0)
+        yield engine.generate([prompt], OUTPUT)[0]
+
+
+def _decided_layers(engine: Engine) -> set[int]:
+    """List the layers for which `/metrics` has decisions."""
+    engine.runtime.status()
+    name = engine.worker.vllm_config.model_config.served_model_name
+    return {
+        int(dict(labels)["layer"])
+        for (sample, labels), value in parse(generate_latest().decode()).items()
+        if sample == "flux_route_decisions_total" and ("model_name", name) in labels and value
+    }
+
+
+def check_fixed_routes(case: Case) -> None:
+    """Check `static` with no layer SPARSE, and with some."""
+    with start(case.folder, case.family, STATIC) as engine:
+        full = list(_answers(engine, case.family))
+        engine.runtime.fix_routes(case.family.sparse)
+        sparse = list(_answers(engine, case.family))
+        decided = _decided_layers(engine)
+    for own, ours in zip(case.stock, full, strict=True):
+        assert own.tokens == ours.tokens
+        assert own.logprobs == ours.logprobs
+        assert own.prompt_logprobs == ours.prompt_logprobs
+        assert own.cached_tokens == ours.cached_tokens
+    routes = [[SPARSE if n in case.family.sparse else FULL for n in range(4)]] * len(sparse)
+    assert case.error(sparse, routes) < case.allowed
+    assert case.error(full, routes) > 2 * case.allowed, "the routes make no difference"
+    assert max(answer.cached_tokens for answer in sparse) > 0
+    assert decided == set(case.family.routed)
+
+
+def check_router(case: Case) -> None:
+    """Check `router`: its routes, the same for every schedule, and what they make of answers."""
+    with start(case.folder, case.family, {}) as engine:
+        answers = list(_answers(engine, case.family))
+        decided = _decided_layers(engine)
+    assert case.error(answers, [_routes(case, answer) for answer in answers]) < case.allowed
+    bits = [
+        {str((answer.routes, answer.p_full)) for answer in answers if len(answer.prompt) == length}
+        for length in case.family.lengths
+    ]
+    assert [len(seen) for seen in bits] == [1] * len(bits)
+    assert len(set(map(str, bits))) > 2
+    assert decided == set(case.family.routed)
+
+
+def _routes(case: Case, answer: Answer) -> list[int]:
+    """Check an answer's routes, and give them for the reference."""
+    if len(answer.prompt) + OUTPUT <= SINK_TOKENS + WINDOW_TOKENS:
+        assert answer.routes is None
+        return case.reference.full_routes()
+    margin = P_FULL_MARGIN if case.family.dtype == "float32" else 0.1
+    p_full = case.router.p_full(case.reference, answer.prompt)
+    layers = list(case.family.routed)
+    assert answer.routes is not None
+    assert answer.p_full is not None
+    check_routes([answer.routes[n] for n in layers], p_full[layers], 0.5, margin)
+    for layer in layers:
+        assert abs(answer.p_full[layer] - p_full[layer].item()) < margin
+    return [answer.routes[n] if n in layers else FULL for n in range(4)]

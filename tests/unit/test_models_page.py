@@ -1,0 +1,45 @@
+"""The table of models and features names tests that are there, and every family that has one.
+
+Oracle: the tests' own files.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGE = (REPOSITORY / "docs" / "MODELS.md").read_text(encoding="utf-8")
+
+
+def _named() -> list[tuple[str, list[str]]]:
+    """List the tests' files that the page's rows name, each with the names that follow it."""
+    found: list[tuple[str, list[str]]] = []
+    for row in PAGE.splitlines():
+        if not row.startswith("|") or "`tests/" not in row:
+            continue
+        for word in re.findall(r"`([^`]+)`", row.split("|")[-2]):
+            if word.endswith(".py"):
+                found.append((word, []))
+            else:
+                found[-1][1].append(word)
+    return found
+
+
+def test_named_tests_are_there() -> None:
+    named = _named()
+    assert len(named) > 25
+    for path, names in named:
+        text = (REPOSITORY / path).read_text(encoding="utf-8")
+        missing = [n for n in names if f'"{n}":' not in text and f"def {n}(" not in text]
+        assert not missing, f"{path} has no {missing}"
+
+
+@pytest.mark.parametrize("module", ["test_families", "test_layer_kinds"])
+def test_every_family_is_named(module: str) -> None:
+    families = vars(__import__(f"tests.e2e.{module}", fromlist=["FAMILIES"]))["FAMILIES"]
+    rows = [names for path, names in _named() if path == f"tests/e2e/{module}.py"]
+    named = {name for names in rows for name in names if not name.startswith("test_")}
+    assert named == set(families)
