@@ -5,8 +5,11 @@
 All engines are alive at once on one GPU, each in processes of its own: vLLM's backend twice (what
 two alike differ by), and flux under the policies asked for. `static` has a share of its layers
 SPARSE, evenly spread; `router` a random router with the threshold that comes next to the share.
-A decode time is that of so many steps in which all rows decode, (T(n + steps) - T(n)) / steps. The
-first prompts that come beside running requests are timed before anything else is, one by one.
+While one engine is timed the others are stopped: what waits for the host takes longer where that
+is busy. What an engine does first after its pause does not count.
+
+A decode time is that of so many steps in which all rows decode, (T(n + steps) - T(n)) by steps. The
+first prompts that come beside running requests are timed before anything else.
 
 Cells are measured in the order given, and rows are written after each: a run that is cut short
 keeps what it measured. A lock keeps two runs off one GPU.
@@ -40,7 +43,13 @@ from benchmarks.row_file import RowFile, say, time_limit
 from benchmarks.serve_cases import Shape
 from benchmarks.turns import in_turns
 
+_CELLS = [
+    *("decode:1024x1", "decode:1024x16", "decode:1024x64", "ttft:300", "ttft:1000", "ttft:4000"),
+    *("ttft:8000", "decode:8192x1", "decode:8192x16", "decode:31000x1", "decode:31000x16"),
+    *("mixed:8192x16+4000", "ttft:16000", "ttft:31000"),
+]
 _HOST_STEPS = 100
+_STEPS_AFTER_A_PAUSE = 8
 _FIRST_MIXED = 4
 _PRINTED_KERNELS = 16
 
@@ -163,7 +172,7 @@ class _Run:
     def _measure_cell(self, cell: Cell) -> None:
         args, ideals = self._args, {}
         if cell.what == "ttft_ms":
-            values = self._turns(lambda e: 1000 * e.prefill_seconds(cell.context, args.prompts))
+            values = self._turns(lambda e: self._prefill_ms(e, cell.context))
             ideals = self._prefill_ideals(cell, statistics.median(values[BASELINE]))
         elif cell.what == "decode_ms":
             values = self._decode(cell.context, cell.batch, self._engines)
@@ -178,12 +187,30 @@ class _Run:
         for row in rows_of(args.model.name, cell, values, self._shares, ideals):
             self._rows.keep((str(cell), row["policy"]), row, describe(row))
 
+    def _prefill_ms(self, engine: Engine, context: int) -> float:
+        engine.prefill_seconds(context)  # after its pause
+        return 1000 * engine.prefill_seconds(context, self._args.prompts)
+
+    def _step_ms(self, engine: Engine, batch: int) -> float:
+        engine.step_seconds(_STEPS_AFTER_A_PAUSE, batch)
+        return 1000 * engine.step_seconds(max(1, self._args.steps // self._args.turns), batch)
+
     def _turns(
         self,
         measure: Callable[[Engine], float],
         engines: Mapping[str, Engine] | None = None,
     ) -> dict[str, list[float]]:
-        return in_turns(engines or self._engines, measure, self._args.turns)
+        def alone(engine: Engine) -> float:
+            others = [other for other in self._engines.values() if other is not engine]
+            for other in others:
+                other.pause()
+            try:
+                return measure(engine)
+            finally:
+                for other in others:
+                    other.resume()
+
+        return in_turns(engines or self._engines, alone, self._args.turns)
 
     def _running(
         self,
@@ -204,8 +231,7 @@ class _Run:
     def _decode(
         self, context: int, batch: int, engines: Mapping[str, Engine]
     ) -> dict[str, list[float]]:
-        steps = max(1, self._args.steps // self._args.turns)
-        return self._running(context, batch, engines, lambda e: 1000 * e.step_seconds(steps, batch))
+        return self._running(context, batch, engines, lambda e: self._step_ms(e, batch))
 
     def _reach(self) -> int:
         return self._args.sink_tokens + self._args.window_tokens
@@ -283,7 +309,7 @@ def _parse() -> argparse.Namespace:
     add("--policies", nargs="+", choices=("full", "static", "router"),
         default=["full", "static", "router"])  # fmt: skip
     add("--share", type=float, default=0.75, help="of SPARSE layers (default 0.75)")
-    add("--cells", nargs="+", default=[], metavar="WHAT:CONTEXT[xBATCH[+PROMPT]]",
+    add("--cells", nargs="+", default=_CELLS, metavar="WHAT:CONTEXT[xBATCH[+PROMPT]]",
         help="decode:1024x16, ttft:4000, mixed:8192x16+4096; measured in this order")  # fmt: skip
     add("--first-mixed", action="store_true", help="time the first mixed batches, before all else")
     add("--host", nargs="+", type=int, default=[], help="rows of steps whose host time is told")

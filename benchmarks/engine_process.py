@@ -1,6 +1,7 @@
 """A `vllm.LLM` driven step by step, in a process of its own: several load and live side by side."""
 
 import os
+import signal
 from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -34,6 +35,20 @@ class Engine:
         if not self._is_ready:
             self._receive()
             self._is_ready = True
+
+    def pause(self) -> None:
+        """Stop the process, which is asked for nothing meanwhile, so that no thread of it wakes."""
+        self.wait()
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the process go on."""
+        os.kill(self._pid, signal.SIGCONT)
+
+    @property
+    def _pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     def settings(self) -> dict[str, Any]:
         """Say what vLLM made of the arguments that times depend on, its own defaults included."""

@@ -11,7 +11,7 @@ Engine = TypeVar("Engine")
 def in_turns(
     engines: Mapping[str, Engine], measure: Callable[[Engine], float], turns: int, warm_ups: int = 1
 ) -> dict[str, list[float]]:
-    """Measure engines one after another, in both orders by turns.
+    """Measure engines one after another; each turn begins with the next of them.
 
     Args:
         engines: by name.
@@ -24,7 +24,9 @@ def in_turns(
     values: dict[str, list[float]] = {name: [] for name in engines}
     names = list(engines)
     for turn in range(turns + warm_ups):
-        for name in names if turn % 2 else names[::-1]:
+        first = turn % len(names)
+        # There and back would measure the first and the last twice in a row: still warm.
+        for name in (*names[first:], *names[:first]):
             value = measure(engines[name])
             if turn >= warm_ups:
                 values[name].append(value)

@@ -133,12 +133,11 @@ def test_nothing_is_compiled_after_the_start(files: tuple[Path, Path], name: str
     with (
         compiled() as at_start,
         Engine(files[0], flux, num_gpu_blocks_override=350, **arguments) as engine,
+        compiled() as later,
     ):
-        with compiled() as later:
-            begin = time.monotonic()
-            _serve(engine)
-            seconds = time.monotonic() - begin
-        assert engine.runtime.status()["live_requests"] == 0
+        begin = time.monotonic()
+        _serve(engine)
+        seconds = time.monotonic() - begin
     ours = [kernel for kernel in at_start if kernel.startswith("flux_vllm")]
     print(
         f"\n{name}: {len(ours)} of our kernels at the start, {seconds:.1f} s of requests, after it "

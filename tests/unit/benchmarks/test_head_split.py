@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flux_vllm.attention_backend.kernels.paged import KVCache
 from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
 
@@ -36,7 +37,8 @@ def test_batch(
 def test_odd_number_of_kv_heads_is_refused() -> None:
     from benchmarks.experiments.head_split import halves
 
-    call = SimpleNamespace(query=torch.zeros(1, 6, 8), keys=torch.zeros(2, 16, 3, 8))
+    keys = torch.zeros(2, 16, 3, 8)
+    call = SimpleNamespace(query=torch.zeros(1, 6, 8), cache=KVCache(keys, keys))
     with pytest.raises(ValueError, match="even number of KV heads, found 3"):
         halves(call)  # type: ignore[arg-type]
 

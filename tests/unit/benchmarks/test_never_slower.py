@@ -34,16 +34,16 @@ def test_what_is_no_cell(text: str) -> None:
         Cell.read("ttft_ms", text)
 
 
-def test_turns_go_both_ways_and_the_first_do_not_count() -> None:
+def test_turns_begin_with_each_engine_and_the_first_do_not_count() -> None:
     asked: list[str] = []
 
     def measure(engine: str) -> float:
         asked.append(engine)
         return float(len(asked))
 
-    values = in_turns({"a": "A", "b": "B"}, measure, turns=2, warm_ups=1)
-    assert asked == ["B", "A", "A", "B", "B", "A"]
-    assert values == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
+    values = in_turns({"a": "A", "b": "B", "c": "C"}, measure, turns=2, warm_ups=1)
+    assert "".join(asked) == "ABCBCACAB"
+    assert values == {"a": [6.0, 8.0], "b": [4.0, 9.0], "c": [5.0, 7.0]}
 
 
 def test_longer_is_told_turn_by_turn() -> None:
