@@ -61,8 +61,20 @@ def model(tmp_path_factory):
     return folder, {"router": str(router)}
 
 
-def _bits(answers):
-    return [(answer.tokens, answer.logprobs, answer.routes) for answer in answers]
+def _assert_same(answers, others, what):
+    """Hold two engines' answers to each other, to the bit."""
+    for answer, other in zip(answers, others, strict=True):
+        length = len(answer.prompt)
+        assert answer.routes == other.routes, f"{what}: routes of the prompt of {length} tokens"
+        assert answer.cached_tokens == other.cached_tokens, f"{what}: hits of {length} tokens"
+        pairs = list(zip(answer.logprobs, other.logprobs, strict=True))
+        apart = [index for index, (one, two) in enumerate(pairs) if one != two]
+        worst = max(abs(one - two) for one, two in pairs)
+        assert answer.tokens == other.tokens, (
+            f"{what}: {length} tokens, log-probabilities differ from output {apart[:1]} on, by "
+            f"{worst:.4f} at most; steps {answer.steps == other.steps}"
+        )
+        assert not apart, f"{what}: {length} tokens, outputs {apart[:5]} differ by {worst:.6f}"
 
 
 def _given_back(answers, routes=None):
@@ -98,9 +110,8 @@ def test_static_clusters(model, case):
     answers, followed, held = _serve(PoisonedEngine, model[0], flux | {"free_kv": True})
     assert held == (4, _given_back(answers, [0, 0, 0, 1]))
     plain, plain_followed, _ = _serve(Engine, model[0], flux)
-    assert _bits(answers) == _bits(plain)
-    assert [a.cached_tokens for a in followed] == [a.cached_tokens for a in plain_followed]
-    assert _bits(followed) == _bits(plain_followed)
+    _assert_same(answers, plain, "prompts")
+    _assert_same(followed, plain_followed, "follow-ups")
 
 
 def test_routed_clusters(model):
@@ -109,9 +120,8 @@ def test_routed_clusters(model):
     assert held == (4, _given_back(answers))
     assert len({tuple(answer.routes) for answer in answers if answer.routes}) > 1
     plain, plain_followed, _ = _serve(Engine, folder, flux)
-    assert _bits(answers) == _bits(plain)
-    assert [a.cached_tokens for a in followed] == [a.cached_tokens for a in plain_followed]
-    assert _bits(followed) == _bits(plain_followed)
+    _assert_same(answers, plain, "prompts")
+    _assert_same(followed, plain_followed, "follow-ups")
 
 
 def test_few_blocks(model):
