@@ -3,8 +3,9 @@
 import importlib
 import os
 import random
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=gpu_reason))
         if item.get_closest_marker("vllm") is not None and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="needs vLLM; it is not installed here"))
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Take back the signals that a program under test took over.
+
+    A pool ends its workers by SIGTERM, once: one that inherits a handler in Python may miss it.
+    """
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in former.items():
+        if handler is not None:  # None: not Python's
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
