@@ -39,8 +39,14 @@ def train_by_costs(config: TrainConfig) -> Path:
     budget or seed costs seconds. `fit.json` says what the routers do with prompts held out.
 
     Returns: path of the router file.
-    Raises: ValueError: no prompt is longer than SPARSE's sinks and window.
+    Raises: ValueError: no files of prompts, or none longer than SPARSE's sinks and window.
     """
+    if not config.data.files or config.data.tasks:
+        raise ValueError(
+            "expected prompts from --data.files alone, which the objective 'budget' measures, found "
+            f"{'--data.tasks too' if config.data.files else 'none'}; give files with the model's "
+            "answers, or train on made tasks with --loss.objective online"
+        )
     began = time.monotonic()
     out = Path(config.out)
     world = start_world(config.system.device)

@@ -52,9 +52,10 @@ def test_train_flags_are_frozen() -> None:
     groups = {flag.split(".")[0] for flag in flags("train")}
     assert groups == {
         "-h", "--help", "--recipe", "--model", "--out", "--seed",
-        "--router", "--data", "--relaxation", "--loss", "--optimizer", "--system",
+        "--router", "--data", "--relaxation", "--loss", "--measure", "--fit", "--optimizer",
+        "--system",
     }  # fmt: skip
-    assert len(flags("train")) == 52
+    assert len(flags("train")) == 63
 
 
 def test_apply_flags_changes_only_what_was_given() -> None:

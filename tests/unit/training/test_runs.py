@@ -13,11 +13,13 @@ from flux_vllm.router.checkpoint import read_router
 from tests.unit.training.runs import CPU, OBJECTIVES, NearAndFar, rows
 from training import trainer as module
 from training.attach import RoutedModel
-from training.config import DataSettings, TrainConfig
+from training.config import DataSettings, LossSettings, TrainConfig
 from training.data.prompt_files import FilePrompts
 from training.distributed import World
 from training.recipes import tiny
 from training.trainer import NonFiniteLossError, Trainer, train
+
+ONLINE = LossSettings(objective="online")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -165,7 +167,8 @@ def test_train_takes_prompts_from_files_or_makes_them(
         ({"files": (prompt_file(tmp_path),)}, {"tasks": ("needle",), "corpus": str(corpus)})
     ):
         out = str(tmp_path / f"out{number}")
-        _, info = read_router(train(dataclasses.replace(tiny_config(**data), out=out)))
+        config = dataclasses.replace(tiny_config(**data), loss=ONLINE, out=out)
+        _, info = read_router(train(config))
         assert info.provenance["steps"] == 2
 
 
@@ -175,4 +178,14 @@ def test_train_refuses_two_sources_or_none(
 ) -> None:
     both = {"files": (prompt_file(tmp_path),), "tasks": ("needle",)}
     with pytest.raises(ValueError, match=rf"--data.files or made by --data.tasks, found {given}"):
-        train(tiny_config(**both if given == "both" else {}))
+        config = tiny_config(**both if given == "both" else {})
+        train(dataclasses.replace(config, loss=ONLINE))
+
+
+@pytest.mark.parametrize(("given", "found"), [(True, "--data.tasks too"), (False, "none")])
+def test_costs_are_measured_on_files_alone(
+    given: bool, found: str, tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    data = {"files": (prompt_file(tmp_path),)} if given else {}
+    with pytest.raises(ValueError, match=f"--data.files alone.*found {found}"):
+        train(tiny_config(tasks=("needle",), **data))
