@@ -43,9 +43,9 @@ def train_by_costs(config: TrainConfig) -> Path:
     """
     if not config.data.files or config.data.tasks:
         raise ValueError(
-            "expected prompts from --data.files alone, which the objective 'budget' measures, found "
-            f"{'--data.tasks too' if config.data.files else 'none'}; give files with the model's "
-            "answers, or train on made tasks with --loss.objective online"
+            "expected prompts from --data.files alone for the objective 'budget', which measures "
+            f"them, found {'--data.tasks too' if config.data.files else 'none'}; give files with "
+            "the model's answers, or train on made tasks with --loss.objective online"
         )
     began = time.monotonic()
     out = Path(config.out)

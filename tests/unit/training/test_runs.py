@@ -177,9 +177,9 @@ def test_train_refuses_two_sources_or_none(
     given: str, tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     both = {"files": (prompt_file(tmp_path),), "tasks": ("needle",)}
+    config = dataclasses.replace(tiny_config(**both if given == "both" else {}), loss=ONLINE)
     with pytest.raises(ValueError, match=rf"--data.files or made by --data.tasks, found {given}"):
-        config = tiny_config(**both if given == "both" else {})
-        train(dataclasses.replace(config, loss=ONLINE))
+        train(config)
 
 
 @pytest.mark.parametrize(("given", "found"), [(True, "--data.tasks too"), (False, "none")])
