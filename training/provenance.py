@@ -28,7 +28,7 @@ def provenance(device: torch.device, *data: str) -> dict[str, object]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": _device_name(device),
-        "data_sha256": {Path(file).name: _digest(Path(file)) for file in data},
+        "data_sha256": {Path(file).name: digest(Path(file)) for file in data},
     }
 
 
@@ -48,7 +48,8 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -24,7 +24,7 @@ from training.data.prompt_files import encode_prompt, read_prompt_files
 from training.distributed import World, start_world
 from training.freeing import freeing_order
 from training.model_loading import load_routed, load_tokenizer
-from training.provenance import model_name, provenance
+from training.provenance import digest, model_name, provenance
 from training.storage import round_for_storage, stored_dtypes
 
 _SHARES = (0.5, 0.6, 0.75, 0.85)
@@ -106,7 +106,9 @@ def _measure(
         folder,
         {
             "model": model_name(config.model),
-            "files": [Path(file).name for file in config.data.files],
+            "files": {Path(file).name: digest(Path(file)) for file in config.data.files},
+            "max_tokens": config.data.max_tokens,
+            "answer_tokens": settings.answer_tokens,
             "probe": list(router.probe),
             "pools": list(router.pools),
             "sink_tokens": router.sink_tokens,

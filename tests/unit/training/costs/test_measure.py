@@ -208,3 +208,12 @@ def test_prompts_within_the_window_are_refused(config: Any) -> None:
     wide = dataclasses.replace(settings.router, window_tokens=4096)
     with pytest.raises(ValueError, match="expected prompts of more than 4104 tokens"):
         trainer.train(dataclasses.replace(settings, router=wide))
+
+
+def test_other_prompts_under_the_same_name_are_told_apart(config: Any) -> None:
+    settings, _ = config
+    trainer.train(settings)
+    (file,) = map(Path, settings.data.files)
+    file.write_text(file.read_text().replace("so it is said", "so it was said"))
+    with pytest.raises(ValueError, match="measurements of the same files"):
+        trainer.train(settings)
