@@ -185,11 +185,12 @@ def _rules(generator: random.Random, tokens: int, count: TokenCount) -> str:
 def whole_batch(prompt: np.ndarray, inputs: RouterInputs) -> ProbeBatch:
     """Make what `RoutedModel.probe` takes of a prompt as a whole, pooled by the same rule."""
     counts = np.stack([pool.counts(len(prompt)) for pool in inputs.pools])
-    weights = counts / counts.sum(axis=1, keepdims=True)
+    weights = counts / counts.sum(axis=1, keepdims=True).clip(1)
     return ProbeBatch(
         torch.from_numpy(prompt)[None],
         torch.arange(len(prompt))[None],
         torch.from_numpy(weights)[None],
+        torch.from_numpy(inputs.offsets(len(prompt)))[None],
     )
 
 
