@@ -168,31 +168,11 @@ class LossSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureSettings:
-    """What SPARSE layers cost prompts (objective `budget`): measured once, kept in --out."""
+class CostSettings:
+    """What SPARSE costs prompts (objective `budget`), measured once and kept in --out."""
 
     prompts: int = 0
     """Most prompts to measure; 0: all of the files, but for those of the test split."""
-    answer_tokens: int = 96
-    """Most answer tokens of a prompt to compare, evenly spaced."""
-    micro_batch_tokens: int = 32768
-    """Tokens computed at once on one device, padding included."""
-    time_limit_s: float = 0.0
-    """Measure no further prompts after this; 0: no limit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitSettings:
-    """How routers are fitted to measured costs (objective `budget`)."""
-
-    steps: int = 400
-    """Updates of the routers."""
-    batch_size: int = 256
-    """Prompts an update."""
-    learning_rate: float = 3e-3
-    """AdamW's, at its peak."""
-    weight_decay: float = 0.5
-    """AdamW's."""
     input_noise: float = 1.0
     """Noise on what the routers see, in deviations of it over prompts."""
     need_weight: float = 0.3
@@ -223,7 +203,8 @@ class OptimizerSettings:
     """Tokens computed at once on one device, padding included."""
     time_limit_s: float = 0.0
     """End the schedule early so that training takes about this long; 0: no limit. A run with a
-    limit is not reproducible step for step."""
+    limit is not reproducible step for step. With the objective `budget`: measure nothing more
+    after this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,8 +246,7 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     relaxation: RelaxationSettings = field(default_factory=RelaxationSettings)
     loss: LossSettings = field(default_factory=LossSettings)
-    measure: MeasureSettings = field(default_factory=MeasureSettings)
-    fit: FitSettings = field(default_factory=FitSettings)
+    costs: CostSettings = field(default_factory=CostSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
 

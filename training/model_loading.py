@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.attach import RoutedModel
 from training.config import SystemSettings
@@ -13,6 +13,11 @@ from training.distributed import World, shard_model
 def load_tokenizer(model: str) -> Any:
     """Load the tokenizer."""
     return AutoTokenizer.from_pretrained(model)
+
+
+def model_limit(model: str) -> int:
+    """Return the most tokens of a sequence that a model's config allows."""
+    return int(AutoConfig.from_pretrained(model).max_position_embeddings)
 
 
 def load_routed(

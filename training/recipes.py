@@ -31,8 +31,25 @@ def budget(model: str = "", out: str = "") -> TrainConfig:
         out=out,
         data=DataSettings(min_tokens=1024, max_tokens=32000),
         optimizer=OptimizerSettings(
-            steps=600, batch_size=12, learning_rate=1.5e-3, micro_batch_tokens=32768
+            steps=400, batch_size=256, learning_rate=3e-3, weight_decay=0.5
         ),
+        system=SystemSettings(compile_layers=True),
+    )
+
+
+def online(model: str = "", out: str = "") -> TrainConfig:
+    """Spend the same budget by sampled routes, the model running at every update."""
+    return TrainConfig(
+        model=model,
+        out=out,
+        router=RouterSettings(
+            pools=("tail:1", "tail:16", "tail:128", "head:128"),
+            context_depths=(0.5, 0.75, 1.0),
+            widths=(64, 64, 64, 32),
+        ),
+        data=DataSettings(min_tokens=1024, max_tokens=32000),
+        loss=LossSettings(objective="online", budget_nats=0.05),
+        optimizer=OptimizerSettings(steps=600, batch_size=12, learning_rate=1.5e-3),
         system=SystemSettings(compile_layers=True),
     )
 
@@ -88,4 +105,4 @@ def evaluation(model: str = "", router: str = "", out: str = "") -> EvalConfig:
     )
 
 
-RECIPES = {"budget": budget, "paper": paper, "tiny": tiny}
+RECIPES = {"budget": budget, "online": online, "paper": paper, "tiny": tiny}

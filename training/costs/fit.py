@@ -19,16 +19,18 @@ from torch.nn import functional
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
-from training.config import FitSettings, LossSettings
+from training.config import OptimizerSettings, TrainConfig
 from training.costs.measurements import Measurements
 from training.costs.quadratic import QuadraticCosts
+from training.distributed import World
+from training.evaluation.ranks import rank_correlation
 from training.losses import excess_confidence
+from training.objectives import QualityBudget
+from training.schedule import rate_scale
 from training.standardize import StandardizedRouter
 
 _FIRST_MULTIPLIER = 1.0
 """Low: a layer that was once surely FULL hardly comes back."""
-_MOST_MULTIPLIER = 1000.0
-_MOST_EXCESS = 3.0
 _BETAS = (0.9, 0.98)
 _HEAD = ("head.0", "head.2", "head.4")
 _LEAST_DEVIATION = 0.1
@@ -49,10 +51,7 @@ def fit_router(
     measured: Measurements,
     costs: QuadraticCosts,
     inputs: RouterInputs,
-    widths: tuple[int, ...],
-    loss: LossSettings,
-    settings: FitSettings,
-    seed: int,
+    config: TrainConfig,
 ) -> tuple[StandardizedRouter, dict[str, Any]]:
     """Fit routers.
 
@@ -60,66 +59,60 @@ def fit_router(
         measured: training prompts.
         costs: theirs.
         inputs: what the routers look at.
-        widths: of the routers.
-        loss: the budget.
-        settings: of the fit.
-        seed: of initial weights and noise.
+        config: seed, widths, budget, optimizer.
 
-    Returns: the routers, and the fit's last share of SPARSE, nats and multiplier.
+    Returns: the routers, and the last update's nats, share of SPARSE and multiplier.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     seen = assemble(measured, inputs)
-    network = _SharedTrunk(seen, inputs, measured.pooled.shape[-1], widths)
-    decayed = [p for name, p in network.named_parameters() if name.endswith("weight")]
+    network = _SharedTrunk(seen, inputs, measured.pooled.shape[-1], config.router.widths)
+    view, need = network.view(seen), _log_need(costs)
+    settings, loss, most = config.optimizer, config.loss, config.costs.most_nats
+    optimizer = _make_optimizer(network, settings)
+    budget = QualityBudget(loss)
+    budget.weight = _FIRST_MULTIPLIER
+    world = World(0, 1, torch.device("cpu"))
+    nats = math.nan
+    for step in range(settings.steps):
+        rate = settings.learning_rate * rate_scale(step / settings.steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["times"]
+        rows = torch.randperm(len(view))[: settings.batch_size]
+        noise = config.costs.input_noise * torch.randn(len(rows), view.shape[1])
+        logits, guess = network(view[rows] + noise * network.is_noisy)
+        expected = costs.take(rows).expected_nats(logits.softmax(-1)[..., Route.SPARSE].T)
+        answers = most * -torch.expm1(-expected / most).mean()
+        total = budget.weight * answers + budget.of_routes(logits, (), len(rows), world)
+        total = total + loss.logit_penalty * excess_confidence(logits, loss.logit_bound)
+        total = total + config.costs.need_weight * (guess - need[rows]).square().mean()
+        optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_norm)
+        optimizer.step()
+        nats = answers.item()
+        budget.ascend(nats)
+    return network.to_router(), {"nats": round(nats, 5)} | budget.describe()
+
+
+def _log_need(costs: QuadraticCosts) -> torch.Tensor:
+    """Standardise the log of what all SPARSE costs: [N]."""
+    need = torch.log(costs.nats(torch.ones_like(costs.lengths)) + _LEAST_NATS)
+    return (need - need.mean()) / need.std()
+
+
+def _make_optimizer(network: "_SharedTrunk", settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Decay weights alone; what all prompts need alike, the last biases, comes first."""
+    last = network.heads.linear(_HEAD[-1])[1]
+    weights = [p for name, p in network.named_parameters() if name.endswith("weight")]
     biases = [
-        p
-        for name, p in network.named_parameters()
-        if name.endswith("bias") and name != "heads.head_4_bias"
+        p for name, p in network.named_parameters() if name.endswith("bias") and p is not last
     ]
     groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": biases, "weight_decay": 0.0},
-        # What all prompts need alike comes first.
-        {"params": [network.heads["head_4_bias"]], "weight_decay": 0.0},
+        {"params": weights, "times": 1.0},
+        {"params": biases, "times": 1.0, "weight_decay": 0.0},
+        {"params": [last], "times": _BIAS_RATE, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=_BETAS, weight_decay=settings.weight_decay
-    )
-    view = network.view(seen)
-    need = torch.log(costs.nats(torch.ones_like(costs.lengths)) + _LEAST_NATS)
-    need = (need - need.mean()) / need.std()
-    multiplier, state = _FIRST_MULTIPLIER, {}
-    for step in range(settings.steps):
-        rate = settings.learning_rate * _rate(step, settings.steps)
-        for group, times in zip(optimizer.param_groups, (1, 1, _BIAS_RATE), strict=True):
-            group["lr"] = rate * times
-        rows = torch.randperm(len(view))[: settings.batch_size]
-        noise = settings.input_noise * torch.randn(len(rows), view.shape[1])
-        logits = network(view[rows] + noise * network.is_noisy)
-        sparse = logits.softmax(-1)[..., Route.SPARSE].T
-        nats = costs.take(rows).expected_nats(sparse)
-        answers = settings.most_nats * -torch.expm1(-nats / settings.most_nats).mean()
-        full_share = 1 - sparse.mean()
-        excess = excess_confidence(logits, loss.logit_bound) / len(logits)
-        guess = network.guess_need(view[rows] + noise * network.is_noisy)
-        miss = (guess - need[rows]).square().mean()
-        total = multiplier * answers + full_share + loss.logit_penalty * excess
-        optimizer.zero_grad()
-        (total + settings.need_weight * miss).backward()
-        optimizer.step()
-        beyond = min(answers.item() / loss.budget_nats - 1, _MOST_EXCESS)
-        multiplier *= math.exp(loss.multiplier_rate * beyond)
-        multiplier = min(max(multiplier, 1 / _MOST_MULTIPLIER), _MOST_MULTIPLIER)
-        state = {
-            "sparse_share": round(1 - full_share.item(), 4),
-            "nats": round(answers.item(), 5),
-            "multiplier": round(multiplier, 3),
-        }
-    return network.to_router(), state
-
-
-def _rate(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=settings.weight_decay)
 
 
 class _SharedTrunk(nn.Module):
@@ -159,42 +152,35 @@ class _SharedTrunk(nn.Module):
         self.scale = torch.where(
             is_length, _LENGTH_WEIGHT / math.sqrt(max(1, int(is_length.sum()))) / scale, 1 / scale
         )
-        first, second, third, fourth = widths
+        first, second, *_ = widths
         self.first, self.second = nn.Linear(len(self.mean), first), nn.Linear(first, second)
-        heads = LayerRouter(len(seen), head_dim, 1, (first, second, third, fourth))
-        self.heads = nn.ParameterDict(
-            {
-                f"{name.replace('.', '_')}_{kind}": nn.Parameter(tensor.detach())
-                for name in _HEAD
-                for kind, tensor in zip(("weight", "bias"), heads.linear(name), strict=True)
-            }
-        )
+        # Its own first two linear layers are not used.
+        self.heads = LayerRouter(len(seen), head_dim, 1, widths)
         self.need = nn.Linear(second, 1)
+        weight, bias = self.heads.linear(_HEAD[-1])
         with torch.no_grad():
-            self.heads["head_4_weight"].mul_(0.1)
-            self.heads["head_4_bias"].zero_()
+            weight.mul_(0.1)
+            bias.zero_()
 
     def view(self, seen: torch.Tensor) -> torch.Tensor:
         """Standardise what the context layers say: [L, N, F] to [N, F']."""
         return (seen[0, :, self.own :] - self.mean) * self.scale
 
-    def trunk(self, view: torch.Tensor) -> torch.Tensor:
-        """Compute what all layers share: [N, F'] to [N, w]."""
-        hidden: torch.Tensor = self.second(functional.silu(self.first(view)))
-        return hidden
+    def forward(self, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score all layers, and guess the standardised log cost of all SPARSE.
 
-    def forward(self, view: torch.Tensor) -> torch.Tensor:
-        """Score all layers: [N, F'] to router_logits [L, N, 2]."""
-        x = self.trunk(view).expand(self.shape[0], -1, -1)
-        for name in ("head_0", "head_2", "head_4"):
-            weight, bias = self.heads[f"{name}_weight"], self.heads[f"{name}_bias"]
+        Args:
+            view: [N, F'].
+
+        Returns: router_logits [L, N, 2], and the guess [N].
+        """
+        shared = self.second(functional.silu(self.first(view)))
+        x = shared.expand(self.shape[0], -1, -1)
+        for name in _HEAD:
+            weight, bias = self.heads.linear(name)
             x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-            x = functional.silu(x) if name != "head_4" else x
-        return x
-
-    def guess_need(self, view: torch.Tensor) -> torch.Tensor:
-        """Guess the standardised log cost of all SPARSE: [N, F'] to [N]."""
-        return self.need(self.trunk(view))[:, 0]  # type: ignore[no-any-return]
+            x = functional.silu(x) if name != _HEAD[-1] else x
+        return x, self.need(shared)[:, 0]
 
     @torch.no_grad()
     def to_router(self) -> StandardizedRouter:
@@ -209,9 +195,10 @@ class _SharedTrunk(nn.Module):
             weight[:, :, -linear.in_features :] = linear.weight
             bias[:] = linear.bias
         for name in _HEAD:
-            weight, bias = router.router.linear(name)
-            weight.copy_(self.heads[f"{name.replace('.', '_')}_weight"])
-            bias.copy_(self.heads[f"{name.replace('.', '_')}_bias"])
+            for ours, theirs in zip(
+                router.router.linear(name), self.heads.linear(name), strict=True
+            ):
+                ours.copy_(theirs)
         return router
 
 
@@ -222,7 +209,7 @@ def describe(
     costs: QuadraticCosts,
     inputs: RouterInputs,
     thresholds: tuple[float, ...],
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | None]]:
     """Say what routers would do with prompts, by the model of costs.
 
     Returns: a row a threshold: share of SPARSE, mean nats, and the rank correlation of a prompt's
@@ -243,18 +230,3 @@ def describe(
             }
         )
     return rows
-
-
-def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Give Spearman's correlation; NaN where either is the same for all prompts."""
-    ranks = [_ranks(left), _ranks(right)]
-    if any(rank.std() == 0 for rank in ranks):
-        return math.nan
-    return round(float(np.corrcoef(ranks)[0, 1]), 4)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank values, equal ones by the mean of their places."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]

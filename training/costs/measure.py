@@ -9,8 +9,9 @@ Dimension legend: L layers, B prompts, P pools, H head dim, K = 2 samples.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +80,12 @@ class Measurer:
                 tail_tokens=self.tail_tokens,
             )
             pooled, sparse, nats, slopes = self._run(micro.to(self.routed.device))
+            if not (np.isfinite(nats).all() and np.isfinite(slopes[:, 1]).all()):
+                raise ValueError(
+                    f"expected finite divergences and slopes, found others among the prompts "
+                    f"{sorted(places[rows].tolist())} of the files; measure with --system.dtype "
+                    "float32, or leave these prompts out"
+                )
             tokens = np.array([prompts[row].prompt_len for row in rows])
             parts.append(
                 Measurements(pooled, sparse, nats, slopes, tokens, places[rows], held_out[rows])
@@ -134,54 +141,52 @@ def leads(measured: Measurements) -> torch.Tensor:
     return torch.from_numpy(lead.clip(-_LARGEST_LEAD, _LARGEST_LEAD)).float()
 
 
+class PlacedPrompt(NamedTuple):
+    """A prompt to measure."""
+
+    place: int
+    """In its files."""
+    held_out: bool
+    """Not to be fitted to."""
+    prompt: Encoded
+    """Longer than sinks and window."""
+
+
 def measure_into(
     folder: Path,
     measurer: Measurer,
-    prompts: Iterator[tuple[int, bool, Encoded]],
+    prompts: Sequence[PlacedPrompt],
     known: Sequence[Measurements],
     time_limit_s: float,
     rank: int = 0,
-) -> list[Measurements]:
-    """Measure prompts that are not known yet, file by file.
+) -> None:
+    """Measure prompts file by file; what a killed run has written stands.
 
     Args:
-        folder: for the files; what is in it survives a kill.
+        folder: for the files.
         measurer: measures.
-        prompts: place, whether it is held out, and the prompt.
+        prompts: those that are not known yet.
         known: what the folder holds.
         time_limit_s: begin no further file after this; 0: no limit.
         rank: of this process, for its files' names.
-
-    Returns: known and new measurements.
     """
     began = time.monotonic()
     found = list(known)
-    done = {int(place) for part in known for place in part.place}
-    waiting: list[tuple[int, bool, Encoded]] = []
-
-    def flush() -> None:
-        places, held_out, chosen = zip(*waiting, strict=True)
-        part = measurer.measure(chosen, np.array(places), np.array(held_out))
-        part.save(folder / f"{rank:03d}-{min(places):08d}-{len(places)}.npz")
-        found.append(part)
-        measurer.lean(join(found))
-        waiting.clear()
-        seconds = time.monotonic() - began
-        sys.stderr.write(
-            f"[{seconds:.0f} s] {sum(map(len, found))} prompts measured; all SPARSE costs "
-            f"{part.nats[:, 0].mean():.3f} nats, samples {part.nats[:, 1].mean():.3f}\n"
+    for start in range(0, len(prompts), _AT_ONCE):
+        if time_limit_s and time.monotonic() - began > time_limit_s:
+            break
+        if found:
+            measurer.lean(join(found))
+        chunk = prompts[start : start + _AT_ONCE]
+        part = measurer.measure(
+            [one.prompt for one in chunk],
+            np.array([one.place for one in chunk]),
+            np.array([one.held_out for one in chunk]),
         )
-
-    if found:
-        measurer.lean(join(found))
-    for item in prompts:
-        if item[0] in done:
-            continue
-        waiting.append(item)
-        if len(waiting) == _AT_ONCE:
-            flush()
-            if time_limit_s and time.monotonic() - began > time_limit_s:
-                break
-    if waiting and not (time_limit_s and time.monotonic() - began > time_limit_s):
-        flush()
-    return found
+        part.save(folder / f"{rank:03d}-{min(part.place):08d}-{len(part)}.npz")
+        found.append(part)
+        sys.stderr.write(
+            f"[{time.monotonic() - began:.0f} s] {start + len(chunk)} of {len(prompts)} prompts "
+            f"measured; all SPARSE costs {part.nats[:, 0].mean():.3f} nats, samples "
+            f"{part.nats[:, 1].mean():.3f}\n"
+        )

@@ -6,7 +6,6 @@ Dimension legend: L layers.
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
 from training.config import TrainConfig
 from training.costs.fit import assemble, describe, fit_router
-from training.costs.measure import Measurer, measure_into
+from training.costs.measure import Measurer, PlacedPrompt, measure_into
 from training.costs.measurements import Measurements, join, open_folder, read_folder
 from training.costs.quadratic import fit_costs, nested_patterns
-from training.data.encoding import Encoded
 from training.data.prompt_files import encode_prompt, read_prompt_files
 from training.distributed import World, start_world
 from training.freeing import freeing_order
-from training.model_loading import load_routed, load_tokenizer
+from training.model_loading import load_routed, load_tokenizer, model_limit
 from training.provenance import digest, model_name, provenance
 from training.storage import round_for_storage, stored_dtypes
 
@@ -47,19 +45,23 @@ def train_by_costs(config: TrainConfig) -> Path:
             f"them, found {'--data.tasks too' if config.data.files else 'none'}; give files with "
             "the model's answers, or train on made tasks with --loss.objective online"
         )
+    if config.system.shard_model:
+        raise ValueError(
+            "expected --system.shard_model false with the objective 'budget', whose processes "
+            "measure prompts each at their own pace, found true; leave it out"
+        )
     began = time.monotonic()
     out = Path(config.out)
     world = start_world(config.system.device)
-    measured, (layers, head_dim) = _measure(config, out / "measurements", world)
+    measured = _measure(config, out / "measurements", world)
+    _, layers, _, head_dim = measured.pooled.shape
     measuring_s = time.monotonic() - began
     if not world.is_main:
         return out / "flux_router.safetensors"
     fitted_to, held_out = measured.take(~measured.held_out), measured.take(measured.held_out)
     inputs = config.router.inputs(layers)
     costs = fit_costs(fitted_to)
-    router, state = fit_router(
-        fitted_to, costs, inputs, config.router.widths, config.loss, config.fit, config.seed
-    )
+    router, state = fit_router(fitted_to, costs, inputs, config)
     dtypes = stored_dtypes(router.router)
     folded = round_for_storage(router.fold(dtypes["features.0"]), dtypes)
     report = _report(folded, held_out if len(held_out) > 1 else fitted_to, config, layers)
@@ -97,18 +99,16 @@ def train_by_costs(config: TrainConfig) -> Path:
     return out / "flux_router.safetensors"
 
 
-def _measure(
-    config: TrainConfig, folder: Path, world: World
-) -> tuple[Measurements, tuple[int, int]]:
-    """Measure what is not measured yet; returns it with the model's layers and head dim."""
-    settings, router = config.measure, config.router
+def _measure(config: TrainConfig, folder: Path, world: World) -> Measurements:
+    """Measure what is not measured yet."""
+    router = config.router
     known = open_folder(
         folder,
         {
             "model": model_name(config.model),
             "files": {Path(file).name: digest(Path(file)) for file in config.data.files},
             "max_tokens": config.data.max_tokens,
-            "answer_tokens": settings.answer_tokens,
+            "answer_tokens": [config.data.max_answer_tokens, config.loss.answer_tokens],
             "probe": list(router.probe),
             "pools": list(router.pools),
             "sink_tokens": router.sink_tokens,
@@ -116,24 +116,21 @@ def _measure(
             "sparse_pattern": router.sparse_pattern,
         },
     )
-    prompts = _Prompts(config)
-    if known and len(join(known)) >= len(prompts.places):
-        whole = join(known)
-        return whole, (whole.pooled.shape[1], whole.pooled.shape[3])
-    routed = load_routed(
-        config.model, router.sink_tokens, router.window_tokens, config.system, world
-    )
-    measurer = Measurer(
-        routed,
-        router.inputs(routed.num_layers),
-        settings.answer_tokens,
-        router.tail_tokens,
-        settings.micro_batch_tokens,
-        config.seed + world.rank,
-    )
-    shape = (routed.num_layers, routed.head_dim)
-    mine = prompts.encoded(routed.model.config.max_position_embeddings, world)
-    measure_into(folder, measurer, mine, known, settings.time_limit_s, world.rank)
+    missing = _missing_prompts(config, {int(at) for part in known for at in part.place}, world)
+    if missing:
+        routed = load_routed(
+            config.model, router.sink_tokens, router.window_tokens, config.system, world
+        )
+        measurer = Measurer(
+            routed,
+            router.inputs(routed.num_layers),
+            config.loss.answer_tokens,
+            router.tail_tokens,
+            config.optimizer.micro_batch_tokens,
+            config.seed + world.rank,
+        )
+        limit = config.optimizer.time_limit_s
+        measure_into(folder, measurer, missing, known, limit, world.rank)
     world.wait()
     found = read_folder(folder)
     if not found:
@@ -142,31 +139,28 @@ def _measure(
             f"which sinks and window do not hold, in {', '.join(config.data.files)}, found none; "
             "give longer prompts or a smaller --router.window_tokens"
         )
-    return join(found), shape
+    return join(found)
 
 
-class _Prompts:
-    """The files' prompts, but for those that `divergence` tests on, in an order of their own."""
+def _missing_prompts(config: TrainConfig, known: set[int], world: World) -> list[PlacedPrompt]:
+    """Return this process's prompts to measure, in an order of their own.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.rows = read_prompt_files(Path(file) for file in config.data.files)
-        places = [place for place, row in enumerate(self.rows) if row.split != "test"]
-        self.places = np.random.default_rng(0).permutation(places).tolist()
-        if config.measure.prompts:
-            self.places = self.places[: config.measure.prompts]
-
-    def encoded(self, most_tokens: int, world: World) -> Iterator[tuple[int, bool, Encoded]]:
-        """Yield this process's: place, whether it is held out, and the prompt."""
-        config = self.config
-        tokenizer = load_tokenizer(config.model)
-        limit = min(most_tokens, config.data.max_tokens + config.data.max_answer_tokens)
-        reach = config.router.sink_tokens + config.router.window_tokens
-        for place in self.places[world.rank :: world.size]:
-            row = self.rows[place]
-            prompt = encode_prompt(row, tokenizer, limit, config.data.max_answer_tokens)
-            if prompt.prompt_len > reach:
-                yield place, row.split == "validation", prompt
+    Neither those that `divergence` tests on, nor those within sinks and window.
+    """
+    rows = read_prompt_files(Path(file) for file in config.data.files)
+    places = [place for place, row in enumerate(rows) if row.split != "test"]
+    places = np.random.default_rng(0).permutation(places).tolist()
+    places = places[: config.costs.prompts or len(places)]
+    tokenizer = load_tokenizer(config.model)
+    most = config.data.max_answer_tokens
+    limit = min(model_limit(config.model), config.data.max_tokens + most)
+    reach = config.router.sink_tokens + config.router.window_tokens
+    missing = []
+    for place in (place for place in places if place not in known):
+        prompt = encode_prompt(rows[place], tokenizer, limit, most)
+        if prompt.prompt_len > reach:
+            missing.append(PlacedPrompt(place, rows[place].split == "validation", prompt))
+    return missing[world.rank :: world.size]
 
 
 def _report(

@@ -29,6 +29,7 @@ from training.data.batching import MicroBatch, collate, group_by_length
 from training.data.encoding import Encoded
 from training.data.prompt_files import FilePrompts
 from training.distributed import World, start_world
+from training.evaluation.ranks import rank_correlation
 from training.losses import distillation, mean_by_prompt
 from training.model_loading import load_routed, load_tokenizer
 from training.policies import Policy, StaticPolicy, ThresholdPolicy
@@ -243,7 +244,7 @@ def compare(config: DivergenceConfig) -> dict[str, Any]:
         "rows": [{"policy": name} | found.summary() for name, found in measured.items()],
         "static_layers": statics,
         "need_correlation": {
-            name: _correlation(found, measured["sparse"])
+            name: rank_correlation((1 - found.sparse).sum(axis=1), measured["sparse"].nats)
             for name, found in measured.items()
             if name.startswith("router")
         },
@@ -257,18 +258,3 @@ def compare(config: DivergenceConfig) -> dict[str, Any]:
     arrays |= {f"{name}/sparse": found.sparse.astype(np.uint8) for name, found in measured.items()}
     np.savez_compressed(out / "divergence.npz", **arrays)  # type: ignore[arg-type]
     return report
-
-
-def _correlation(router: Divergence, all_sparse: Divergence) -> float | None:
-    """Rank correlation of FULL layers with all SPARSE's divergence; None where either is even."""
-    ranks = [_ranks((1 - router.sparse).sum(axis=1)), _ranks(all_sparse.nats)]
-    if any(rank.std() == 0 for rank in ranks):
-        return None
-    return round(float(np.corrcoef(ranks)[0, 1]), 4)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank values, equal ones by the mean of their places."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place]

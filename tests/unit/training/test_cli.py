@@ -52,10 +52,9 @@ def test_train_flags_are_frozen() -> None:
     groups = {flag.split(".")[0] for flag in flags("train")}
     assert groups == {
         "-h", "--help", "--recipe", "--model", "--out", "--seed",
-        "--router", "--data", "--relaxation", "--loss", "--measure", "--fit", "--optimizer",
-        "--system",
+        "--router", "--data", "--relaxation", "--loss", "--costs", "--optimizer", "--system",
     }  # fmt: skip
-    assert len(flags("train")) == 63
+    assert len(flags("train")) == 56
 
 
 def test_apply_flags_changes_only_what_was_given() -> None:

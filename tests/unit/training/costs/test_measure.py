@@ -17,7 +17,7 @@ from tests.unit.training.runs import SINK, WINDOW
 from training import trainer
 from training.attach import RoutedModel
 from training.costs import train as costs_train
-from training.costs.measure import Measurer, leads, measure_into
+from training.costs.measure import Measurer, PlacedPrompt, leads, measure_into
 from training.costs.measurements import Measurements, join, open_folder, read_folder
 from training.data.encoding import Encoded
 from training.evaluation.divergence import DivergenceMeter
@@ -114,15 +114,15 @@ def test_samples_lean_to_layers_that_matter(routed: RoutedModel) -> None:
 
 
 def test_files_survive_and_are_not_measured_again(routed: RoutedModel, tmp_path: Path) -> None:
-    items = [(place, place == 3, prompt) for place, prompt in enumerate(make_prompts())]
+    items = [PlacedPrompt(place, place == 3, prompt) for place, prompt in enumerate(make_prompts())]
     known = open_folder(tmp_path, {"model": "m"})
-    found = measure_into(tmp_path, measurer(routed), iter(items[:3]), known, 0.0)
+    measure_into(tmp_path, measurer(routed), items[:3], known, 0.0)
     again = open_folder(tmp_path, {"model": "m"})
-    assert sorted(join(again).place) == sorted(join(found).place) == [0, 1, 2]
-    whole = join(measure_into(tmp_path, measurer(routed), iter(items), again, 0.0))
+    assert sorted(join(again).place) == [0, 1, 2]
+    measure_into(tmp_path, measurer(routed), items[3:], again, 0.0)
+    whole = join(read_folder(tmp_path))
     assert sorted(whole.place) == [0, 1, 2, 3, 4]
     assert whole.place[whole.held_out].tolist() == [3]
-    assert len(join(read_folder(tmp_path))) == 5
     # Reading leaves what the folder says of itself.
     assert json.loads((tmp_path / "measured.json").read_text()) == {"model": "m"}
     with pytest.raises(ValueError, match="measurements of the same model"):
@@ -172,12 +172,13 @@ def config(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any, monke
 
     monkeypatch.setattr(costs_train, "load_routed", load)
     monkeypatch.setattr(costs_train, "load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(costs_train, "model_limit", lambda model: 4096)
     settings = tiny("m", str(tmp_path / "out"))
     return dataclasses.replace(
         settings,
         data=dataclasses.replace(settings.data, files=(str(tmp_path / "answers.jsonl"),)),
         router=dataclasses.replace(settings.router, sink_tokens=SINK, window_tokens=WINDOW),
-        fit=dataclasses.replace(settings.fit, steps=20),
+        optimizer=dataclasses.replace(settings.optimizer, steps=20),
     ), loaded
 
 
@@ -193,10 +194,8 @@ def test_a_run_is_measured_once_and_fitted_again(config: Any, tmp_path: Path) ->
     measured = join(read_folder(tmp_path / "out" / "measurements"))
     assert (measured.tokens > SINK + WINDOW).all()
     assert loaded == ["m"]
-    # Another budget: as many prompts as are known are asked for, so the model is not loaded.
-    fewer = dataclasses.replace(settings.measure, prompts=len(measured))
     budget = dataclasses.replace(settings.loss, budget_nats=10.0)
-    trainer.train(dataclasses.replace(settings, measure=fewer, loss=budget))
+    trainer.train(dataclasses.replace(settings, loss=budget))
     assert loaded == ["m"]
     assert len(join(read_folder(tmp_path / "out" / "measurements"))) == len(measured)
     again, _ = read_router(file)
@@ -217,3 +216,19 @@ def test_other_prompts_under_the_same_name_are_told_apart(config: Any) -> None:
     file.write_text(file.read_text().replace("so it is said", "so it was said"))
     with pytest.raises(ValueError, match="measurements of the same files"):
         trainer.train(settings)
+
+
+def test_costs_that_are_not_finite_are_refused(
+    routed: RoutedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = routed.logits
+    monkeypatch.setattr(routed, "logits", lambda hidden: logits(hidden) * float("nan"))
+    with pytest.raises(ValueError, match=r"found others among the prompts \[.*--system.dtype"):
+        measurer(routed).measure(make_prompts(), np.arange(5), np.zeros(5, bool))
+
+
+def test_a_sharded_model_is_refused(config: Any) -> None:
+    settings, _ = config
+    system = dataclasses.replace(settings.system, shard_model=True)
+    with pytest.raises(ValueError, match="--system.shard_model false"):
+        trainer.train(dataclasses.replace(settings, system=system))

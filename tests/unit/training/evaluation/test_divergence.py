@@ -31,8 +31,6 @@ from training.evaluation import divergence as module
 from training.evaluation.divergence import (
     Divergence,
     DivergenceMeter,
-    _correlation,
-    _ranks,
     compare,
     search_static,
 )
@@ -195,24 +193,6 @@ def test_search_varies_the_best_at_random() -> None:
     again = MadeUpMeter(6, cost)
     assert search(again, [2], variations=60) == {2: [1, 4]}
     assert again.asked == meter.asked
-
-
-def test_equal_values_share_a_rank() -> None:
-    assert _ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
-    assert _ranks(np.array([5.0, 5.0, 5.0])).tolist() == [2.0, 2.0, 2.0]
-
-
-def test_correlation_of_full_layers_with_need() -> None:
-    def divergence(nats: list[float], full: list[int]) -> Divergence:
-        sparse = np.array([[at >= count for at in range(LAYERS)] for count in full], np.float32)
-        return Divergence(np.array(nats, np.float32), np.ones(len(nats), np.float32), sparse)
-
-    need = divergence([0.1, 0.2, 0.4, 0.8], [0] * 4)
-    assert _correlation(divergence([0.0] * 4, [0, 1, 2, 4]), need) == 1.0
-    assert _correlation(divergence([0.0] * 4, [4, 3, 2, 0]), need) == -1.0
-    # Ranks 1.5, 1.5, 3.5, 3.5 with 1 to 4: covariance 1 over variances 1 and 1.25.
-    assert _correlation(divergence([0.0] * 4, [1, 1, 2, 2]), need) == round(1.25**-0.5, 4)
-    assert _correlation(divergence([0.0] * 4, [2, 2, 2, 2]), need) is None
 
 
 @pytest.fixture
