@@ -45,7 +45,7 @@ def main() -> None:
         return
     end = time.monotonic() + args.seconds
     rows = RowFile(args.out)
-    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    shape = Shape.read(args.model)
     with tempfile.TemporaryDirectory() as folder:
         for name in args.engines:
             share, engine_arguments = variant(args, shape, name, Path(folder))

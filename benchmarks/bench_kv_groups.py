@@ -26,9 +26,7 @@ from flux_vllm.kv.groups import cluster_by_route, cluster_layers
 def main() -> None:
     """Measure in turns and write a row an engine."""
     args = _parse()
-    shape = replace(
-        Shape.of(json.loads((args.model / "config.json").read_text())), layers=args.layers
-    )
+    shape = replace(Shape.read(args.model), layers=args.layers)
     sparse = shape.spread(args.share)
     sizes = {"sink_tokens": args.sink, "window_tokens": args.window}
     rows = RowFile(args.out)

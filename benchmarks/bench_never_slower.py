@@ -17,7 +17,6 @@ keeps what it measured. A lock keeps two runs off one GPU.
 
 import argparse
 import fcntl
-import json
 import os
 import statistics
 import sys
@@ -57,7 +56,7 @@ _PRINTED_KERNELS = 16
 def main() -> None:
     """Measure the cells that the arguments ask for."""
     args = _parse()
-    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    shape = Shape.read(args.model)
     with gpu_lock(), tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begin = time.monotonic()
         engines = {

@@ -78,7 +78,7 @@ def _measure_server(
     rows: RowFile,
     in_time: Callable[[], bool],
 ) -> None:
-    shape = Shape.of(json.loads((model / "config.json").read_text()))
+    shape = Shape.read(model)
     shares = args.shares if backend == "flux" else [0.0]
     for number, share in enumerate(shares):
         if backend == "flux":
@@ -220,7 +220,7 @@ def with_word_tokenizer(model: Path, folder: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     shutil.copytree(model, folder)
-    vocab_size = Shape.of(json.loads((model / "config.json").read_text())).vocab_size
+    vocab_size = Shape.read(model).vocab_size
     # vLLM refuses a prompt of more characters than its longest word would make of all tokens; this
     # one is longer than the others with a space.
     unknown = "unknown-word"

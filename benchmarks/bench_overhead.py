@@ -10,7 +10,6 @@ rows also say how much longer than that, and than the mean of the two.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -35,7 +34,7 @@ _PRINTED_KERNELS = 24
 def main() -> None:
     """Measure, print the rows and write them with the raw figures."""
     args = _parse()
-    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    shape = Shape.read(args.model)
     with tempfile.TemporaryDirectory() as folder:
         router = write_random_router(shape, Path(folder), args.sink_tokens, args.window_tokens)
         engines = {

@@ -13,7 +13,6 @@ Two more figures follow: a probe alone, waited for; and the host time of a prefi
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -94,7 +93,7 @@ def write_fixed_router(
 def main() -> None:
     """Measure and write a row a context, then the probe's own time and the host's."""
     args = _parse()
-    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    shape = Shape.read(args.model)
     sparse_layers = shape.spread(args.share)
     rows = RowFile(args.out)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

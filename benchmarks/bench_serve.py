@@ -11,7 +11,6 @@ profiled prefills, and of decode steps of mixed rows, go into OUT.kernels.json b
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ from benchmarks.serve_cases import (
 def main() -> None:
     """Measure what the arguments ask for."""
     args = _parse()
-    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    shape = Shape.read(args.model)
     rows = RowFile(args.out)
     settings: dict[str, Any] = {}
 

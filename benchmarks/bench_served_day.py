@@ -148,7 +148,7 @@ def _server_arguments(args: argparse.Namespace, model: Path, policy: str) -> lis
     sizes = {"sink_tokens": args.sink_tokens, "window_tokens": args.window_tokens}
     flux: dict[str, Any] = {"policy": policy}
     if policy == "static":
-        shape = Shape.of(json.loads((model / "config.json").read_text()))
+        shape = Shape.read(model)
         flux |= sizes | {"sparse_layers": shape.spread(args.share)}
     if policy == "router":
         flux = {"router": str(args.router), "threshold": args.threshold}

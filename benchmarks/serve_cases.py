@@ -7,9 +7,11 @@ over its calls: L * a_full with the baseline, L * a_window with all layers SPARS
 attention runs at other clocks than between the matrix products: 3 % slower at 128K tokens.)
 """
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,11 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab_size: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Shape":
+        """Read a model's folder."""
+        return cls.of(json.loads((folder / "config.json").read_text()))
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":

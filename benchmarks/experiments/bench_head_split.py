@@ -20,7 +20,6 @@ SPARSE.
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def main() -> None:
 
 
 def _measure_engines(args: argparse.Namespace, rows: RowFile, in_time: Callable[[], bool]) -> None:
-    shape = Shape.of(json.loads((args.model / "config.json").read_text()))
+    shape = Shape.read(args.model)
     arguments = _arguments(args)
     flux = {
         "attention_backend": "flux",
