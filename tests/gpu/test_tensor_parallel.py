@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import REPOSITORY
 from tests.helpers.models import (
     random_prompt,
     round_to_bfloat16,
@@ -35,7 +36,10 @@ from tests.helpers.tensor_parallel import assert_ranks_alike, compare_routes, lo
 from tests.helpers.wide_model import write_fitted_router, write_wide_llama
 
 GPUS = torch.cuda.device_count()
-SHAPE = os.environ.get("FLUX_TEST_8B_SHAPE", "")
+# A folder whose config.json is Llama 3.1 8B's.
+SHAPE = Path(
+    os.environ.get("FLUX_TEST_8B_SHAPE", REPOSITORY / "benchmarks" / "shapes" / "llama-3.1-8b")
+)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.vllm,
@@ -174,9 +178,7 @@ def test_small_model(tiny):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A random model of the 8B shape's widths, its fitted router, its vocabulary's size."""
-    if not SHAPE:
-        pytest.skip("needs FLUX_TEST_8B_SHAPE=FOLDER, whose config.json is Llama 3.1 8B's")
-    folder = write_wide_llama(tmp_path_factory.mktemp("wide"), Path(SHAPE), WIDE_LAYERS)
+    folder = write_wide_llama(tmp_path_factory.mktemp("wide"), SHAPE, WIDE_LAYERS)
     router = tmp_path_factory.mktemp("router")
     write_fitted_router(
         router,
