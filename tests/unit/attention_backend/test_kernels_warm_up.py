@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.router.route import Route
 from flux_vllm.routing.decode_counts import DecodeKeys
 from tests.unit.attention_backend.test_kernels_cases import SPARSE, Row, Shape, make_batch
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 
