@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 
 from flux_vllm.router.checkpoint import read_router, write_router
-from flux_vllm.router.route import Route
 from tests.helpers.engine import Engine
-from tests.helpers.free_kv import PoisonedEngine
+from tests.helpers.free_kv import PoisonedEngine, given_back
 from tests.helpers.models import (
     random_prompt,
     round_to_bfloat16,
@@ -22,12 +21,9 @@ from tests.helpers.models import (
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
 SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE, TOKENS = 32, 128, 32, 70
-STATIC = {
-    "policy": "static",
-    "sparse_layers": [0, 1, 2],
-    "sink_tokens": SINK_TOKENS,
-    "window_tokens": WINDOW_TOKENS,
-}
+PATTERN = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS}
+SIZES = PATTERN | {"block_size": BLOCK_SIZE}
+STATIC = PATTERN | {"policy": "static", "sparse_layers": [0, 1, 2]}
 LENGTHS = [1510, 710, 655, 159, 30]
 PROMPTS = [random_prompt(length, seed=length) for length in LENGTHS]
 ARGUMENTS = {
@@ -77,16 +73,6 @@ def _assert_same(answers, others, what):
         assert not apart, f"{what}: {length} tokens, outputs {apart[:5]} differ by {worst:.6f}"
 
 
-def _given_back(answers, routes=None):
-    """Count, by the formula, the blocks that answers should have given back at their end."""
-    blocks = 0
-    for answer in answers:
-        end = (len(answer.prompt) + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE
-        sparse = sum(route == Route.SPARSE for route in routes or answer.routes or ())
-        blocks += sparse * max(end - 1, 0)
-    return blocks
-
-
 def _serve(make, folder, flux):
     """Answer the prompts together, then, one by one, questions that follow the first answers."""
     with make(folder, flux, **ARGUMENTS) as engine:
@@ -108,7 +94,7 @@ def test_static_clusters(model, case):
     pattern, kernels = case.split("-")
     flux = STATIC | {"sparse_pattern": pattern, "kernels": kernels}
     answers, followed, held = _serve(PoisonedEngine, model[0], flux | {"free_kv": True})
-    assert held == (4, _given_back(answers, [0, 0, 0, 1]))
+    assert held == (4, given_back(answers, routes=[0, 0, 0, 1], **SIZES))
     plain, plain_followed, _ = _serve(Engine, model[0], flux)
     _assert_same(answers, plain, "prompts")
     _assert_same(followed, plain_followed, "follow-ups")
@@ -117,7 +103,7 @@ def test_static_clusters(model, case):
 def test_routed_clusters(model):
     folder, flux = model
     answers, followed, held = _serve(PoisonedEngine, folder, flux | {"free_kv": True})
-    assert held == (4, _given_back(answers))
+    assert held == (4, given_back(answers, **SIZES))
     assert len({tuple(answer.routes) for answer in answers if answer.routes}) > 1
     plain, plain_followed, _ = _serve(Engine, folder, flux)
     _assert_same(answers, plain, "prompts")
