@@ -11,12 +11,7 @@ import pytest
 from flux_vllm.router.checkpoint import read_router, write_router
 from tests.helpers.engine import Engine
 from tests.helpers.free_kv import PoisonedEngine, given_back
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_llama,
-)
+from tests.helpers.models import random_prompt, write_bfloat16_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
@@ -40,17 +35,11 @@ ARGUMENTS = {
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A tiny bfloat16 Llama, and a router that gives these prompts routes of their own."""
-    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=8, kv_heads=2, head_dim=128)
-    round_to_bfloat16(folder)
-    router = tmp_path_factory.mktemp("router")
-    write_random_router(
-        router,
-        num_layers=4,
+    folder, router = write_bfloat16_llama(
+        tmp_path_factory.mktemp("tiny"),
         head_dim=128,
-        pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        model_folder=folder,
     )
     found, info = read_router(router)
     write_router(router, found, replace(info, freeing_order=(2, 0, 3, 1)))

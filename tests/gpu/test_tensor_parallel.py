@@ -23,12 +23,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_llama,
-)
+from tests.helpers.models import random_prompt, write_bfloat16_llama
 from tests.helpers.reference import FULL, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import logprob_errors, replay
 from tests.helpers.side_by_side import Served, Setup, serve_side_by_side
@@ -110,22 +105,11 @@ def tiny(request, tmp_path_factory):
     """A tiny bfloat16 Llama of 8 query and 2 KV heads, its fitted router, its reference."""
     threads = torch.get_num_threads()
     torch.set_num_threads(8)
-    folder = write_tiny_llama(
-        tmp_path_factory.mktemp(f"tiny-{request.param}"),
-        heads=8,
-        kv_heads=2,
+    folder, router = write_bfloat16_llama(
+        tmp_path_factory.mktemp("tiny"),
         head_dim=request.param,
-    )
-    round_to_bfloat16(folder)
-    router = tmp_path_factory.mktemp("router")
-    write_random_router(
-        router,
-        num_layers=4,
-        head_dim=request.param,
-        pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        model_folder=folder,
         gain=GAIN,
     )
     yield folder, router, ReferenceModel(folder)
