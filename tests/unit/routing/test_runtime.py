@@ -15,12 +15,17 @@ import torch
 
 from flux_vllm.routing.prompts import Prompt
 from tests.unit.routing.worker import (
+    ANSWERS,
     FULL,
     INFO,
+    NONE,
     OPEN,
     REACH,
     ROUTED,
     SPARSE,
+    A,
+    B,
+    C,
     asked,
     batch,
     begin,
@@ -28,10 +33,6 @@ from tests.unit.routing.worker import (
     recorded,
     run,
 )
-
-A, B, C = [SPARSE, FULL, SPARSE], [FULL, SPARSE, SPARSE], [SPARSE, SPARSE, FULL]
-ANSWERS = {"a": A, "b": B, "c": C}
-NONE = [OPEN] * 3
 
 
 class TestLifeOfARequest:
