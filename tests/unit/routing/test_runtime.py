@@ -193,12 +193,10 @@ class TestKnownRoutes:
         count, runtime._count_pending = runtime._count_pending, lambda wait: None
         runtime.end_step()
         runtime.finish({"a"})
-        slot = runtime.table._slots.get("b")
         begin(runtime, batch(("b", 0, 30, 90)))
         runtime.end_step()
         runtime._count_pending = count
         begin(runtime, batch(("b", 30, 30, 90)))
-        assert slot is None
         assert len(runtime._pending) == 2
         pending = runtime._pending.pop()
         runtime._count_pending(wait=True)
@@ -214,7 +212,6 @@ class TestKnownRoutes:
         event = self.begin_late(runtime, batch(("a", 50, 30, 80)))
         assert self.known(runtime, 0) == [A]  # not announced
         begin(runtime, batch(("a", 50, 30, 80)), announced="a")
-        assert event.has_passed is False
         object.__setattr__(runtime._readback, "event", event)
         assert self.known(runtime, 0) is None
         event.has_passed = True
