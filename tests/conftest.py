@@ -37,8 +37,11 @@ def _missing_gpu() -> str:
 def _interpret_kernels() -> None:
     """Where there is no GPU, let Triton's interpreter run the kernels.
 
-    Triton chooses when it is imported; the processes that tests start choose for themselves.
+    Triton chooses when it is imported; the processes that tests start choose for themselves, and
+    one that compiles kernels says TRITON_INTERPRET=0.
     """
+    if os.environ.get("TRITON_INTERPRET") == "0":
+        return
     if find_spec("triton") is None or not _missing_gpu():
         return
     os.environ["TRITON_INTERPRET"] = "1"

@@ -4,11 +4,11 @@
 #
 #   tools/gpu_tests.sh FOLDER     PYTHON=python3 names the interpreter that has vLLM
 #
-# On one GPU: serving by head size, the sample model, the backend's batches with the benchmarks'
-# head split, and the kernels. Where two GPUs are visible, tensor parallel 2 beside them: small models
-# by head size, and Llama 3.1 8B's widths (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two
-# H200s with 64 cores all took 6 to 8 minutes, the tensor-parallel ones under 3 of them. The summary
-# names what did not run.
+# On one GPU: serving by head size, the sample model, freeing KV, the probe, what is compiled after
+# the start, the backend's batches with the benchmarks' head split, and the kernels. Where two GPUs
+# are visible, tensor parallel 2 beside them: small models by head size, and Llama 3.1 8B's widths
+# (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two H200s with 64 cores the tensor-parallel
+# ones took under 3 minutes. The summary names what did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
 [[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")
@@ -16,7 +16,6 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 kernels=tests/unit/attention_backend
 export OMP_NUM_THREADS=2 FLUX_TEST_OUT=$out
-export FLUX_TEST_8B_SHAPE=${FLUX_TEST_8B_SHAPE:-$PWD/benchmarks/shapes/llama-3.1-8b}
 unset VLLM_PORT # else every engine tries the same ports; vLLM takes free ones without it
 
 part() { # part NAME ARGUMENTS...: one pytest process
@@ -50,6 +49,8 @@ part serving_64 tests/gpu/test_serving.py -k H64 &
 part serving_128 tests/gpu/test_serving.py -k H128 &
 part sample_model tests/gpu/test_sample_model.py &
 part free_kv tests/gpu/test_free_kv.py &
+part probe tests/gpu/test_probe.py &
+part no_compiling tests/gpu/test_no_compiling.py &
 part batches tests/gpu/test_backend_batches.py tests/gpu/test_head_split.py &
 part attention $kernels/test_kernels_fa3.py $kernels/test_kernels_prefill.py &
 # Data needs the package datasets, and no GPU.

@@ -73,8 +73,14 @@ STATIC = {
 }
 
 
+# The long one is past what YaRN's model was trained for.
+LENGTHS = [17, 97, 333, 640, 1000]
+LONG = pytest.param([333, 640, 2100], marks=pytest.mark.long, id="long")
+
+
+@pytest.mark.parametrize("lengths", [pytest.param(LENGTHS, id="short"), LONG])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_routes_and_outputs(name: str, tmp_path: Path) -> None:
+def test_routes_and_outputs(name: str, lengths: list[int], tmp_path: Path) -> None:
     config_class, config = FAMILIES[name]
     write_tiny_model(tmp_path, config_class, **config)
     router = write_random_router(
@@ -86,7 +92,7 @@ def test_routes_and_outputs(name: str, tmp_path: Path) -> None:
         window_tokens=WINDOW_TOKENS,
         model_folder=tmp_path,
     )
-    prompts = [random_prompt(length, seed=length) for length in (17, 97, 333, 640, 1000)]
+    prompts = [random_prompt(length, seed=length) for length in lengths]
     with Engine(tmp_path, {}, block_size=BLOCK_SIZE, max_num_batched_tokens=512) as engine:
         answers = [engine.generate([p], 16, prompt_logprobs=True)[0] for p in prompts]
     reference, reference_router = ReferenceModel(tmp_path), ReferenceRouter.load(router)

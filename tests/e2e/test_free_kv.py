@@ -16,7 +16,7 @@ from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
-from tests.helpers.free_kv import PoisonedEngine
+from tests.helpers.free_kv import PoisonedEngine, given_back
 from tests.helpers.metrics import parse, total
 from tests.helpers.models import random_prompt
 from tests.helpers.tensor_parallel import RankedEngine
@@ -24,12 +24,9 @@ from tests.helpers.tensor_parallel import RankedEngine
 pytestmark = pytest.mark.vllm
 
 BLOCK_SIZE = 32
-FLUX = {
-    "policy": "static",
-    "sparse_layers": [0, 1, 2],
-    "sink_tokens": SINK_TOKENS,
-    "window_tokens": WINDOW_TOKENS,
-}
+PATTERN = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS}
+SIZES = PATTERN | {"block_size": BLOCK_SIZE}
+FLUX = PATTERN | {"policy": "static", "sparse_layers": [0, 1, 2]}
 FREE = FLUX | {"free_kv": True}
 LENGTHS = [710, 159, 30]
 PROMPTS = [random_prompt(length, seed=length) for length in LENGTHS]
@@ -211,16 +208,6 @@ def _routed(tmp_path, model, **info):
     return {"router": str(tmp_path)}
 
 
-def _given_back(answers):
-    """Count, by the formula, the blocks that answers should have given back at their end."""
-    blocks = 0
-    for answer in answers:
-        end = (len(answer.prompt) + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE
-        sparse = sum(route == Route.SPARSE for route in answer.routes or ())
-        blocks += sparse * max(end - 1, 0)
-    return blocks
-
-
 ROUTED_LENGTHS = [710, 640, 655, 159, 30]
 ROUTED_PROMPTS = [random_prompt(length, seed=length) for length in ROUTED_LENGTHS]
 
@@ -245,7 +232,7 @@ def test_routed_clusters(
     with PoisonedEngine(tiny_model, flux | {"free_kv": True}, **arguments) as engine:
         assert len(engine.managers) == 4
         answers = engine.generate(ROUTED_PROMPTS, TOKENS)
-        assert len(engine.freed) == _given_back(answers)
+        assert len(engine.freed) == given_back(answers, **SIZES)
         assert engine.manager.block_pool.get_num_free_blocks() == (
             len(engine.manager.block_pool.blocks) - 1
         )
@@ -338,7 +325,7 @@ def test_routed_clusters_on_two_ranks(tiny_model, tmp_path):
             served.append(engine.generate(ROUTED_PROMPTS, TOKENS))
             metrics = parse(generate_latest().decode())
         freed = total(metrics, "flux_kv_blocks_freed_total", model_name=name) if free_kv else 0
-        assert freed == (_given_back(served[0]) if free_kv else 0)
+        assert freed == (given_back(served[0], **SIZES) if free_kv else 0)
     for answer, expected in zip(*served, strict=True):
         assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
         assert answer.routes == expected.routes

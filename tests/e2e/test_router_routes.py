@@ -188,6 +188,7 @@ def test_preemption_and_resume(engine: Engine, reference, reference_router, skip
     # The short one needs no route before its text outgrows sinks and window.
     alone = [engine.generate([prompt], 70)[0] for prompt in prompts]
     assert sum(answer.preemptions for answer in answers) > 0
+    assert (max(at for answer in answers for at in answer.resumed_at) == 0) == skips_cache
     for answer, undisturbed in zip(answers, alone, strict=True):
         _check(answer, reference, reference_router)
         assert _bits(answer) == _bits(undisturbed)

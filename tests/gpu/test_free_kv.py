@@ -9,25 +9,16 @@ from dataclasses import replace
 import pytest
 
 from flux_vllm.router.checkpoint import read_router, write_router
-from flux_vllm.router.route import Route
 from tests.helpers.engine import Engine
-from tests.helpers.free_kv import PoisonedEngine
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_llama,
-)
+from tests.helpers.free_kv import PoisonedEngine, given_back
+from tests.helpers.models import random_prompt, write_bfloat16_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
 SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE, TOKENS = 32, 128, 32, 70
-STATIC = {
-    "policy": "static",
-    "sparse_layers": [0, 1, 2],
-    "sink_tokens": SINK_TOKENS,
-    "window_tokens": WINDOW_TOKENS,
-}
+PATTERN = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS}
+SIZES = PATTERN | {"block_size": BLOCK_SIZE}
+STATIC = PATTERN | {"policy": "static", "sparse_layers": [0, 1, 2]}
 LENGTHS = [1510, 710, 655, 159, 30]
 PROMPTS = [random_prompt(length, seed=length) for length in LENGTHS]
 ARGUMENTS = {
@@ -44,17 +35,11 @@ ARGUMENTS = {
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A tiny bfloat16 Llama, and a router that gives these prompts routes of their own."""
-    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=8, kv_heads=2, head_dim=128)
-    round_to_bfloat16(folder)
-    router = tmp_path_factory.mktemp("router")
-    write_random_router(
-        router,
-        num_layers=4,
+    folder, router = write_bfloat16_llama(
+        tmp_path_factory.mktemp("tiny"),
         head_dim=128,
-        pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        model_folder=folder,
     )
     found, info = read_router(router)
     write_router(router, found, replace(info, freeing_order=(2, 0, 3, 1)))
@@ -75,16 +60,6 @@ def _assert_same(answers, others, what):
             f"{worst:.4f} at most; steps {answer.steps == other.steps}"
         )
         assert not apart, f"{what}: {length} tokens, outputs {apart[:5]} differ by {worst:.6f}"
-
-
-def _given_back(answers, routes=None):
-    """Count, by the formula, the blocks that answers should have given back at their end."""
-    blocks = 0
-    for answer in answers:
-        end = (len(answer.prompt) + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE
-        sparse = sum(route == Route.SPARSE for route in routes or answer.routes or ())
-        blocks += sparse * max(end - 1, 0)
-    return blocks
 
 
 def _serve(make, folder, flux):
@@ -108,7 +83,7 @@ def test_static_clusters(model, case):
     pattern, kernels = case.split("-")
     flux = STATIC | {"sparse_pattern": pattern, "kernels": kernels}
     answers, followed, held = _serve(PoisonedEngine, model[0], flux | {"free_kv": True})
-    assert held == (4, _given_back(answers, [0, 0, 0, 1]))
+    assert held == (4, given_back(answers, routes=[0, 0, 0, 1], **SIZES))
     plain, plain_followed, _ = _serve(Engine, model[0], flux)
     _assert_same(answers, plain, "prompts")
     _assert_same(followed, plain_followed, "follow-ups")
@@ -117,7 +92,7 @@ def test_static_clusters(model, case):
 def test_routed_clusters(model):
     folder, flux = model
     answers, followed, held = _serve(PoisonedEngine, folder, flux | {"free_kv": True})
-    assert held == (4, _given_back(answers))
+    assert held == (4, given_back(answers, **SIZES))
     assert len({tuple(answer.routes) for answer in answers if answer.routes}) > 1
     plain, plain_followed, _ = _serve(Engine, folder, flux)
     _assert_same(answers, plain, "prompts")

@@ -14,12 +14,7 @@ import pytest
 import triton
 
 from tests.helpers.engine import Engine
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_llama,
-)
+from tests.helpers.models import random_prompt, write_bfloat16_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
@@ -55,19 +50,12 @@ CASES = {
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny bfloat16 Llama and a fitted router."""
-    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=8, kv_heads=2, head_dim=64)
-    round_to_bfloat16(folder)
-    router = tmp_path_factory.mktemp("router")
-    write_random_router(
-        router,
-        num_layers=4,
+    return write_bfloat16_llama(
+        tmp_path_factory.mktemp("tiny"),
         head_dim=64,
-        pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        model_folder=folder,
     )
-    return folder, router
 
 
 @contextmanager

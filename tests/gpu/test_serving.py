@@ -16,12 +16,7 @@ from flux_vllm.router.place import ROUTER_FILE_NAME
 from tests.helpers.close_choices import assert_chosen_as_exactly
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse, total
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_llama,
-)
+from tests.helpers.models import random_prompt, write_bfloat16_llama, write_random_router
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import (
     assert_likeliest,
@@ -65,20 +60,11 @@ def _prompts(lengths):
 @pytest.fixture(scope="session", params=[64, 128], ids=["H64", "H128"])
 def model(request, tmp_path_factory):
     """A tiny bfloat16 Llama with a fitted router in a folder of its own."""
-    folder = write_tiny_llama(
-        tmp_path_factory.mktemp("tiny"), heads=8, kv_heads=2, head_dim=request.param
-    )
-    round_to_bfloat16(folder)
-    router = folder.parent / f"router-{request.param}"
-    router.mkdir()
-    write_random_router(
-        router,
-        num_layers=4,
+    folder, router = write_bfloat16_llama(
+        tmp_path_factory.mktemp("tiny"),
         head_dim=request.param,
-        pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        model_folder=folder,
     )
     return folder, router, ReferenceModel(folder)
 

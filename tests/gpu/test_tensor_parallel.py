@@ -22,12 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.models import (
-    random_prompt,
-    round_to_bfloat16,
-    write_random_router,
-    write_tiny_llama,
-)
+from tests.conftest import REPOSITORY
+from tests.helpers.models import random_prompt, write_bfloat16_llama
 from tests.helpers.reference import FULL, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import logprob_errors, replay
 from tests.helpers.side_by_side import Served, Setup, serve_side_by_side
@@ -35,7 +31,10 @@ from tests.helpers.tensor_parallel import assert_ranks_alike, compare_routes, lo
 from tests.helpers.wide_model import write_fitted_router, write_wide_llama
 
 GPUS = torch.cuda.device_count()
-SHAPE = os.environ.get("FLUX_TEST_8B_SHAPE", "")
+# A folder whose config.json is Llama 3.1 8B's.
+SHAPE = Path(
+    os.environ.get("FLUX_TEST_8B_SHAPE", REPOSITORY / "benchmarks" / "shapes" / "llama-3.1-8b")
+)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.vllm,
@@ -106,22 +105,11 @@ def tiny(request, tmp_path_factory):
     """A tiny bfloat16 Llama of 8 query and 2 KV heads, its fitted router, its reference."""
     threads = torch.get_num_threads()
     torch.set_num_threads(8)
-    folder = write_tiny_llama(
-        tmp_path_factory.mktemp(f"tiny-{request.param}"),
-        heads=8,
-        kv_heads=2,
+    folder, router = write_bfloat16_llama(
+        tmp_path_factory.mktemp("tiny"),
         head_dim=request.param,
-    )
-    round_to_bfloat16(folder)
-    router = tmp_path_factory.mktemp("router")
-    write_random_router(
-        router,
-        num_layers=4,
-        head_dim=request.param,
-        pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
-        model_folder=folder,
         gain=GAIN,
     )
     yield folder, router, ReferenceModel(folder)
@@ -174,9 +162,7 @@ def test_small_model(tiny):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A random model of the 8B shape's widths, its fitted router, its vocabulary's size."""
-    if not SHAPE:
-        pytest.skip("needs FLUX_TEST_8B_SHAPE=FOLDER, whose config.json is Llama 3.1 8B's")
-    folder = write_wide_llama(tmp_path_factory.mktemp("wide"), Path(SHAPE), WIDE_LAYERS)
+    folder = write_wide_llama(tmp_path_factory.mktemp("wide"), SHAPE, WIDE_LAYERS)
     router = tmp_path_factory.mktemp("router")
     write_fitted_router(
         router,

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from flux_vllm.attention_backend.cuda.backend import FluxCUDABackend
@@ -27,6 +28,16 @@ from tests.unit.attention_backend.test_kernels_cases import (
 )
 
 LAYERS, MAX_ROWS, MAX_LEN = 2, 64, 8192
+
+
+def stand_for_gpu(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 4) -> None:
+    """Let the backend take this machine for a GPU without FlashAttention-3, until a test's end."""
+    from vllm.v1.attention.backends import flash_attn
+
+    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
+        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 @cache

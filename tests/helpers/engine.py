@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +47,15 @@ class Answer:
     preemptions: int = 0
     routes: list[int] | None = None
     p_full: list[float] | None = None
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """First positions of the steps that went back: 0, or what the prefix cache still held."""
+        return [
+            start
+            for (before, length, _), (start, _, _) in pairwise(self.steps)
+            if start < before + length
+        ]
 
 
 class Engine:

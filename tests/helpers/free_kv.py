@@ -1,9 +1,11 @@
 """An engine in which nothing outlives its block: what is free is overwritten before each step."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.engine import Engine
+from flux_vllm.router.route import Route
+from tests.helpers.engine import Answer, Engine
 
 POISON = 1e3
 """Finite: kernels multiply what they mask by 0."""
@@ -63,3 +65,29 @@ class PoisonedEngine(Engine):
         """Take what living requests gave back out of the prefix cache: it is overwritten then."""
         blocks = self.manager.block_pool.blocks
         self.manager.evict_blocks({i for i in self.freed if blocks[i].ref_cnt == 0})
+
+
+def given_back(
+    answers: Iterable[Answer],
+    *,
+    block_size: int,
+    sink_tokens: int,
+    window_tokens: int,
+    routes: Sequence[int] | None = None,
+) -> int:
+    """Count, by the formula of docs/KV_MEMORY.md, the blocks given back until answers' ends.
+
+    Args:
+        answers: of requests that ran to their ends.
+        block_size: tokens a block.
+        sink_tokens: of SPARSE layers.
+        window_tokens: of SPARSE layers.
+        routes: by cluster; default each answer's own, by layer.
+    """
+    blocks, sink_blocks = 0, max(1, -(-sink_tokens // block_size))
+    for answer in answers:
+        tokens = len(answer.prompt) + len(answer.tokens)
+        end = (tokens - 128 - window_tokens) // block_size
+        sparse = sum(route == Route.SPARSE for route in routes or answer.routes or ())
+        blocks += sparse * max(end - sink_blocks, 0)
+    return blocks

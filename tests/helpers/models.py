@@ -235,3 +235,31 @@ def write_random_router(
     path.parent.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, str(path), metadata)
     return path
+
+
+def write_bfloat16_llama(
+    folder: Path, *, head_dim: int, sink_tokens: int, window_tokens: int, gain: float = 1.5
+) -> tuple[Path, Path]:
+    """Write what GPU engines serve: a tiny Llama in bfloat16, and a router fitted to it.
+
+    Args:
+        folder: where to write each in a folder of its own.
+        head_dim: of the model.
+        sink_tokens: of the router.
+        window_tokens: of the router.
+        gain: see `write_random_router`.
+    Returns: the model's folder, and the router's.
+    """
+    model = write_tiny_llama(folder / "model", heads=8, kv_heads=2, head_dim=head_dim)
+    round_to_bfloat16(model)
+    router = write_random_router(
+        folder / "router",
+        num_layers=4,
+        head_dim=head_dim,
+        pool_tokens=48,
+        sink_tokens=sink_tokens,
+        window_tokens=window_tokens,
+        model_folder=model,
+        gain=gain,
+    )
+    return model, router.parent

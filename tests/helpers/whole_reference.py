@@ -49,15 +49,14 @@ AttentionInterface.register(_ATTENTION_NAME, _attend)
 
 
 class WholeModel:
-    """A model of transformers, its attention layers under masks of our own.
+    """A model of transformers in float32, its attention layers under masks of our own.
 
     Args:
         folder: of the model.
-        dtype: in which transformers computes; attention is in float32.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    def __init__(self, folder: str | Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.set_attn_implementation(_ATTENTION_NAME)
         config = self.model.config
         self.num_layers = config.num_hidden_layers

@@ -1,11 +1,14 @@
 """Our kernels compile for GPUs, as the backend calls them: what the interpreter does not check.
 
 Triton and NVIDIA's assembler come with its wheel, so no GPU is needed; nothing is run. Each launch
-of the real builder and layers is compiled for its own arguments' types and constants.
+of the real builder and layers is compiled for its own arguments' types and constants. Triton either
+interprets kernels or compiles them, for as long as a process lives: here a process of its own does.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
+from tests.conftest import REPOSITORY
 from tests.unit.attention_backend.test_kernels_cases import FULL, SPARSE, Row, Shape, make_batch
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="compiles, and runs nothing"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -34,6 +35,9 @@ TYPES = {
 DECODE = [Row(1, 90, SPARSE, False), Row(1, 97, FULL, False)]
 MIXED = [Row(1, 92, SPARSE, False), Row(5, 288, SPARSE), Row(5, 56)]
 SHAPE = Shape(dtype=torch.bfloat16, heads=12, kv_heads=2, head_dim=128)
+GPUS = [(80, "triton"), (90, "triton"), (90, "fa3")]
+"""Compute capability, kernels; FlashAttention-3 is for compute capability 9."""
+PATTERNS = ["triangle", "xattention"]
 
 
 def _type_of(value: Any) -> str:
@@ -76,29 +80,23 @@ class Compiler:
         self.names.append(function.fn.__qualname__)
 
 
-@pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
-def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    from vllm.v1.attention.backends import flash_attn
-
+def _compiler(monkeypatch: pytest.MonkeyPatch, capability: int) -> Compiler:
+    """Take this machine for a GPU whose launches are compiled."""
     from flux_vllm.attention_backend.kernels import (
-        block_rows,
         block_sparse,
         fa3,
         strided_scores,
         triton_prefill,
     )
+    from tests.helpers.cuda_backend import stand_for_gpu
 
-    compiler = Compiler(request.param)
+    stand_for_gpu(monkeypatch, multiprocessors=132)
+    compiler = Compiler(capability)
     run: Callable = lambda self, *args, **kwargs: compiler.run(self, *args, **kwargs)  # noqa: E731
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
-        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    for module in (block_rows, block_sparse, strided_scores, triton_prefill):
-        if hasattr(module, "is_hopper"):
-            monkeypatch.setattr(module, "is_hopper", lambda: request.param == 90)
-    monkeypatch.setattr(fa3, "is_available", lambda: request.param == 90)
+    for module in (block_sparse, strided_scores, triton_prefill):
+        monkeypatch.setattr(module, "is_hopper", lambda: capability == 90)
+    monkeypatch.setattr(fa3, "is_available", lambda: capability == 90)
 
     def attend(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return torch.zeros(query.shape[1], query.shape[0])
@@ -122,15 +120,17 @@ def _steps(folder: Any, kernels: str, pattern: str) -> None:
         worker.step(batch)
 
 
-@pytest.mark.parametrize("pattern", ["triangle", "xattention"])
-@pytest.mark.parametrize("kernels", ["fa3", "triton"])
+@pytest.mark.skipif(INTERPRETED, reason="kernels are compiled in a process of their own")
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("capability", "kernels"), GPUS)
 def test_every_kernel_compiles(
-    compiler: Compiler, kernels: str, pattern: str, tmp_path_factory: pytest.TempPathFactory
+    capability: int,
+    kernels: str,
+    pattern: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    from flux_vllm.attention_backend.kernels import fa3
-
-    if kernels == "fa3" and not fa3.is_available():
-        pytest.skip("FlashAttention-3 is for compute capability 9")
+    compiler = _compiler(monkeypatch, capability)
     _steps(tmp_path_factory.getbasetemp(), kernels, pattern)
     expected = {"_views_kernel"}
     expected |= {"_plans_kernel"} if kernels == "fa3" else {"_share_kernel", "_join_kernel"}
@@ -140,3 +140,17 @@ def test_every_kernel_compiles(
     else:
         expected |= {"_sink_kernel"} if kernels == "fa3" else {"_prefill_kernel"}
     assert expected <= set(compiler.names), compiler.names
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="this process compiles kernels")
+def test_in_a_process_that_compiles() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert f"{len(GPUS) * len(PATTERNS)} passed, 1 skipped" in done.stdout

@@ -37,12 +37,9 @@ BATCHES = {
 
 @pytest.fixture(autouse=True)
 def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.attention.backends import flash_attn
+    from tests.helpers.cuda_backend import stand_for_gpu
 
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
-        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
-    properties = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    stand_for_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -76,10 +73,9 @@ def test_all_batches_share_one_workspace_that_is_reserved(
 ) -> None:
     """Many rows are split less or not at all, long drafts as far as it holds them."""
     from flux_vllm.attention_backend.cuda import memory, triton_calls
-    from tests.helpers.cuda_backend import LAYERS, BackendWorker, engine_config
+    from tests.helpers.cuda_backend import LAYERS, BackendWorker, engine_config, stand_for_gpu
 
-    properties = SimpleNamespace(multi_processor_count=num_sms)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    stand_for_gpu(monkeypatch, num_sms)
     shape, folder = Shape(kv_heads=kv_heads), tmp_path_factory.getbasetemp()
     batches = [
         make_batch(rows, shape, "cpu")

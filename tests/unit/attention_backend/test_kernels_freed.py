@@ -7,8 +7,8 @@ is NaN here, which no masked key would survive: it must not be loaded at all.
 from dataclasses import replace
 
 import pytest
-import torch
 
+from flux_vllm.attention_backend.kernels import fa3
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
@@ -30,18 +30,26 @@ BATCHES = {
 }
 
 
+CALLS = [
+    *(pytest.param(*device.values, "triton", marks=device.marks) for device in DEVICES),
+    pytest.param(
+        "cuda",
+        "fa3",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not fa3.is_available(), reason="needs a Hopper GPU and vLLM's FA3"),
+        ],
+    ),
+]
+"""Devices and the kernels that they run."""
+
+
 @pytest.fixture(autouse=True)
 def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    if device == "cuda":
-        return
-    from types import SimpleNamespace
+    from tests.helpers.cuda_backend import stand_for_gpu
 
-    from vllm.v1.attention.backends import flash_attn
-
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
-        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
-    properties = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    if device == "cpu":
+        stand_for_gpu(monkeypatch)
 
 
 def _free(batch: PagedBatch, too_many: int = 0) -> tuple[PagedBatch, int]:
@@ -83,12 +91,9 @@ def _run(batch: PagedBatch, freed: PagedBatch, folder, kernels: str) -> None:
             assert_as_exact_as_torch(out[part], exact[part], low[part], f"row {index} {row}")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "kernels"), CALLS)
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("kernels", ["triton", "fa3"])
 def test_freed_blocks_are_not_read(device: str, name: str, kernels: str, tmp_path_factory) -> None:
-    if kernels == "fa3" and device == "cpu":
-        pytest.skip("FlashAttention-3 runs on a GPU alone")
     batch = make_batch(BATCHES[name], Shape(), device)
     freed, count = _free(batch)
     assert count > 10

@@ -62,14 +62,10 @@ TRIANGLE_ROWS = {
 @pytest.fixture(autouse=True)
 def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter stand for a GPU without FlashAttention-3."""
-    if not INTERPRETED:
-        return
-    from vllm.v1.attention.backends import flash_attn
+    from tests.helpers.cuda_backend import stand_for_gpu
 
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
-        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
-    properties = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    if INTERPRETED:
+        stand_for_gpu(monkeypatch)
 
 
 def check(

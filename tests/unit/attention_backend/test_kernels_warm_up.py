@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.router.route import Route
 from flux_vllm.routing.decode_counts import DecodeKeys
 from tests.unit.attention_backend.test_kernels_cases import SPARSE, Row, Shape, make_batch
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="runs in the interpreter's own process"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here"),
 ]
 
 
@@ -36,16 +34,11 @@ class _WrittenProbe:
 def test_every_variant_is_called(
     pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from vllm.v1.attention.backends import flash_attn
-
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
-        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
-    properties = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     from flux_vllm.attention_backend.cuda import triton_calls
-    from tests.helpers.cuda_backend import BackendWorker
+    from tests.helpers.cuda_backend import BackendWorker, stand_for_gpu
 
+    stand_for_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     batch = make_batch([Row(1, 40, SPARSE, False)], Shape(), "cpu")
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton", sparse_pattern=pattern)
     runtime = worker.runtime

@@ -26,9 +26,10 @@ BATCHES = {
 def test_batch(
     name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tests.helpers.cuda_backend import stand_for_gpu
     from tests.helpers.head_split import check_head_split
 
-    _fake_gpu(monkeypatch)
+    stand_for_gpu(monkeypatch)
     check_head_split(
         tmp_path_factory.getbasetemp(), make_batch(BATCHES[name], SHAPE, "cpu"), "triton"
     )
@@ -41,12 +42,3 @@ def test_odd_number_of_kv_heads_is_refused() -> None:
     call = SimpleNamespace(query=torch.zeros(1, 6, 8), cache=KVCache(keys, keys))
     with pytest.raises(ValueError, match="even number of KV heads, found 3"):
         halves(call)  # type: ignore[arg-type]
-
-
-def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.attention.backends import flash_attn
-
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
-        monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
-    properties = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.v1.outputs import ModelRunnerOutput
 
 from flux_vllm.router.route import Route
+from tests.unit.kv.keys_read import KeysRead
 
 
 @dataclass
@@ -50,9 +51,7 @@ class NamedWorker:
     ) -> None:
         self.pool = scheduler.kv_cache_manager.block_pool
         self.block_size = block_size
-        self.sink_tokens = sink_tokens
-        self.window_tokens = window_tokens
-        self.is_local = is_local
+        self.keys_read = KeysRead(block_size, sink_tokens, window_tokens, is_local)
         self.chooser = chooser
         self.rows: dict[str, _Row] = {}
         self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
@@ -131,20 +130,10 @@ class NamedWorker:
         is_prefill = position < row.prefill_end
         for group, table in enumerate(row.tables):
             is_sparse = row.routes[group] == Route.SPARSE
-            for key in self._keys(position, is_prefill, is_sparse):
+            for key in self.keys_read.of(position, is_prefill, is_sparse):
                 block, offset = divmod(key, self.block_size)
                 found = self._slots.get((table[block], offset))
                 assert found == (group, prefixes[key]), (
                     f"group {group}, query {position} of {name}: key {key} in block "
                     f"{table[block]} is {found}"
                 )
-
-    def _keys(self, position: int, is_prefill: bool, is_sparse: bool) -> list[int]:
-        everything = range(position + 1)
-        if not is_sparse or (is_prefill and not self.is_local):
-            return list(everything)
-        sinks, first = self.sink_tokens, position - self.window_tokens + 1
-        if not is_prefill:  # whole blocks
-            sinks = -(-sinks // self.block_size) * self.block_size
-            first = max(first, 0) // self.block_size * self.block_size
-        return [key for key in everything if key < sinks or key >= first]

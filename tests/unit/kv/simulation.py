@@ -17,6 +17,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
 from flux_vllm.router.route import Route
+from tests.unit.kv.keys_read import KeysRead
 
 CHUNK_TOKENS = 96
 
@@ -88,6 +89,7 @@ class Simulation:
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
         self.is_local = is_local
+        self.keys_read = KeysRead(block_size, sink_tokens, window_tokens, is_local)
         self.lag = lag
         self.chooser = random.Random(seed)
         self.running: list[Live] = []
@@ -261,24 +263,13 @@ class Simulation:
 
     def _read(self, row: Row, position: int) -> None:
         for group, table in enumerate(row.tables):
-            for key in self._keys(position, row.is_prefill, row.live.sparse[group]):
+            for key in self.keys_read.of(position, row.is_prefill, row.live.sparse[group]):
                 block, offset = divmod(key, self.block_size)
                 found = self._slots.get((table[block], offset))
                 assert found == (group, row.live.prefixes[key]), (
                     f"group {group}, query {position} of {row.live.request.request_id}: key {key} "
                     f"in block {table[block]} is {found}"
                 )
-
-    def _keys(self, position: int, is_prefill: bool, is_sparse: bool) -> list[int]:
-        """List the keys that a query reads, by the definition of FULL and SPARSE."""
-        everything = range(position + 1)
-        if not is_sparse or (is_prefill and not self.is_local):
-            return list(everything)
-        sinks, first = self.sink_tokens, position - self.window_tokens + 1
-        if not is_prefill:  # whole blocks
-            sinks = -(-sinks // self.block_size) * self.block_size
-            first = max(first, 0) // self.block_size * self.block_size
-        return [key for key in everything if key < sinks or key >= first]
 
     def _sample(self, row: Row) -> None:
         live, request = row.live, row.live.request

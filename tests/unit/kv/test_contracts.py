@@ -98,6 +98,13 @@ def _calls(version, file, caller, callee):
     ]
 
 
+def _callers(version, place, callee):
+    """Name the methods of a class that call a function."""
+    file, class_name = place
+    methods = members(members(parsed(version, file).body)[class_name].body)
+    return {name for name in methods if _calls(version, file, name, callee)}
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 class TestVllmIsAsWeKnowIt:
     @pytest.mark.parametrize(("place", "expected"), SIGNATURES.items(), ids=path_id)
@@ -136,11 +143,10 @@ class TestVllmIsAsWeKnowIt:
     def test_the_asking_request_is_known_before_a_hit_is_looked_up(self, version):
         lookup = find(version, *SCHEDULER, "_get_local_prefix_cache_hit")
         assert [argument.arg for argument in lookup.args.args][:2] == ["self", "request"]
-        assert _calls(version, SCHEDULER[0], "schedule", "_get_local_prefix_cache_hit")
-        for name in ("get_computed_blocks", "_get_local_prefix_cache_hit"):
-            # Other callers ask for what a connector found, which is refused.
-            others = _calls(version, SCHEDULER[0], "_update_waiting_for_remote_kv", name)
-            assert not others
+        assert _callers(version, SCHEDULER, "_get_local_prefix_cache_hit") == {"schedule"}
+        # `schedule` asks again for a connector's sake, which is refused.
+        asking = {"_get_local_prefix_cache_hit", "schedule"}
+        assert _callers(version, SCHEDULER, "get_computed_blocks") == asking
         manager = "v1/core/kv_cache_manager.py"
         assert _calls(version, manager, "get_computed_blocks", "find_longest_cache_hit")
 

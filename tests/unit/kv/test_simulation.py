@@ -3,6 +3,8 @@
 Oracle: `simulation.py`, which knows prefixes and definitions and nothing of the managers.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from flux_vllm.kv.spec import FluxSpec
@@ -93,7 +95,7 @@ def test_without_prefix_cache():
 
 def test_a_window_freed_too_early_is_noticed():
     run = _simulation(is_sparse=(False, True), enable_caching=False)
-    run.window_tokens += 200
+    run.keys_read = replace(run.keys_read, window_tokens=WINDOW_TOKENS + 200)
     run.check_blocks = lambda: None
     with pytest.raises(AssertionError, match=r"group 1, query .* key .* is "):
         run.run(300)
@@ -121,7 +123,7 @@ def test_exchanged_groups_are_noticed():
 
 def test_prefill_that_reads_everything_is_noticed():
     run = _simulation(is_local=True)
-    run.is_local = False
+    run.keys_read = replace(run.keys_read, is_local=False)
     run.check_blocks = lambda: None
     with pytest.raises(AssertionError, match="key"):
         run.run(300)

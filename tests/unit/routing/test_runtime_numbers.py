@@ -15,22 +15,22 @@ from flux_vllm.routing.decode_counts import DecodeCounts, DecodeKeys
 from flux_vllm.routing.readback import PendingReadback
 from flux_vllm.routing.runtime import recent_decisions
 from tests.unit.routing.worker import (
+    ANSWERS,
     CPU,
     FULL,
+    NONE,
     OPEN,
     REACH,
     ROUTED,
     SPARSE,
+    A,
+    B,
     batch,
     begin,
     make,
     recorded,
     run,
 )
-
-A, B, C = [SPARSE, FULL, SPARSE], [FULL, SPARSE, SPARSE], [SPARSE, SPARSE, FULL]
-ANSWERS = {"a": A, "b": B, "c": C}
-NONE = [OPEN] * 3
 
 
 class TestNumbers:

@@ -7,6 +7,7 @@ import pytest
 
 from flux_vllm.errors import FluxConfigError, UnsupportedConfigurationError
 from tests.unit.routing.worker import (
+    ANSWERS,
     FULL,
     OPEN,
     ROUTED,
@@ -16,9 +17,6 @@ from tests.unit.routing.worker import (
     recorded,
     run,
 )
-
-A, B, C = [SPARSE, FULL, SPARSE], [FULL, SPARSE, SPARSE], [SPARSE, SPARSE, FULL]
-ANSWERS = {"a": A, "b": B, "c": C}
 
 
 class TestFixedRoutes:

@@ -17,6 +17,10 @@ CPU = torch.device("cpu")
 L = 4
 ROUTED = (0, 1, 3)
 OPEN, SPARSE, FULL = (int(r) for r in (Route.UNDECIDED, Route.SPARSE, Route.FULL))
+A, B, C = [SPARSE, FULL, SPARSE], [FULL, SPARSE, SPARSE], [SPARSE, SPARSE, FULL]
+NONE = [OPEN] * 3
+"""With the three above: routes of the routed layers."""
+ANSWERS = {"a": A, "b": B, "c": C}
 SINK_TOKENS, WINDOW_TOKENS = 8, 24
 REACH = SINK_TOKENS + WINDOW_TOKENS
 INFO = RouterInfo(
