@@ -226,6 +226,25 @@ def test_worker_without_our_scheduler_is_refused(tmp_path):
         cluster_kv_cache(_worker(tmp_path, STATIC, 4))
 
 
+def test_full_disk_is_said_and_served(tmp_path, monkeypatch, caplog):
+    from flux_vllm.kv import scheduler
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scheduler, "metrics_directory", lambda: tmp_path)
+    monkeypatch.setattr(scheduler, "MetricStore", no_room)
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="served"))
+    groups = [SimpleNamespace(layer_names=["a"], kv_cache_spec=FULL)]
+    assert scheduler._report(config, groups) is None
+    (message,) = caplog.messages
+    assert message == (
+        f"flux: expected room for the counters of KV memory in {tmp_path}, found: [Errno 28] No "
+        "space left on device; requests are served without them: make room there, or let this "
+        "user write there, and start again"
+    )
+
+
 def test_metrics_are_those_of_the_model(tmp_path, monkeypatch):
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.multiprocess import MultiProcessCollector
