@@ -41,6 +41,8 @@ def test_layers_that_are_seldom_full_come_first() -> None:
     ]
     features = torch.tensor(probability)[..., None]
     assert freeing_order(_Written(4), features) == (3, 1, 2, 0)
+    features[3, :2] = torch.nan  # FULL where it is served
+    assert freeing_order(_Written(4), features) == (1, 2, 3, 0)
 
 
 @pytest.fixture
@@ -63,13 +65,16 @@ def router(tmp_path: Path) -> Path:
     return write_router(tmp_path, made, info, torch.float16)
 
 
+@pytest.mark.parametrize("folder", ["out", "."])
 def test_add_order_changes_nothing_else(
     router: Path,
     tiny_model: Callable[..., Any],
     tokenizer: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    folder: str,
 ) -> None:
+    """In a copy, or in the file itself."""
     lines = [
         {"messages": [{"role": "user", "content": f"word{at} " * 90}], "answer": "yes"}
         for at in range(12)
@@ -81,14 +86,16 @@ def test_add_order_changes_nothing_else(
     config = OrderConfig(
         model="tiny",
         router=str(router),
-        out=str(tmp_path / "out"),
+        out=str(tmp_path / folder),
         data=DataSettings(files=(str(prompts),)),
         prompts=5,
         system=SystemSettings(device="cpu"),
     )
+    before = {name: tensor.clone() for name, tensor in load_file(router).items()}
     path, order = add_order(config)
     assert order == (3, 2, 1, 0)
-    before, after = load_file(router), load_file(path)
+    assert (path == router) == (folder == ".")
+    after = load_file(path)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(before[name].dtype == after[name].dtype for name in before)
