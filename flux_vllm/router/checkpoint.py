@@ -336,7 +336,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: RouterInfo
     """Write tensors of a router file as they are, in one atomic step.
 
     Args:
-        path: the file; one that is there is replaced, and may still be mapped by its readers.
+        path: the file; one that is there is replaced.
         tensors: by their names in the file.
         info: its metadata.
 
