@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flux_vllm.errors import FluxConfigError
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS, RouterInfo
+from flux_vllm.router.route import DEFAULT_THRESHOLD
 
 ADDITIONAL_CONFIG_KEY = "flux"
 POLICIES = ("router", "full", "sparse", "static")
@@ -28,7 +29,7 @@ class FluxConfig:
     all layers; `static`: SPARSE in `sparse_layers`, FULL elsewhere."""
     sparse_layers: tuple[int, ...] | None = None
     """Layer indices, for policy `static` only."""
-    threshold: float = 0.5
+    threshold: float = DEFAULT_THRESHOLD
     """A layer is FULL where P(FULL) >= threshold; lower is more exact, higher is faster."""
     sink_tokens: int | None = None
     """First tokens a SPARSE layer attends to; default: what the router was trained with."""

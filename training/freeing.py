@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from flux_vllm.router.checkpoint import read_router
+from flux_vllm.router.checkpoint import read_router, write_tensors
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.place import ROUTER_FILE_NAME, locate_router
-from flux_vllm.router.route import full_probability
+from flux_vllm.router.route import DEFAULT_THRESHOLD, Route, choose_route, full_probability
 from training.config import OrderConfig
 from training.data.prompt_files import FilePrompts
 from training.distributed import start_world
 from training.model_loading import load_routed, load_tokenizer
 from training.probe import collate_probes
 
-_THRESHOLD = 0.5
 _PROBES_AT_ONCE = 64
 
 
@@ -36,13 +35,16 @@ def freeing_order(router: LayerRouter, features: torch.Tensor) -> tuple[int, ...
     Returns: each layer's index once.
     """
     probability = full_probability(router.forward_all(features.float().cpu()))
-    share = (probability >= _THRESHOLD).float().mean(1).tolist()
+    is_full = choose_route(probability, DEFAULT_THRESHOLD) == Route.FULL
+    share = is_full.float().mean(1).tolist()
     mean = probability.mean(1).tolist()
     return tuple(sorted(range(router.num_layers), key=lambda layer: (share[layer], mean[layer])))
 
 
 def add_order(config: OrderConfig) -> tuple[Path, tuple[int, ...]]:
     """Write a copy of a router file that says in which order its layers are freed.
+
+    It may take the place of the file itself.
 
     Returns: its path, and the order.
     Raises: RouterCheckpointError, ValueError: no router, or no prompts.
@@ -58,9 +60,7 @@ def add_order(config: OrderConfig) -> tuple[Path, tuple[int, ...]]:
         routed.probe(part.to(world.device), info.inputs) for part in cut.split(_PROBES_AT_ONCE)
     ]
     order = freeing_order(router, torch.cat(parts, dim=1))
-    out = Path(config.out) / ROUTER_FILE_NAME
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # The stored tensors as they are, whatever their dtypes.
+    # The stored tensors, whatever their dtypes.
     tensors = load_file(locate_router(Path(config.router)))
-    save_file(tensors, out, metadata=replace(info, freeing_order=order).to_metadata())
-    return out, order
+    out = Path(config.out) / ROUTER_FILE_NAME
+    return write_tensors(out, tensors, replace(info, freeing_order=order)), order

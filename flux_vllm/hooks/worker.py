@@ -93,7 +93,8 @@ def hook_worker(worker: Any, runtime: Any) -> None:
             runtime.abandon_step()
             raise
         decided = runtime.end_step()
-        if decided is not None and runtime.config.free_kv:
+        config = runtime.config
+        if decided is not None and config.free_kv and config.needs_router:
             output = send_routes(output, decided)
         return output
 

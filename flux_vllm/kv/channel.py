@@ -18,15 +18,16 @@ def send_routes(output: Any, decided: PendingReadback) -> Any:
     """Send what was decided for a step with its output.
 
     Args:
-        output: of `sample_tokens`: a ModelRunnerOutput, or one that is still on its way.
+        output: of `sample_tokens`: a ModelRunnerOutput, or an AsyncModelRunnerOutput, which is
+            still on its way.
         decided: for the step; on a GPU, on its way too.
 
     Returns: the output in its place.
+    Raises: AttributeError: the output takes no routes.
     """
     if isinstance(output, AsyncModelRunnerOutput):
         return _RoutedOutput(output, decided)
-    if isinstance(output, ModelRunnerOutput):
-        _attach(output, decided)
+    _attach(output, decided)
     return output
 
 

@@ -14,25 +14,31 @@ SCHEDULERS = ("flux_vllm.kv.scheduler.FluxScheduler", "flux_vllm.kv.scheduler.As
 """For synchronous and for asynchronous scheduling."""
 
 
-def choose_clusters(config: FluxConfig, info: RouterInfo | None, layers: Iterable[int]) -> Clusters:
+def choose_clusters(
+    config: FluxConfig,
+    info: RouterInfo | None,
+    layers: Iterable[int],
+    unrouted: Iterable[int] = (),
+) -> Clusters:
     """Cut a model's layers into KV cache groups, by what its policy says of them.
 
     Args:
         config: the operator's.
         info: the router file's; None where there is none.
         layers: indices of all layers with a KV cache.
+        unrouted: of them, those for which no router decides; a loaded model has them.
 
     Raises: FluxConfigError: too few layers that are SPARSE for every request, under a policy that
         has the same routes for all.
     """
-    layers = list(layers)
+    layers = set(layers)
     if config.policy == "sparse":
         return cluster_layers(layers, layers)
     if config.policy == "static":
         return cluster_layers(layers, config.sparse_layers or ())
     assert info is not None, "policy `router` has one"
-    order = info.freeing_order or range(info.num_layers)
-    return cluster_by_route([i for i in order if i in set(layers)], info.always_sparse)
+    order = [i for i in info.freeing_order or range(info.num_layers) if i in layers]
+    return cluster_by_route(order, info.always_sparse, unrouted)
 
 
 def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any) -> None:

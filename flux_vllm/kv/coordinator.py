@@ -4,7 +4,7 @@ Groups of flux hold equal blocks for the same tokens, so most steps of a request
 of them: nothing changes until its next block begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class _Live:
     freed_end: int = 0
     """Blocks up to which its SPARSE groups have given back."""
     given_back: int = 0
-    """Blocks that it would hold besides, were nothing given back."""
+    """Blocks that would be held besides, had it given nothing back."""
     is_admitted: bool = False
     had_room: bool = True
     """Whether it would have been admitted had all others kept their blocks."""
@@ -74,8 +74,8 @@ class FluxCoordinator:
         self._cache = stock.cache_blocks
         self._free = stock.free
         self._pop = stock.pop_blocks_for_free
-        self.asking = ""
-        """The request for which the next hit is looked up."""
+        self._asking = ""
+        """The request for which a hit is looked up; nobody's routes are known."""
         for manager in self._freeing:
             manager.most_blocks = self._spec.most_blocks(max_in_flight_tokens, max_model_len)
 
@@ -109,6 +109,16 @@ class FluxCoordinator:
         """Forget the routes of a request that ended; a preempted one keeps them."""
         for manager in self._waiting:
             manager.sparse_requests.discard(request_id)
+
+    def look_up(
+        self, get_computed_blocks: Callable, request: Request, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Look a request's hit up by its routes: vLLM asks a coordinator for nobody's."""
+        self._asking = request.request_id
+        try:
+            return get_computed_blocks(request, *args, **kwargs)
+        finally:
+            self._asking = ""
 
     # What vLLM calls.
 
@@ -156,9 +166,11 @@ class FluxCoordinator:
         asked = {"request_id": request_id, "num_tokens": num_tokens, "prefill_end": prefill_end}
         needed = self._num_to_allocate(apply_admission_cap=apply_admission_cap, **asked, **others)
         if not held and apply_admission_cap:
-            room = self._pool.get_num_free_blocks() - self._given_back
-            whole = self._num_to_allocate(**asked, **others)
-            self._live[request_id] = _Live(prefill_end, had_room=whole <= room)
+            live = self._live[request_id] = _Live(prefill_end)
+            free = self._pool.get_num_free_blocks()
+            if self._report is not None and needed <= free:  # else it waits, and asks again
+                whole = self._num_to_allocate(**asked, **others)
+                live.had_room = whole <= free - self._given_back
         elif not held and request_id not in self._live:
             self._live[request_id] = _Live(prefill_end)
         return needed
@@ -177,6 +189,8 @@ class FluxCoordinator:
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Let a request's full blocks be hit, in every group."""
+        if not self._first.enable_caching:
+            return
         tokens = self._stock.get_num_cacheable_tokens(num_computed_tokens, 0)
         if tokens // self._spec.block_size > self._first.num_cached_block.get(
             request.request_id, 0
@@ -193,19 +207,20 @@ class FluxCoordinator:
         """
         size = self._spec.block_size
         hashes = resolve_block_hashes(block_hashes, self._pool.hash_block_size, size)
-        sparse = [
-            manager.kv_cache_group_id for manager in self._freeing if manager.is_sparse(self.asking)
-        ]
-        groups = range(len(self._managers))
+        sparse: list[int] = []
+        full: list[int] = []
+        for group, manager in enumerate(self._managers):
+            is_sparse = isinstance(manager, FluxManager) and manager.is_sparse(self._asking)
+            (sparse if is_sparse else full).append(group)
         tables, end = longest_hit(
             hashes,
             min(max_cache_hit_length // size, len(hashes)),
             self._pool,
             self._spec,
             sparse=sparse,
-            full=[group for group in groups if group not in sparse],
+            full=full,
         )
-        return tuple(tables[group] for group in groups), end * size, 0
+        return tuple(tables[group] for group in range(len(tables))), end * size, 0
 
     def free(self, request_id: str) -> None:
         """Free all that a request holds: it ended or is preempted."""
@@ -236,4 +251,4 @@ class FluxCoordinator:
         self._given_back -= live.given_back
         if self._report is not None:
             tables = [manager.req_to_blocks.get(request_id, ()) for manager in self._managers]
-            self._report.held(sum(map(len, tables)) - live.given_back)
+            self._report.held(sum(not block.is_null for table in tables for block in table))

@@ -31,6 +31,8 @@ class Clusters:
     routed: int = 0
     """How many of `sparse`, the last ones, are freed for the requests alone that route all their
     layers SPARSE."""
+    kept: int = 0
+    """How many of these, the last ones, give nothing back: they hold a layer without a route."""
 
     @property
     def num_groups(self) -> int:
@@ -40,7 +42,7 @@ class Clusters:
     @property
     def freed_share(self) -> float:
         """Most of the blocks of an endless request that are given back, 0 to 1."""
-        return len(self.sparse) / self.num_groups
+        return (len(self.sparse) - self.kept) / self.num_groups
 
 
 def cluster_layers(layers: Iterable[int], sparse_layers: Iterable[int]) -> Clusters:
@@ -83,20 +85,23 @@ def cluster_layers(layers: Iterable[int], sparse_layers: Iterable[int]) -> Clust
     )
 
 
-def cluster_by_route(order: Sequence[int], always_sparse: Iterable[int]) -> Clusters:
+def cluster_by_route(
+    order: Sequence[int], always_sparse: Iterable[int], unrouted: Iterable[int] = ()
+) -> Clusters:
     """Cut a model's layers into clusters that requests free by their routes.
 
-    Layers that are often FULL lie together, so that the other clusters are often freed whole. The
-    fewest padded layers win, then the most clusters.
+    Layers that are often FULL lie together, so that the other clusters are often freed whole; those
+    that always are lie last. The fewest padded layers win, then the most clusters.
 
     Args:
         order: all layers with a KV cache, those first that are seldom FULL.
         always_sparse: of them, those that are SPARSE for every request; they come first.
+        unrouted: of them, those that get no route, hence are FULL for every request.
 
     Returns: Clusters.
     """
-    always = set(always_sparse)
-    layers = [*(i for i in order if i in always), *(i for i in order if i not in always)]
+    always, never = set(always_sparse), set(unrouted)
+    layers = sorted(order, key=lambda i: (i in never, i not in always))
     counts = [n for n in range(1, ROUTED_GROUPS[1] + 1) if _divides(len(layers), n)]
     finest = [n for n in counts if n >= min(ROUTED_GROUPS[0], len(layers))] or counts[-1:]
     count = min(finest, key=lambda n: (-(-len(layers) // n) * n, -n))
@@ -108,6 +113,7 @@ def cluster_by_route(order: Sequence[int], always_sparse: Iterable[int]) -> Clus
         size=size + (larger > 0),
         sparse=clusters,
         routed=sum(not always.issuperset(cluster) for cluster in clusters),
+        kept=sum(not never.isdisjoint(cluster) for cluster in clusters),
     )
 
 

@@ -1,7 +1,5 @@
 """The longest cached prefix that serves a request, by which KV cache groups are SPARSE for it."""
 
-from collections.abc import Sequence
-
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 
@@ -14,8 +12,8 @@ def longest_hit(
     pool: BlockPool,
     spec: FluxSpec,
     *,
-    sparse: Sequence[int],
-    full: Sequence[int],
+    sparse: list[int],
+    full: list[int],
 ) -> tuple[dict[int, list[KVCacheBlock]], int]:
     """Find the longest prefix whose next token finds its keys in every group.
 
@@ -35,8 +33,8 @@ def longest_hit(
     """
     tables = {group: [pool.null_block] * most for group in (*full, *sparse)}
 
-    def take(index: int, groups: Sequence[int]) -> bool:
-        blocks = pool.get_cached_block(hashes[index], list(groups))
+    def take(index: int, groups: list[int]) -> bool:
+        blocks = pool.get_cached_block(hashes[index], groups)
         if blocks is None:
             return False
         for group, block in zip(groups, blocks, strict=True):

@@ -12,7 +12,12 @@ from flux_vllm.kv.spec import FluxSpec
 
 
 class FluxManager(SingleTypeKVCacheManager):
-    """Gives back the blocks of SPARSE requests that neither sinks nor window hold."""
+    """Gives back the blocks of SPARSE requests that neither sinks nor window hold.
+
+    Serving goes through `FluxCoordinator`, which frees and looks hits up for all groups at once.
+    `remove_skipped_blocks` and `find_longest_cache_hit` serve vLLM's own coordinator, with which
+    that one is compared.
+    """
 
     most_blocks: int | None = None
     """Most blocks that a SPARSE request holds, for admission; None where nobody said."""
@@ -32,7 +37,7 @@ class FluxManager(SingleTypeKVCacheManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free as vLLM asks, if prefill allows it; else `FluxCoordinator` says when."""
+        """Free as vLLM asks, if prefill allows it."""
         if self.kv_cache_spec.frees_in_prefill and self.is_sparse(request_id):
             self.free_middle(request_id, self.kv_cache_spec.freed_end(processed_computed_tokens))
 
@@ -43,7 +48,7 @@ class FluxManager(SingleTypeKVCacheManager):
             request_id: of the request.
             end: index of the first block that is kept.
 
-        Returns: how many it freed now.
+        Returns: how many of them nobody else holds: the pool has these back.
         """
         blocks = self.req_to_blocks.get(request_id, [])
         freed: list[KVCacheBlock] = []
@@ -54,7 +59,7 @@ class FluxManager(SingleTypeKVCacheManager):
             blocks[index] = self._null_block
         if freed:
             self.block_pool.free_blocks(freed)
-        return len(freed)
+        return sum(block.ref_cnt == 0 for block in freed)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
@@ -93,7 +98,7 @@ class FluxManager(SingleTypeKVCacheManager):
             min(max_length // size, len(hashes)),
             block_pool,
             kv_cache_spec,
-            sparse=() if waits else kv_cache_group_ids,
-            full=kv_cache_group_ids if waits else (),
+            sparse=[] if waits else kv_cache_group_ids,
+            full=kv_cache_group_ids if waits else [],
         )
         return tuple(tables[group] for group in kv_cache_group_ids), end * size

@@ -1,5 +1,6 @@
 """vLLM's schedulers, told what each request's routes let its KV cache groups give back."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,14 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from flux_vllm.hooks.wrap import wrap_object
 from flux_vllm.kv.channel import decided_routes
 from flux_vllm.kv.coordinator import FluxCoordinator
 from flux_vllm.metrics.directory import metrics_directory
 from flux_vllm.metrics.kv_report import KVReport
-from flux_vllm.metrics.store import MetricStore
+from flux_vllm.metrics.store import MetricStore, model_label
+
+logger = logging.getLogger("vllm.flux")
 
 
 class _FreesByRoute:
@@ -28,6 +32,7 @@ class _FreesByRoute:
             self.max_model_len,  # type: ignore[attr-defined]
             _report(vllm_config, groups),
         ).install()
+        wrap_object(self.kv_cache_manager, "get_computed_blocks", self._flux.look_up)  # type: ignore[attr-defined]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take up routes that came with a step's tokens; those of ended requests are passed over.
@@ -40,10 +45,6 @@ class _FreesByRoute:
         return super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
-
-    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._flux.asking = request.request_id
-        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._flux.forget(request.request_id)
@@ -59,10 +60,18 @@ class AsyncFluxScheduler(_FreesByRoute, AsyncScheduler):
 
 
 def _report(vllm_config: Any, groups: Sequence[Any]) -> KVReport | None:
+    """Start counting; what cannot be counted is said in the log, and no reason not to serve."""
     directory = metrics_directory()
     if directory is None:
         return None
-    name = vllm_config.model_config.served_model_name
-    labels = {"model_name": name if isinstance(name, str) else name[0]}
     nbytes = max(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups)
-    return KVReport(MetricStore(directory, labels), nbytes)
+    try:
+        return KVReport(MetricStore(directory, model_label(vllm_config)), nbytes)
+    except OSError as error:
+        logger.warning(
+            "flux: expected room for the counters of KV memory in %s, found: %s; requests are "
+            "served without them: make room there, or let this user write there, and start again",
+            directory,
+            error,
+        )
+        return None

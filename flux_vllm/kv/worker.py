@@ -11,6 +11,7 @@ from flux_vllm.kv.check import SCHEDULERS, choose_clusters
 from flux_vllm.kv.groups import Clusters
 from flux_vllm.patterns import make_pattern
 from flux_vllm.patterns.base import SparsePattern
+from flux_vllm.startup.layers import attention_layers, layers_for_router
 from flux_vllm.startup.router_file import read_router_for
 
 logger = logging.getLogger("vllm.flux")
@@ -40,7 +41,9 @@ def cluster_kv_cache(worker: Any) -> None:
             f"scheduler_cls to one of {list(SCHEDULERS)}"
         )
     _, info = read_router_for(config, vllm_config)
-    clusters = choose_clusters(config, info, _indices(runner.get_kv_cache_spec()).values())
+    layers = set(_indices(runner.get_kv_cache_spec()).values())
+    unrouted = layers - _routed(runner.get_model()) if config.needs_router else set()
+    clusters = choose_clusters(config, info, layers, unrouted)
     if clusters.routed and clusters.size > 1 and not (info is not None and info.freeing_order):
         logger.warning(
             "flux: expected a router file that says in which order layers are freed, found none; "
@@ -120,14 +123,18 @@ def _indices(specs: dict[str, Any]) -> dict[str, int]:
     return {name: extract_layer_index(name) for name in specs}
 
 
+def _routed(model: Any) -> set[int]:
+    return {layer.index for layer in layers_for_router(model, attention_layers(model))}
+
+
 def _log(clusters: Clusters, block_size: int, pattern: SparsePattern) -> None:
     logger.info(
         "flux: free_kv cuts the KV cache into %d groups of %d layers; %d of them give blocks back, "
         "%d where a request routes all their layers SPARSE, %s",
         clusters.num_groups,
         clusters.size,
-        len(clusters.sparse),
-        clusters.routed,
+        len(clusters.sparse) - clusters.kept,
+        clusters.routed - clusters.kept,
         "as a prompt goes on" if pattern.is_local else "once a prompt is complete",
     )
     if clusters.unfreed:

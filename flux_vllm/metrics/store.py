@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.utils import floatToGoString
@@ -80,6 +80,12 @@ class MetricStore:
             value = file.read_value(key)[0]
         self._values[key] = value = value + amount
         file.write_value(key, value, time.time())
+
+
+def model_label(vllm_config: Any) -> dict[str, str]:
+    """Name the served model as vLLM's own metrics do: by the first of its names."""
+    name = vllm_config.model_config.served_model_name
+    return {"model_name": name if isinstance(name, str) else name[0]}
 
 
 def remove_ended_stores(directory: Path) -> None:

@@ -329,6 +329,19 @@ def write_router(
         stacked = weight if kind == "weight" else bias
         dtype = weight_dtypes[linear] if kind == "weight" else torch.float32
         tensors[name] = stacked[layer].detach().to(dtype).cpu().contiguous()
+    return write_tensors(path, tensors, info)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: RouterInfo) -> Path:
+    """Write tensors of a router file as they are, in one atomic step.
+
+    Args:
+        path: the file; one that is there is replaced.
+        tensors: by their names in the file.
+        info: its metadata.
+
+    Returns: the path of the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -4,6 +4,9 @@ from enum import IntEnum
 
 import torch
 
+DEFAULT_THRESHOLD = 0.5
+"""Of P(FULL): the paper's argmax."""
+
 
 class Route(IntEnum):
     """A route; the values of SPARSE and FULL are the columns of the router's logits.

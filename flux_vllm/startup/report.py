@@ -7,7 +7,7 @@ from typing import Any
 from flux_vllm.metrics.directory import FOLDER_VARIABLES, live_page_is_on, metrics_directory
 from flux_vllm.metrics.journal import RouteJournal
 from flux_vllm.metrics.reporter import RouteReporter
-from flux_vllm.metrics.store import MetricStore
+from flux_vllm.metrics.store import MetricStore, model_label
 from flux_vllm.routing.runtime import FluxRuntime
 
 logger = logging.getLogger("vllm.flux")
@@ -77,8 +77,6 @@ def _labels(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Say what serves: labels of every metric, and those of `flux_router_info` besides."""
     config, info = runtime.config, runtime.info
-    name = vllm_config.model_config.served_model_name
-    model = {"model_name": name if isinstance(name, str) else name[0]}
     router = {
         "policy": config.policy,
         "base_model": info.base_model if info else "",
@@ -90,4 +88,4 @@ def _labels(
         "pools": " ".join(map(str, info.inputs.pools)) if info else "",
         "kernels": kernels,
     }
-    return model, router
+    return model_label(vllm_config), router

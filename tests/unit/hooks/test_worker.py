@@ -78,8 +78,11 @@ class TestWorkerHooks:
         assert worker.sample_tokens("grammar") is None
         assert events == [*self.BEFORE, "begin ('a',)", "sample grammar", "end"]
 
-    @pytest.mark.parametrize("free_kv", [True, False])
-    def test_decided_routes_go_with_the_output(self, free_kv: bool) -> None:
+    @pytest.mark.parametrize(
+        ("free_kv", "needs_router"), [(True, True), (False, True), (True, False)]
+    )
+    def test_decided_routes_go_with_the_output(self, free_kv: bool, needs_router: bool) -> None:
+        """To schedulers that wait for them: clusters of other policies are SPARSE for all."""
         from vllm.v1.outputs import ModelRunnerOutput
 
         from flux_vllm.kv.channel import decided_routes
@@ -87,12 +90,12 @@ class TestWorkerHooks:
         worker = SimpleNamespace(model_runner=self.runner_v1(), execute_model=None)
         worker.compile_or_warm_up_model = None
         output, runtime = ModelRunnerOutput(["a"], {"a": 0}), mock.Mock()
-        runtime.config.free_kv = free_kv
+        runtime.config.free_kv, runtime.config.needs_router = free_kv, needs_router
         runtime.end_step.return_value.by_request.return_value = {"a": [0, 1]}
         worker.sample_tokens = lambda grammar: output
         worker_hooks.hook_worker(worker, runtime)
         assert worker.sample_tokens("grammar") is output
-        assert decided_routes(output) == ({"a": [0, 1]} if free_kv else {})
+        assert decided_routes(output) == ({"a": [0, 1]} if free_kv and needs_router else {})
 
     def test_nothing_open_nothing_decided(self) -> None:
         worker, runtime, events = self.make(self.runner_v1())

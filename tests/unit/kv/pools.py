@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
 )
 
+from flux_vllm.hooks.wrap import wrap_object
 from flux_vllm.kv.coordinator import FluxCoordinator
 from flux_vllm.kv.register import register
 from flux_vllm.kv.spec import FluxSpec
@@ -70,4 +71,5 @@ def make_manager(
         manager.flux = FluxCoordinator(
             manager.coordinator, layers, 2 * CHUNK_TOKENS, MAX_MODEL_LEN, report
         ).install()
+        wrap_object(manager, "get_computed_blocks", manager.flux.look_up)
     return manager

@@ -170,8 +170,6 @@ class Simulation:
 
     def _admit(self, live: Live) -> Row | None:
         request = live.request
-        if hasattr(self.manager, "flux"):
-            self.manager.flux.asking = request.request_id
         hit, hit_tokens, _ = self.manager.get_computed_blocks(request)
         length = min(request.num_tokens - hit_tokens, CHUNK_TOKENS)
         new = self.manager.allocate_slots(

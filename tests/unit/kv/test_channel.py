@@ -69,13 +69,14 @@ def test_routes_arrive_with_an_output_on_its_way():
     assert events == ["tokens", "routes"]
 
 
-def test_other_outputs_carry_nothing():
+def test_other_outputs_are_no_place_for_routes():
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     from flux_vllm.kv.channel import decided_routes, send_routes
 
     assert decided_routes(EMPTY_MODEL_RUNNER_OUTPUT) == {}
-    assert send_routes(None, _decided()) is None
+    with pytest.raises(AttributeError):
+        send_routes(None, _decided())
 
 
 def test_a_step_without_decisions_sends_nothing():

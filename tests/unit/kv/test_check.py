@@ -13,7 +13,13 @@ from flux_vllm.kv.groups import cluster_layers
 from flux_vllm.patterns import make_pattern
 from flux_vllm.startup.check import check_configuration
 from tests.unit.kv.pools import FULL
-from tests.unit.startup.fakes import make_config, write
+from tests.unit.startup.fakes import (
+    Model,
+    RotatingWhereTold,
+    make_attention,
+    make_config,
+    write,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -107,10 +113,11 @@ def test_growing_prompts_are_refused(tmp_path, monkeypatch, free_kv):
 
 
 class _Runner:
-    """A model runner's specs."""
+    """A model runner's specs and model."""
 
-    def __init__(self, specs):
+    def __init__(self, specs, model=None):
         self.specs = specs
+        self.get_model = lambda: model
 
     def get_kv_cache_spec(self):
         return dict(self.specs)
@@ -158,10 +165,13 @@ def test_runner_names_clusters(caplog, pattern, frees):
     assert "--block-size 16 " in blocks
 
 
-def _worker(folder, flux, count=30):
+def _worker(folder, flux, count=30, without_rope=()):
     config = _config(folder, flux)
     config.model_config.get_total_num_hidden_layers = lambda: count
-    return SimpleNamespace(vllm_config=config, model_runner=_Runner(_specs(count)))
+    model = Model([make_attention(i) for i in range(count)], None, RotatingWhereTold)
+    for index, layer in enumerate(reversed(model.layers)):
+        layer.self_attn.use_rope = index not in without_rope
+    return SimpleNamespace(vllm_config=config, model_runner=_Runner(_specs(count), model))
 
 
 @pytest.mark.parametrize("order", [(), tuple(reversed(range(30)))], ids=["unknown", "known"])
@@ -192,12 +202,47 @@ def test_worker_clusters_by_the_routers_order(tmp_path, caplog, order):
     assert sum("10 groups of 3 layers; 10 of them give" in message for message in messages) == 1
 
 
+@pytest.mark.parametrize("order", [(), tuple(reversed(range(36)))], ids=["unknown", "known"])
+def test_layers_without_a_route_keep_no_others_from_being_freed(tmp_path, caplog, order):
+    """Every fourth layer without RoPE, hence FULL: they share the last clusters of nine."""
+    from flux_vllm.kv.worker import cluster_kv_cache
+
+    write(tmp_path, num_layers=36, freeing_order=order)
+    unrouted = range(3, 36, 4)
+    worker = _worker(tmp_path, {"free_kv": True}, 36, unrouted)
+    check_configuration(worker.vllm_config)
+    caplog.set_level("INFO", logger="vllm.flux")
+    cluster_kv_cache(worker)
+    clusters = [spec.cluster for spec in worker.model_runner.get_kv_cache_spec().values()]
+    assert {clusters[layer] for layer in unrouted} == {6, 7, 8}
+    assert "9 groups of 4 layers; 6 of them give blocks back, 6 where" in caplog.text
+
+
 def test_worker_without_our_scheduler_is_refused(tmp_path):
     from flux_vllm.kv.worker import cluster_kv_cache
 
     write(tmp_path)
     with pytest.raises(UnsupportedConfigurationError, match="found scheduler_cls None; make it so"):
         cluster_kv_cache(_worker(tmp_path, STATIC, 4))
+
+
+def test_full_disk_is_said_and_served(tmp_path, monkeypatch, caplog):
+    from flux_vllm.kv import scheduler
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scheduler, "metrics_directory", lambda: tmp_path)
+    monkeypatch.setattr(scheduler, "MetricStore", no_room)
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="served"))
+    groups = [SimpleNamespace(layer_names=["a"], kv_cache_spec=FULL)]
+    assert scheduler._report(config, groups) is None
+    (message,) = caplog.messages
+    assert message == (
+        f"flux: expected room for the counters of KV memory in {tmp_path}, found: [Errno 28] No "
+        "space left on device; requests are served without them: make room there, or let this "
+        "user write there, and start again"
+    )
 
 
 def test_metrics_are_those_of_the_model(tmp_path, monkeypatch):

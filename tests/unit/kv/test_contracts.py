@@ -141,7 +141,8 @@ class TestVllmIsAsWeKnowIt:
         assert "total_computed_tokens - request.num_in_flight_tokens" in source[freeing:]
 
     def test_the_asking_request_is_known_before_a_hit_is_looked_up(self, version):
-        lookup = find(version, *SCHEDULER, "_get_local_prefix_cache_hit")
+        place = ("v1/core/kv_cache_manager.py", "KVCacheManager", "get_computed_blocks")
+        lookup = find(version, *place)
         assert [argument.arg for argument in lookup.args.args][:2] == ["self", "request"]
         assert _callers(version, SCHEDULER, "_get_local_prefix_cache_hit") == {"schedule"}
         # `schedule` asks again for a connector's sake, which is refused.

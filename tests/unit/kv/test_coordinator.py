@@ -231,3 +231,92 @@ def test_hits_without_their_middle_count_as_given_back():
     assert run.manager.flux._given_back == 0
     # 31 full blocks and one begun; the second finds 31 of them, less those between in one group.
     assert report.held_blocks[1] <= report.held_blocks[0] < 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_blocks", "asked"), [(False, 400, 1), (True, 400, 2), (True, 20, 1)]
+)
+def test_admission_counts_whole_prompts_for_the_metric_alone(counts, num_blocks, asked):
+    """A request that waits asks in every step, so what nobody reads is not counted."""
+    run = _routed(num_blocks, report=_Report() if counts else None)
+    flux = run.manager.flux
+    needed, caps = flux._num_to_allocate, []
+
+    def noted(**arguments):
+        caps.append(arguments.get("apply_admission_cap", False))
+        return needed(**arguments)
+
+    live = run.add(run._tokens(900), 5)
+    flux._num_to_allocate = noted
+    flux.get_num_blocks_to_allocate(
+        live.request.request_id,
+        900,
+        apply_admission_cap=True,
+        prefill_end=900,
+        new_computed_blocks=((), (), ()),
+        num_encoder_tokens=0,
+        total_computed_tokens=0,
+        num_local_computed_tokens=0,
+        num_tokens_main_model=900,
+    )
+    assert caps == [True, False][:asked]
+
+
+def test_without_prefix_caching_nothing_is_cached():
+    run = _routed(400, enable_caching=False)
+
+    def cached(*arguments):
+        raise AssertionError(f"asked to cache {arguments}")
+
+    run.manager.flux._cache = cached
+    run.add(run._tokens(100), 40)
+    while run.running or run.waiting:
+        run.step()
+
+
+def test_nobody_asks_once_a_hit_is_looked_up():
+    """Routes of the last one that asked serve no other lookup, whatever came of its own."""
+    run = _routed(400)
+    live = run.add(run._tokens(500), 60)
+    live.sparse = [True, True, True]
+    while live.request.num_output_tokens < 2:
+        run.step()
+    request, flux = live.request, run.manager.flux
+    run.manager.evict_blocks({9})  # of the middle, which was given back
+    hashes = request.block_hashes
+    _, asked, _ = run.manager.get_computed_blocks(request)
+    assert asked > 400
+    assert flux.find_longest_cache_hit(hashes, 499)[1] < asked
+
+    def fails(request):
+        assert flux.find_longest_cache_hit(hashes, 499)[1] == asked
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        flux.look_up(fails, request)
+    assert flux.find_longest_cache_hit(hashes, 499)[1] < asked
+
+
+def test_blocks_that_another_request_holds_are_not_given_back():
+    report = _Report()
+    manager = make_manager([True, True], frees_in_prefill=False, report=report)
+    run = Simulation(
+        manager, [True, True], BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, False, 0, seed=0
+    )
+    run.chooser.random = lambda: 0.9
+    prompt = run._tokens(400)
+    run.add(prompt, 60)
+    for _ in range(5):
+        run.step()
+    run.add(prompt, 60)  # hits what the first, whose prompt is complete, still holds
+
+    def held():
+        return {block.block_id for block in manager.block_pool.blocks[1:] if block.ref_cnt}
+
+    given_back = 0
+    for _ in range(35):
+        before = held()
+        run.step()
+        given_back += len(before - held())
+    assert (len(run.running), run.counts["hits"]) == (2, 1)
+    assert report.freed_blocks == manager.flux._given_back == given_back > 0

@@ -90,6 +90,15 @@ def test_cluster_by_route_follows_the_order():
     assert cluster_by_route(range(12), always_sparse=[3, 4, 5]).routed == 5  # one layer of a pair
 
 
+def test_cluster_by_route_puts_unrouted_layers_last():
+    order = [5, 3, 1, 0, 2, 4, 6, 7, 11, 10, 9, 8]
+    clusters = cluster_by_route(order, always_sparse=[2], unrouted=[5, 0, 11])
+    freed = [layer for cluster in clusters.sparse for layer in cluster]
+    assert freed == [2, 3, 1, 4, 6, 7, 10, 9, 8, 5, 0, 11]
+    assert (clusters.num_groups, clusters.routed, clusters.kept) == (6, 6, 2)
+    assert clusters.freed_share == 4 / 6
+
+
 def test_cluster_by_route_keeps_every_layer_once():
     for layers in range(1, 130):
         clusters = cluster_by_route(range(layers), ())

@@ -193,6 +193,24 @@ def test_mixed_requests(folder, is_async, is_local):
     assert min(service.counts.values()) > 0, service.counts
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_hits_are_looked_up_for_the_request_that_asks(folder, is_async):
+    service = Service(folder, is_async, is_local=True, seed=0)
+    coordinator, asking = service.scheduler.kv_cache_manager.coordinator, []
+    find = coordinator.find_longest_cache_hit
+
+    def noted(*arguments):
+        asking.append(service.scheduler._flux._asking)
+        return find(*arguments)
+
+    coordinator.find_longest_cache_hit = noted
+    service.add()
+    service.add()
+    while service.scheduler.requests:
+        service.step()
+    assert list(dict.fromkeys(asking)) == ["request-0", "request-1"]
+
+
 @pytest.mark.slow
 def test_soak_of_2000_requests(folder):
     service = Service(folder, is_async=True, is_local=True, seed=0)

@@ -3,6 +3,7 @@
 import random
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.unit.training.runs import CPU, SINK, WINDOW
+from tests.unit.training.runs import CALIBRATION_PROMPTS, CPU, SINK, WINDOW
 from training import trainer as trainer_module
 from training.attach import RoutedModel
 from training.config import (
@@ -116,58 +117,57 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def build_trainer(
+    folder: Path,
+    corpus: Path,
+    name: str = "run",
+    steps: int = 60,
+    world: World = CPU,
+    stream: Any = None,
+    router: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    layers: int = 4,
+    **loss: Any,
+) -> Trainer:
+    """Make a trainer of a tiny model, whose run is `folder / name`; without a test's fixtures."""
+    sizes: dict[str, Any] = {
+        "probe": (8, 16),
+        "pools": ("tail:4", "head:8"),
+        "context_depths": (1.0,),
+        "widths": (16, 16, 16, 16),
+        "sink_tokens": SINK,
+        "window_tokens": WINDOW,
+        "sparse_pattern": "streaming",
+        "full_bias": 1.0,
+    }
+    config = TrainConfig(
+        model="tiny",
+        out=str(folder / name),
+        router=RouterSettings(**sizes | (router or {})),
+        data=DataSettings(
+            tasks=("needle", "repeat_end"),
+            corpus=str(corpus),
+            min_tokens=256,
+            max_tokens=300,
+            max_answer_tokens=8,
+            workers=0,
+        ),
+        loss=LossSettings(**{"multiplier_rate": 0.3} | loss),
+        optimizer=OptimizerSettings(
+            **{"steps": steps, "batch_size": 4, "learning_rate": 5e-3} | (optimizer or {})
+        ),
+        system=SystemSettings(device="cpu", dtype="float32", save_every=10),
+    )
+    stream = stream or PromptStream(config.data, WordTokenizer(), "train", config.seed)
+    model = make_model(layers=layers).requires_grad_(False)
+    shard_model(model, world)
+    return Trainer(config, RoutedModel(model, SINK, WINDOW), stream, world)
+
+
 @pytest.fixture
 def make_trainer(
-    tiny_model: Callable[..., Any],
-    tokenizer: Any,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Trainer]:
     """Give a maker of trainers of a tiny model; each run has a folder by its name."""
-    monkeypatch.setattr(trainer_module, "_CALIBRATION_PROMPTS", 32)
-
-    def make(
-        name: str = "run",
-        steps: int = 60,
-        world: World = CPU,
-        stream: Any = None,
-        router: dict[str, Any] | None = None,
-        optimizer: dict[str, Any] | None = None,
-        layers: int = 4,
-        **loss: Any,
-    ) -> Trainer:
-        sizes: dict[str, Any] = {
-            "probe": (8, 16),
-            "pools": ("tail:4", "head:8"),
-            "context_depths": (1.0,),
-            "widths": (16, 16, 16, 16),
-            "sink_tokens": SINK,
-            "window_tokens": WINDOW,
-            "sparse_pattern": "streaming",
-            "full_bias": 1.0,
-        }
-        config = TrainConfig(
-            model="tiny",
-            out=str(tmp_path / name),
-            router=RouterSettings(**sizes | (router or {})),
-            data=DataSettings(
-                tasks=("needle", "repeat_end"),
-                corpus=str(corpus),
-                min_tokens=256,
-                max_tokens=300,
-                max_answer_tokens=8,
-                workers=0,
-            ),
-            loss=LossSettings(**{"multiplier_rate": 0.3} | loss),
-            optimizer=OptimizerSettings(
-                **{"steps": steps, "batch_size": 4, "learning_rate": 5e-3} | (optimizer or {})
-            ),
-            system=SystemSettings(device="cpu", dtype="float32", save_every=10),
-        )
-        stream = stream or PromptStream(config.data, tokenizer, "train", config.seed)
-        model = tiny_model(layers=layers).requires_grad_(False)
-        shard_model(model, world)
-        return Trainer(config, RoutedModel(model, SINK, WINDOW), stream, world)
-
-    return make
+    monkeypatch.setattr(trainer_module, "_CALIBRATION_PROMPTS", CALIBRATION_PROMPTS)
+    return partial(build_trainer, tmp_path, corpus)

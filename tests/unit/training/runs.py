@@ -13,6 +13,7 @@ from training.trainer import Trainer
 CPU = World(0, 1, torch.device("cpu"))
 SINK, WINDOW = 8, 32
 OBJECTIVES = ["online", "paper"]
+CALIBRATION_PROMPTS = 32
 
 
 class NearAndFar:

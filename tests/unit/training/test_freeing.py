@@ -5,6 +5,7 @@ Oracle: shares counted by hand.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flux_vllm.router import checkpoint
 from flux_vllm.router.checkpoint import RouterInfo, read_router, write_router
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
@@ -41,6 +43,8 @@ def test_layers_that_are_seldom_full_come_first() -> None:
     ]
     features = torch.tensor(probability)[..., None]
     assert freeing_order(_Written(4), features) == (3, 1, 2, 0)
+    features[3, :2] = torch.nan  # FULL where it is served
+    assert freeing_order(_Written(4), features) == (1, 2, 3, 0)
 
 
 @pytest.fixture
@@ -63,13 +67,15 @@ def router(tmp_path: Path) -> Path:
     return write_router(tmp_path, made, info, torch.float16)
 
 
-def test_add_order_changes_nothing_else(
+@pytest.fixture
+def config(
     router: Path,
     tiny_model: Callable[..., Any],
     tokenizer: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> OrderConfig:
+    """Put the order into the router's own file."""
     lines = [
         {"messages": [{"role": "user", "content": f"word{at} " * 90}], "answer": "yes"}
         for at in range(12)
@@ -78,19 +84,42 @@ def test_add_order_changes_nothing_else(
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(freeing, "load_tokenizer", lambda model: tokenizer)
     monkeypatch.setattr(freeing, "load_routed", lambda *given: RoutedModel(tiny_model(), 16, 64))
-    config = OrderConfig(
+    return OrderConfig(
         model="tiny",
         router=str(router),
-        out=str(tmp_path / "out"),
+        out=str(tmp_path),
         data=DataSettings(files=(str(prompts),)),
         prompts=5,
         system=SystemSettings(device="cpu"),
     )
-    path, order = add_order(config)
+
+
+@pytest.mark.parametrize("folder", ["out", "."])
+def test_add_order_changes_nothing_else(router: Path, config: OrderConfig, folder: str) -> None:
+    """In a copy, or in the file itself."""
+    before = {name: tensor.clone() for name, tensor in load_file(router).items()}
+    path, order = add_order(replace(config, out=str(router.parent / folder)))
     assert order == (3, 2, 1, 0)
-    before, after = load_file(router), load_file(path)
+    assert (path == router) == (folder == ".")
+    after = load_file(path)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(before[name].dtype == after[name].dtype for name in before)
     info = read_router(path)[1]
     assert (info.freeing_order, info.always_sparse) == (order, (3,))
+
+
+def test_add_order_that_fails_leaves_the_router(
+    router: Path, config: OrderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, files = router.read_bytes(), set(router.parent.iterdir())
+
+    def write_half(_tensors: Any, path: Path, **_metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        add_order(config)
+    assert router.read_bytes() == before
+    assert set(router.parent.iterdir()) == files

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flux_vllm.router.checkpoint import read_router
-from tests.unit.training.runs import CPU, OBJECTIVES, NearAndFar, rows
+from tests.unit.training.conftest import build_trainer
+from tests.unit.training.runs import CALIBRATION_PROMPTS, OBJECTIVES, NearAndFar, rows
 from training import trainer as module
 from training.attach import RoutedModel
 from training.config import DataSettings, LossSettings, TrainConfig
@@ -74,44 +75,45 @@ def test_a_time_limit_ends_the_schedule(make_trainer: Callable[..., Trainer]) ->
     assert len(rows(trainer)) == info.provenance["steps"] == 1
 
 
-def _run_rank(rank: int, folder: Path, make: Callable[..., Any]) -> None:
+# Five prompts a step: three and two.
+_TWO_PROCESSES = {"steps": 3, "optimizer": {"batch_size": 5}}
+
+
+def _run_rank(rank: int, folder: Path, corpus: Path) -> None:
     """Do a few steps as one of two processes, the model sharded between them."""
+    module._CALIBRATION_PROMPTS = CALIBRATION_PROMPTS
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
     )
-    trainer = make(World(rank, 2, torch.device("cpu")))
-    trainer.run()
-    torch.save(trainer.router.state_dict(), folder / f"rank{rank}.pt")
+    world = World(rank, 2, torch.device("cpu"))
+    for objective in OBJECTIVES:
+        trainer = build_trainer(
+            folder, corpus, objective, world=world, objective=objective, **_TWO_PROCESSES
+        )
+        trainer.run()
+        torch.save(trainer.router.state_dict(), folder / objective / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_processes_train_as_one(
-    objective: str, make_trainer: Callable[..., Trainer], tmp_path: Path
+    make_trainer: Callable[..., Trainer], corpus: Path, tmp_path: Path
 ) -> None:
-    def make(name: str, world: World = CPU) -> Trainer:
-        # Five prompts a step: three and two.
-        sizes = {"batch_size": 5}
-        return make_trainer(name, 3, world, optimizer=sizes, objective=objective)
-
-    alone = make("alone")
-    alone.run()
-    torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
-        _run_rank,
-        args=(tmp_path, lambda world: make("both", world)),
-        nprocs=2,
-        start_method="fork",
-    )
-    for name, expected in alone.router.state_dict().items():
-        ranks = [torch.load(tmp_path / f"rank{rank}.pt")[name] for rank in range(2)]
-        assert torch.equal(ranks[0], ranks[1])
-        torch.testing.assert_close(ranks[0], expected, rtol=1e-3, atol=1e-5)
-    both = [json.loads(line) for line in (tmp_path / "both" / "log.jsonl").open()]
-    assert len(both) == len(rows(alone)) == 3
-    for one, other in zip(both, rows(alone), strict=True):
-        for name in ("loss", "answers_loss", "gradient_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-3)
-        assert one["shares"] == pytest.approx(other["shares"], abs=2e-4)
+    # Not forked: threads that have computed here would be missing in a child, which waits for them.
+    torch.multiprocessing.spawn(_run_rank, args=(tmp_path, corpus), nprocs=2)  # type: ignore[no-untyped-call]
+    for objective in OBJECTIVES:
+        alone = make_trainer(f"alone_{objective}", objective=objective, **_TWO_PROCESSES)
+        alone.run()
+        folder = tmp_path / objective
+        for name, expected in alone.router.state_dict().items():
+            ranks = [torch.load(folder / f"rank{rank}.pt")[name] for rank in range(2)]
+            assert torch.equal(ranks[0], ranks[1])
+            torch.testing.assert_close(ranks[0], expected, rtol=1e-3, atol=1e-5)
+        both = [json.loads(line) for line in (folder / "log.jsonl").open()]
+        assert len(both) == len(rows(alone)) == 3
+        for one, other in zip(both, rows(alone), strict=True):
+            for name in ("loss", "answers_loss", "gradient_norm"):
+                assert one[name] == pytest.approx(other[name], rel=1e-3)
+            assert one["shares"] == pytest.approx(other["shares"], abs=2e-4)
 
 
 def prompt_file(folder: Path, count: int = 30) -> str:
