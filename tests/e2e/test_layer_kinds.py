@@ -14,6 +14,7 @@ import pytest
 from transformers import (
     FalconH1Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
     LlamaConfig,
     NemotronHConfig,
@@ -98,6 +99,16 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "sliding_window": 64,
             "query_pre_attn_scalar": 32,
+        },
+    ),
+    # Likewise, and learned sinks in the layers of either kind.
+    "gpt-oss": Family(
+        GptOssConfig,
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
         },
     ),
 }

@@ -42,7 +42,11 @@ def _attend(
     keys, values = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scores = query.float() @ keys.float().transpose(2, 3) * scaling
     scores = scores.masked_fill(~seen, float("-inf"))
-    return (scores.softmax(dim=-1) @ values.float()).transpose(1, 2).to(query.dtype), None
+    if kwargs.get("s_aux") is not None:  # learned sinks: scores without a value
+        beside = kwargs["s_aux"].float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, beside], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : values.shape[2]]
+    return (weights @ values.float()).transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register(_ATTENTION_NAME, _attend)
