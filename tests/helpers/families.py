@@ -11,8 +11,8 @@ that stock vLLM makes against the same reference, whose weights are the same.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Family:
     head_dim: int = 32
     is_quantized: bool = False
     """Whether its projections are of four bits."""
+    owners: Mapping[int, int] = field(default_factory=dict)
+    """Of layers that share another's KV cache, and take its route: whose."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ def make_case(family: Family, folder: Path) -> Case:
     write_random_router(
         beside_weights(folder).parent,
         num_layers=4,
-        head_dim=family.head_dim,
+        head_dim=reference.head_dim,
         pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
@@ -226,6 +228,7 @@ def _routes(case: Case, answer: Answer) -> list[int]:
         return case.reference.full_routes()
     margin = P_FULL_MARGIN if case.family.dtype == "float32" else 0.1
     p_full = case.router.p_full(case.reference, answer.prompt)
+    p_full = p_full[[case.family.owners.get(n, n) for n in range(4)]]
     layers = list(case.family.routed)
     assert answer.routes is not None
     assert answer.p_full is not None

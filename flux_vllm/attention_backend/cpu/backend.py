@@ -125,7 +125,6 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
             "ALiBi slopes": self.alibi_slopes is not None,
             "attention logits softcap": bool(self.logits_soft_cap),
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
-            "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
             f"KV cache dtype {self.kv_cache_dtype}": self.is_fp8_kv_cache,
         }
         found = [what for what, present in refused.items() if present]
@@ -151,6 +150,7 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         """Attend; shapes as in vLLM's `CPUAttentionBackendImpl.forward`."""
         if isinstance(attn_metadata, ProbeMetadata):
             attn_metadata.keep(query)
+            key, value = attn_metadata.to_attend(key, value)
             return self._attend_probe(query, key, value, output)
         routes: CpuRoutes | None = None if attn_metadata is None else attn_metadata.flux
         rest = (output_scale, output_block_scale)
@@ -184,7 +184,9 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
         window = self.sliding_window if self.sliding_window > 0 else len(query)
         attended = attend_masked(
-            *(tensor.transpose(0, 1) for tensor in (query, key, value)),
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
             (distance >= 0) & (distance < window),
             self.scale,
             self.sinks,

@@ -205,7 +205,6 @@ class FluxCUDAImpl(FlashAttentionImpl):
             f"{self.num_queries_per_kv} query heads a KV head (at most {MOST_QUERY_HEADS})": (
                 self.num_queries_per_kv > MOST_QUERY_HEADS
             ),
-            "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
         }
         found = [what for what, present in refused.items() if present]
         if found:
@@ -240,6 +239,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
         """Attend; shapes as in vLLM's `FlashAttentionImpl.forward`."""
         if isinstance(attn_metadata, ProbeMetadata):
             attn_metadata.keep(query)
+            key, value = attn_metadata.to_attend(key, value)
             return self._attend_probe(query, key, value, attn_metadata.cu_seqlens, output)
         routes: CudaRoutes | None = None
         if attn_metadata is not None and self.binding is not None:

@@ -48,7 +48,6 @@ REFUSED = [
     ({"logits_soft_cap": 30.0}, "attention logits softcap"),
     ({"kv_cache_dtype": "fp8"}, "KV cache dtype fp8"),
     ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache dtype fp8_e4m3"),
-    ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
     ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
     ({"attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
     (
@@ -71,8 +70,13 @@ class TestImpl:
 
     @pytest.mark.parametrize(
         "options",
-        [{}, {"sliding_window": 128}, {"sinks": torch.zeros(N)}],
-        ids=["plain", "window", "learned sinks"],
+        [
+            {},
+            {"sliding_window": 128},
+            {"sinks": torch.zeros(N)},
+            {"kv_sharing_target_layer_name": "layers.0"},
+        ],
+        ids=["plain", "window", "learned sinks", "another layer's KV cache"],
     )
     def test_accepted(self, make_impl: Callable, options: dict) -> None:
         """Unbound: a layer with a sliding window of its own stays so."""
