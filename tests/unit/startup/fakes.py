@@ -1,5 +1,6 @@
 """The least of an engine's configuration and of a model that start-up reads."""
 
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             enable_prompt_embeds=False,
             get_total_num_hidden_layers=lambda: L,
             get_head_size=lambda: H,
-            model_arch_config=[SimpleNamespace(head_size=H)] * L,
+            model_arch_config=defaultdict(lambda: SimpleNamespace(head_size=H)),
         ),
         "parallel": SimpleNamespace(
             decode_context_parallel_size=1,
