@@ -74,3 +74,22 @@ def test_causal_attention_without_a_cache(
     expected = naive.attend(query, key, value, mask, 0.3, sink_logits=sink_logits)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(kept, query.mean(dim=1), rtol=0, atol=1e-6)
+
+
+def test_keys_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import fa_utils
+
+    from flux_vllm.attention_backend.cuda.backend import FluxCUDAImpl
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)
+    impl: Any = FluxCUDAImpl.__new__(FluxCUDAImpl)
+    impl.scale, impl.vllm_flash_attn_version, impl.sinks = 0.3, 3, None
+    impl.sliding_window = (-1, -1)
+    query, key, value = (torch.randn(T, heads, H) for heads in (N, K, K))
+    starts = torch.tensor([0, T], dtype=torch.int32)
+    owner = ProbeMetadata(starts, None, is_shared=True)
+    outputs = torch.full((2, T, N, H), float("nan"))
+    impl.forward(None, query, key, value, None, owner, outputs[0])
+    impl.forward(None, query, None, None, None, ProbeMetadata(starts, None, owner), outputs[1])
+    assert outputs.isfinite().all()
+    assert torch.equal(outputs[0], outputs[1])
