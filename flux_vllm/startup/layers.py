@@ -22,6 +22,14 @@ class AttentionLayer:
     """The model's module that holds it, and its rotary embedding."""
 
     @property
+    def owner(self) -> int:
+        """The layer whose KV cache it attends to, and whose route it takes; mostly itself."""
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        shared: str | None = self.attention.kv_sharing_target_layer_name
+        return self.index if shared is None else extract_layer_index(shared)
+
+    @property
     def has_full_attention(self) -> bool:
         """Layers with a sliding window of the model's own stay as they are."""
         return self.attention.sliding_window is None
@@ -62,18 +70,26 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
+def layers_with_routes(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """Choose the layers of full attention, over a KV cache of such a layer."""
+    full = {layer.index for layer in layers if layer.has_full_attention}
+    return [layer for layer in layers if {layer.index, layer.owner} <= full]
+
+
 def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
     """Choose the layers that a router decides for: of full attention, with RoPE.
 
     Layers without it beside others with it are those through which a model sees its whole context:
-    they stay FULL. A model without any RoPE has no such division: all are chosen.
+    they stay FULL. A model without any RoPE has no such division: all are chosen. Layers that share
+    another's KV cache are chosen with it.
 
     Raises: UnsupportedConfigurationError: RoPE is in layers with a sliding window alone.
     """
-    full = [layer for layer in layers if layer.has_full_attention]
+    full = layers_with_routes(layers)
     if all(rotates(layer.parent) is False for layer in layers):
         return full
-    chosen = [layer for layer in full if rotates(layer.parent) is not False]
+    rotating = {layer.index for layer in full if rotates(layer.parent) is not False}
+    chosen = [layer for layer in full if layer.owner in rotating]
     if not chosen:
         raise UnsupportedConfigurationError(
             '--attention-backend flux with policy "router": expected rotary position embeddings '
