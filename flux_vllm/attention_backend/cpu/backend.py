@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
 from flux_vllm.attention_backend.cpu.masked import attend_masked
-from flux_vllm.attention_backend.cpu.pages import learn_page_layout
+from flux_vllm.attention_backend.cpu.pages import PageLayout, learn_page_layout
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.routing.probe import ProbeMetadata
@@ -116,6 +116,9 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
 
     binding: LayerBinding | None = None
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
+
+    page_layout: PageLayout
+    """How vLLM packs this layer's keys; set by the metadata builder."""
 
     kernels_name = "cpu"
 

@@ -38,8 +38,6 @@ class PrefillTile(NamedTuple):
     """Keys taken at a time."""
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
-    """A thread's most; with fewer, two programs fit on a multiprocessor."""
 
 
 def default_tile(
@@ -129,7 +127,6 @@ def attend_prefill(
         INTERPRET=INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
     )
 
 
