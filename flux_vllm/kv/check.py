@@ -51,6 +51,13 @@ def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any)
             'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
             '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
         )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise UnsupportedConfigurationError(
+            'flux config: expected speculative decoding by ngram with "free_kv", found '
+            f"{speculative.method}, whose drafter's keys no route gives back, in KV cache groups "
+            'that hold equally many layers; choose ngram, or drop "free_kv"'
+        )
     choose_clusters(config, info, range(vllm_config.model_config.get_total_num_hidden_layers()))
     _choose_scheduler(vllm_config.scheduler_config)
     _refuse_sessions()

@@ -29,10 +29,16 @@ def reserve_buffers(available_bytes: int, worker: Any, runtime: FluxRuntime) -> 
 
 def _kv_cache_groups(worker: Any) -> list[Any]:
     """Say how vLLM will group the attention layers in its KV cache (KVCacheGroupSpec)."""
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
+
+    def has_attention(spec: Any) -> bool:
+        # Where heads differ, a drafter's from the model's, a group's spec holds one of each layer.
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            return has_attention(spec.first_spec)
+        return isinstance(spec, AttentionSpec)
 
     groups = _all_groups(worker.vllm_config, dict(worker.get_kv_cache_spec()))
-    return [group for group in groups if isinstance(group.kv_cache_spec, AttentionSpec)]
+    return [group for group in groups if has_attention(group.kv_cache_spec)]
 
 
 def _all_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:

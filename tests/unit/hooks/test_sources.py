@@ -36,6 +36,11 @@ SIGNATURES = {
         None,
         "filter_duplicate_safetensors_files",
     ): ["hf_weights_files", "hf_folder", "index_file"],
+    (
+        "v1/worker/gpu/spec_decode/standalone_ar/speculator.py",
+        "StandaloneARSpeculator",
+        "load_draft_model",
+    ): ["self", "target_model", "target_attn_layer_names"],
     ("v1/worker/gpu_worker.py", "Worker", "determine_available_memory"): ["self"],
     ("v1/worker/cpu_worker.py", "CPUWorker", "determine_available_memory"): ["self"],
     ("v1/worker/gpu_worker.py", "Worker", "execute_model"): ["self", "scheduler_output"],
@@ -186,6 +191,12 @@ MEMBERS = {
         "join_after_forward",
     },
     ("config/attention.py", "AttentionConfig"): {"backend"},
+    ("config/speculative.py", "SpeculativeConfig"): {
+        "method",
+        "attention_backend",
+        "use_gemma4_mtp",
+    },
+    ("v1/kv_cache_interface.py", "UniformTypeKVCacheSpecs"): {"first_spec"},
     ("v1/worker/gpu/model_runner.py", "BatchReqState"): {"has_prefill", "decode_graph_eligible"},
     ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadataBuilder"): {
         "aot_sliding_window"
@@ -308,6 +319,35 @@ class TestVllmIsAsWeKnowIt:
         ]
         assert calls
         assert all("num_scheduled_tokens" not in passed for passed in calls)
+
+    @pytest.mark.parametrize(
+        "place",
+        [
+            (
+                "v1/spec_decode/llm_base_proposer.py",
+                "SpecDecodeBaseProposer",
+                "_create_draft_vllm_config",
+            ),
+            ("v1/worker/gpu/spec_decode/eagle/utils.py", None, "load_eagle_model"),
+            (
+                "v1/worker/gpu/spec_decode/standalone_ar/speculator.py",
+                "StandaloneARSpeculator",
+                "load_draft_model",
+            ),
+        ],
+        ids=path_id,
+    )
+    def test_drafters_are_made_of_the_engines_configuration(
+        self, version: str, place: tuple
+    ) -> None:
+        """V1 and V2's EAGLE by the drafter's own backend in it, V2's draft model by the engine's.
+
+        `tests/unit/startup/test_drafter.py` runs the installed version's.
+        """
+        source = ast.unparse(find(version, *place))
+        assert "vllm_config" in source
+        by_name = "attention_backend" in source or "apply_draft_overrides" in source
+        assert by_name == ("standalone_ar" not in place[0])
 
     def test_plugins_come_before_the_configuration(self, version: str) -> None:
         """EngineArgs looks `load_general_plugins` up anew, so it finds ours."""

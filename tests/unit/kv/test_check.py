@@ -18,6 +18,7 @@ from tests.unit.startup.fakes import (
     RotatingWhereTold,
     make_attention,
     make_config,
+    make_speculation,
     write,
 )
 
@@ -47,6 +48,23 @@ def test_one_group_alone_is_refused(tmp_path):
     assert str(error.value) == (
         'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
         '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
+    )
+
+
+@pytest.mark.parametrize("method", ["ngram", "eagle"])
+def test_drafters_with_layers_are_refused(tmp_path, method):
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.speculative_config = make_speculation(method)
+    if method == "ngram":
+        check_configuration(config)
+        return
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected speculative decoding by ngram with "free_kv", found eagle, whose '
+        "drafter's keys no route gives back, in KV cache groups that hold equally many layers; "
+        'choose ngram, or drop "free_kv"'
     )
 
 

@@ -75,6 +75,15 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
     )
 
 
+def make_speculation(method: str, backend: str | None = None, is_gemma4: bool = False) -> Any:
+    """Make the part of a SpeculativeConfig that start-up reads."""
+    return SimpleNamespace(
+        method=method,
+        attention_backend=None if backend is None else SimpleNamespace(name=backend),
+        use_gemma4_mtp=lambda: is_gemma4,
+    )
+
+
 def write(folder: Path, num_layers: int = L, head_dim: int = H, **info: Any) -> Path:
     entries = {
         "base_model": "org/Other",

@@ -20,7 +20,7 @@ from flux_vllm.startup.attach import _mean_over_ranks, attach
 from flux_vllm.startup.check import check_configuration, check_features
 from flux_vllm.startup.memory import reserve_buffers
 from flux_vllm.startup.router_file import read_router_for
-from tests.unit.startup.fakes import CPU, H, L, make_config, runner_of, write
+from tests.unit.startup.fakes import CPU, H, L, make_config, make_speculation, runner_of, write
 
 pytestmark = pytest.mark.vllm
 
@@ -44,8 +44,12 @@ REFUSED = {
     },
     "prefix_match_unit": {"cache__prefix_match_unit": 16},
     "kv_sharing_fast_prefill": {"cache__kv_sharing_fast_prefill": True},
-    "a draft model (speculative decoding other than ngram)": {
-        "root__speculative_config": SimpleNamespace(method="eagle")
+    "speculative decoding by medusa": {"root__speculative_config": make_speculation("medusa")},
+    "a drafter that reads the model's own KV cache (Gemma 4 MTP)": {
+        "root__speculative_config": make_speculation("mtp", is_gemma4=True)
+    },
+    "a drafter with --attention-backend flux": {
+        "root__speculative_config": make_speculation("eagle", backend="FLUX")
     },
     "multi-head latent attention (MLA)": {"model__use_mla": True},
     "an encoder-decoder model": {"model__is_encoder_decoder": True},
@@ -115,9 +119,10 @@ class TestFeatures:
         )
         check_configuration(make_config(tmp_path, flux | {"sparse_pattern": "xattention"}))
 
-    def test_ngram_speculation_is_carried(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "eagle3", "mtp"])
+    def test_speculation_is_carried(self, tmp_path: Path, method: str) -> None:
         write(tmp_path)
-        speculative = SimpleNamespace(method="ngram")
+        speculative = make_speculation(method, backend="FLASH_ATTN")
         check_configuration(make_config(tmp_path, root__speculative_config=speculative))
 
 
