@@ -46,21 +46,40 @@ def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any)
 
     Raises: FluxConfigError, UnsupportedConfigurationError.
     """
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        raise UnsupportedConfigurationError(
-            'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
-            '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
-        )
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
-        raise UnsupportedConfigurationError(
-            'flux config: expected speculative decoding by ngram with "free_kv", found '
-            f"{speculative.method}, whose drafter's keys no route gives back, in KV cache groups "
-            'that hold equally many layers; choose ngram, or drop "free_kv"'
-        )
+    _check_features(vllm_config)
     choose_clusters(config, info, range(vllm_config.model_config.get_total_num_hidden_layers()))
     _choose_scheduler(vllm_config.scheduler_config)
     _refuse_sessions()
+
+
+def _check_features(vllm_config: Any) -> None:
+    """Refuse what else decides about blocks, or needs them all."""
+    speculative = vllm_config.speculative_config
+    drafts = speculative is not None and speculative.method != "ngram"
+    for expected, found, remedy in (
+        (
+            "vLLM to manage several KV cache groups",
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+            and "--disable-hybrid-kv-cache-manager",
+            "drop it",
+        ),
+        (
+            "KV blocks that stay on their device",
+            vllm_config.kv_transfer_config is not None
+            and "a KV connector or offloading, which moves blocks that were given back",
+            "switch it off",
+        ),
+        (
+            "speculative decoding by ngram",
+            drafts and f"{speculative.method}, whose drafter's keys no route gives back",
+            "choose ngram",
+        ),
+    ):
+        if found:
+            raise UnsupportedConfigurationError(
+                f'flux config: expected {expected} with "free_kv", found {found}; {remedy}, or '
+                'drop "free_kv"'
+            )
 
 
 def _choose_scheduler(scheduler_config: Any) -> None:

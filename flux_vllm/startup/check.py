@@ -72,10 +72,6 @@ def check_features(vllm_config: Any) -> None:
         "prefill context parallel": parallel.prefill_context_parallel_size > 1,
         "pipeline parallel": parallel.pipeline_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
-        # vLLM turns offloading into a connector.
-        "a KV connector": vllm_config.kv_transfer_config is not None
-        and cache.kv_offloading_size is None,
-        "KV cache offloading": cache.kv_offloading_size is not None,
         f"a KV cache of dtype {cache.cache_dtype}": cache.cache_dtype not in _KV_CACHE_DTYPES,
         f"a KV cache of {cache.cache_dtype} for a model of {model.dtype} on the CPU": (
             vllm_config.device_config.device_type == "cpu" and not _as_wide(cache, model)

@@ -158,7 +158,6 @@ MEMBERS = {
         "is_moe_model",
     },
     ("config/cache.py", "CacheConfig"): {
-        "kv_offloading_size",
         "prefix_match_unit",
         "kv_sharing_fast_prefill",
         "block_size",
@@ -359,6 +358,16 @@ class TestVllmIsAsWeKnowIt:
             for alias in node.names
         ]
         assert imports == ["load_general_plugins"]
+
+    def test_connectors_see_no_layer_without_a_batch_of_theirs(self, version: str) -> None:
+        """A probe comes before a step's metadata is bound and after the last one's is cleared."""
+        hook = find(
+            version,
+            "model_executor/layers/attention/kv_transfer_utils.py",
+            None,
+            "maybe_transfer_kv_layer",
+        )
+        assert "not connector.has_connector_metadata()" in ast.unparse(hook)
 
     def test_no_cpu_worker_method_hides_ours(self, version: str) -> None:
         """`execute_model` is wrapped on the object; a CPUWorker of its own would do too."""

@@ -63,8 +63,21 @@ def test_drafters_with_layers_are_refused(tmp_path, method):
         check_configuration(config)
     assert str(error.value) == (
         'flux config: expected speculative decoding by ngram with "free_kv", found eagle, whose '
-        "drafter's keys no route gives back, in KV cache groups that hold equally many layers; "
-        'choose ngram, or drop "free_kv"'
+        'drafter\'s keys no route gives back; choose ngram, or drop "free_kv"'
+    )
+
+
+def test_connectors_are_refused(tmp_path):
+    """vLLM turns offloading into one."""
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.kv_transfer_config = SimpleNamespace(kv_connector="ExampleConnector")
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected KV blocks that stay on their device with "free_kv", found a KV '
+        "connector or offloading, which moves blocks that were given back; switch it off, or drop "
+        '"free_kv"'
     )
 
 

@@ -47,7 +47,6 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         "device": SimpleNamespace(device_type="cpu"),
         "cache": SimpleNamespace(
             cache_dtype="auto",
-            kv_offloading_size=None,
             prefix_match_unit=None,
             kv_sharing_fast_prefill=False,
             block_size=32,

@@ -36,8 +36,6 @@ REFUSED = {
     "prefill context parallel": {"parallel__prefill_context_parallel_size": 2},
     "pipeline parallel": {"parallel__pipeline_parallel_size": 2},
     "dual batch overlap": {"parallel__use_ubatching": True},
-    "a KV connector": {"root__kv_transfer_config": object()},
-    "KV cache offloading": {"cache__kv_offloading_size": 4.0},
     "a KV cache of dtype fp8": {"cache__cache_dtype": "fp8"},
     "a KV cache of bfloat16 for a model of torch.float32 on the CPU": {
         "cache__cache_dtype": "bfloat16"
@@ -57,9 +55,9 @@ REFUSED = {
     "a model without attention": {"model__is_attention_free": True},
     "bidirectional attention over multimodal prefixes": {"model__is_mm_prefix_lm": True},
     "reference sliding window attention": {"model__rswa_window": 128},
-    "pipeline parallel, a KV connector": {
-        "parallel__pipeline_parallel_size": 2,
-        "root__kv_transfer_config": object(),
+    "prefill context parallel, dual batch overlap": {
+        "parallel__prefill_context_parallel_size": 2,
+        "parallel__use_ubatching": True,
     },
 }
 
@@ -94,11 +92,10 @@ class TestFeatures:
         config.device_config.device_type = "cuda"
         check_features(config)
 
-    def test_offloading_is_not_called_a_connector(self, tmp_path: Path) -> None:
+    def test_connectors_and_offloading_are_carried(self, tmp_path: Path) -> None:
         write(tmp_path)
-        changes = {"cache__kv_offloading_size": 4.0, "root__kv_transfer_config": object()}
-        with pytest.raises(UnsupportedConfigurationError, match="found KV cache offloading; "):
-            check_configuration(make_config(tmp_path, **changes))
+        """vLLM turns offloading into a connector."""
+        check_configuration(make_config(tmp_path, root__kv_transfer_config=object()))
 
     def test_kernels_are_for_cuda(self, tmp_path: Path) -> None:
         write(tmp_path)
