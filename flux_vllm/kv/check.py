@@ -64,6 +64,12 @@ def _check_features(vllm_config: Any) -> None:
             "drop it",
         ),
         (
+            "one pipeline stage",
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+            and "several, whose layers form KV cache groups of their own",
+            "serve by tensor parallel",
+        ),
+        (
             "KV blocks that stay on their device",
             vllm_config.kv_transfer_config is not None
             and "a KV connector or offloading, which moves blocks that were given back",

@@ -46,8 +46,6 @@ class ProbedLayer:
     name: str
     """vLLM's."""
     index: int
-    is_routed: bool
-    """False for a layer that attends as the model has it, whatever the routes."""
     is_pooled: bool
     """Whether a router looks at the layer's queries."""
     rotary: RotaryInverse | None
@@ -86,9 +84,12 @@ class PromptProbe:
         inputs: what the routers look at.
         router: all layers' routers, on the device.
         threshold: FULL where P(FULL) is at least this.
-        layers: of the model.
+        layers: of the model, those of this pipeline stage.
+        routed_layers: indices of those with a route, of all stages; the others attend as the model
+            has them.
         model: runs it.
-        reduce_mean: mean of a tensor over tensor-parallel ranks.
+        reduce_ranks: of pooled queries [L, P, H], 0 for layers that are not here: their mean over
+            tensor-parallel ranks, added up over pipeline stages.
         device: of the model.
     """
 
@@ -98,14 +99,15 @@ class PromptProbe:
         router: LayerRouter,
         threshold: float,
         layers: Sequence[ProbedLayer],
+        routed_layers: Sequence[int],
         model: ModelCall,
-        reduce_mean: Callable[[torch.Tensor], torch.Tensor],
+        reduce_ranks: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
     ) -> None:
         self._inputs = inputs
         self._router = router
         self._model = model
-        self._reduce_mean = reduce_mean
+        self._reduce_ranks = reduce_ranks
         tokens, num_layers = inputs.probe.tokens, router.num_layers
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -128,7 +130,7 @@ class PromptProbe:
             for layer in layers
         }
         self._is_routed = zeros(num_layers, dtype=torch.bool)
-        self._is_routed[[layer.index for layer in layers if layer.is_routed]] = True
+        self._is_routed[list(routed_layers)] = True
         self.routes = zeros(num_layers, dtype=torch.int8)
         """[L] int8: the routes of the latest prompt; UNDECIDED for layers that are not routed."""
         self.full_probability = zeros(num_layers)
@@ -186,7 +188,7 @@ class PromptProbe:
             self._mean_query[layers] = rotation.rotary.undo(
                 self._mean_query[layers], rotation.cos, rotation.sin
             )
-        pooled = self._reduce_mean(self._weights @ self._mean_query) + self._offsets[:, None]
+        pooled = self._reduce_ranks(self._weights @ self._mean_query) + self._offsets[:, None]
         features = self._inputs.assemble(pooled)
         # One request: [L, 1, F].
         probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]

@@ -14,6 +14,7 @@ from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
 from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.routing.runtime import FluxRuntime
+from flux_vllm.routing.stages import gather_over_stages, sum_over_stages
 from flux_vllm.routing.state_layers import StateLayers
 from flux_vllm.startup.check import check_features, check_fit, check_probe
 from flux_vllm.startup.layers import AttentionLayer, attention_layers, layers_for_router, rotary_of
@@ -46,12 +47,13 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
         for layer in layers:
             if layer in routed or layer.index in info.context_layers:
                 check_fit(info, num_layers, layer.attention.head_size)
-    _check_sparse_layers(config, info, {layer.index for layer in routed})
+    routed_layers = tuple(gather_over_stages([layer.index for layer in routed]))
+    _check_sparse_layers(config, info, set(routed_layers))
     runtime = FluxRuntime(
         config,
         info,
         num_layers,
-        tuple(layer.index for layer in routed),
+        routed_layers,
         vllm_config.scheduler_config.max_num_seqs,
         device,
         step_tokens=1 + vllm_config.num_speculative_tokens,
@@ -67,16 +69,17 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
             router.to(device),
             config.threshold,
             _probed_layers(layers, routed, info.inputs, device),
+            routed_layers,
             RunnerModelCall(
                 runner,
                 vllm_config,
                 StateLayers(vllm_config, info.inputs.probe.tokens, device),
                 device,
             ),
-            _mean_over_ranks,
+            _over_ranks,
             device,
         )
-    start_reporting(runtime, vllm_config, routed[0].attention.impl.kernels_name)
+    start_reporting(runtime, vllm_config, full[0].attention.impl.kernels_name)
     return runtime
 
 
@@ -108,24 +111,24 @@ def _probed_layers(
     rotaries: dict[int, RotaryInverse] = {}
     probed = []
     for layer in layers:
-        is_routed, inverse = layer in routed, None
-        is_pooled = is_routed or layer.index in inputs.context_layers
+        inverse = None
+        is_pooled = layer in routed or layer.index in inputs.context_layers
         rotary = rotary_of(layer) if is_pooled else None
         if rotary is not None:
             if id(rotary) not in rotaries:
                 rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
             inverse = rotaries[id(rotary)]
-        probed.append(
-            ProbedLayer(layer.attention.layer_name, layer.index, is_routed, is_pooled, inverse)
-        )
+        probed.append(ProbedLayer(layer.attention.layer_name, layer.index, is_pooled, inverse))
     return probed
 
 
-def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+def _over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Take the mean over tensor-parallel ranks, which hold heads, and the sum over stages."""
     from vllm.distributed import (
         get_tensor_model_parallel_world_size,
         tensor_model_parallel_all_reduce,
     )
 
     ranks = get_tensor_model_parallel_world_size()
-    return tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks
+    mean = tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks
+    return sum_over_stages(mean)

@@ -70,7 +70,6 @@ def check_features(vllm_config: Any) -> None:
     refused = {
         "decode context parallel": parallel.decode_context_parallel_size > 1,
         "prefill context parallel": parallel.prefill_context_parallel_size > 1,
-        "pipeline parallel": parallel.pipeline_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
         f"a KV cache of dtype {cache.cache_dtype}": cache.cache_dtype not in _KV_CACHE_DTYPES,
         f"a KV cache of {cache.cache_dtype} for a model of {model.dtype} on the CPU": (

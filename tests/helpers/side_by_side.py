@@ -41,11 +41,13 @@ class Served:
         answers: in the prompts' order.
         logs: by rank; None without flux.
         unrouted: flux_unrouted_rows_total, which the first rank counts for all; 0 without flux.
+        decisions: flux_route_decisions_total, over all layers and both routes; likewise.
     """
 
     answers: list[Answer]
     logs: list[RankLog] | None
     unrouted: float
+    decisions: float
 
 
 def serve(setup: Setup, prompts: Sequence[Sequence[int]], max_tokens: int) -> Served:
@@ -57,11 +59,12 @@ def serve(setup: Setup, prompts: Sequence[Sequence[int]], max_tokens: int) -> Se
     arguments = setup.arguments | {"served_model_name": name}
     with RankedEngine(setup.model, setup.flux, setup.ranks, **arguments) as engine:
         answers = engine.generate(prompts, max_tokens, prompt_logprobs=True)
-        unrouted = 0.0
+        unrouted = decisions = 0.0
         if setup.flux is not None:
             metrics = parse(generate_latest().decode())
             unrouted = total(metrics, "flux_unrouted_rows_total", model_name=name)
-        return Served(answers, engine.rank_logs, unrouted)
+            decisions = total(metrics, "flux_route_decisions_total", model_name=name)
+        return Served(answers, engine.rank_logs, unrouted, decisions)
 
 
 def serve_side_by_side(

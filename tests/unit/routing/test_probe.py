@@ -77,11 +77,11 @@ class Model:
 
 def make(model: Model, threshold: float = 0.5, reduce_mean: Any = lambda x: x) -> PromptProbe:
     router = LayerRouter(L, H, INPUTS.vectors).requires_grad_(False)
-    layers = [ProbedLayer(f"layer.{i}", i, i in ROUTED, True, Rotary()) for i in range(L)]  # type: ignore[arg-type]
+    layers = [ProbedLayer(f"layer.{i}", i, True, Rotary()) for i in range(L)]  # type: ignore[arg-type]
     torch.manual_seed(0)
     for parameter in router.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.3)
-    probe = PromptProbe(INPUTS, router, threshold, layers, model, reduce_mean, CPU)
+    probe = PromptProbe(INPUTS, router, threshold, layers, ROUTED, model, reduce_mean, CPU)
     probe.router = router  # type: ignore[attr-defined]
     return probe
 

@@ -10,6 +10,8 @@ from torch import nn
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 
 CPU = torch.device("cpu")
+ONE_STAGE = SimpleNamespace(world_size=1, is_first_rank=True, is_last_rank=True)
+"""vLLM's group of pipeline stages, without any."""
 L, H = 4, 32
 
 

@@ -16,7 +16,7 @@ from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.startup.attach import _mean_over_ranks, attach
+from flux_vllm.startup.attach import _over_ranks, attach
 from flux_vllm.startup.check import check_configuration, check_features
 from flux_vllm.startup.memory import reserve_buffers
 from flux_vllm.startup.router_file import read_router_for
@@ -34,7 +34,6 @@ def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 REFUSED = {
     "decode context parallel": {"parallel__decode_context_parallel_size": 2},
     "prefill context parallel": {"parallel__prefill_context_parallel_size": 2},
-    "pipeline parallel": {"parallel__pipeline_parallel_size": 2},
     "dual batch overlap": {"parallel__use_ubatching": True},
     "a KV cache of dtype fp8": {"cache__cache_dtype": "fp8"},
     "a KV cache of bfloat16 for a model of torch.float32 on the CPU": {
@@ -268,7 +267,7 @@ class TestMeanOverRanks:
         )
         tensor = torch.tensor([3.0, 5.0])
         expected = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
-        assert _mean_over_ranks(tensor).tolist() == expected
+        assert _over_ranks(tensor).tolist() == expected
 
 
 class TestProbe:
