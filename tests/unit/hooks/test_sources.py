@@ -185,6 +185,15 @@ MEMBERS = {
         "num_scheduled_tokens",
         "finished_req_ids",
     },
+    ("distributed/parallel_state.py", "GroupCoordinator"): {
+        "world_size",
+        "cpu_group",
+        "device_group",
+        "is_first_rank",
+        "is_last_rank",
+        "send_tensor_dict",
+        "recv_tensor_dict",
+    },
     ("model_executor/offloader/base.py", "BaseOffloader"): {
         "sync_prev_onload",
         "join_after_forward",

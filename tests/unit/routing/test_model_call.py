@@ -62,7 +62,7 @@ def call(model: Any, vllm_config: Any, stage: Stage | None = None) -> mock.Mock:
     runner = SimpleNamespace(get_model=lambda: model)
     with (
         mock.patch("vllm.forward_context.set_forward_context") as context,
-        mock.patch("vllm.distributed.get_pp_group", lambda: stage or Stage(0, 1)),
+        mock.patch("vllm.distributed.get_pp_group", return_value=stage or Stage(0, 1)),
     ):
         RunnerModelCall(runner, vllm_config, NoStates(), CPU)(
             {"layer": "metadata"}, TOKENS, POSITIONS

@@ -256,18 +256,26 @@ class TestRouter:
             check_configuration(make_config(tmp_path, flux))
 
 
-class TestMeanOverRanks:
+class TestOverRanks:
+    @pytest.mark.parametrize("stages", [1, 2])
     @pytest.mark.parametrize("ranks", [1, 4])
-    def test_mean(self, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_mean_over_ranks_sum_over_stages(
+        self, ranks: int, stages: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from vllm import distributed
 
+        group = SimpleNamespace(world_size=stages, device_group="stages")
+        monkeypatch.setattr(distributed, "get_pp_group", lambda: group)
+        monkeypatch.setattr(
+            torch.distributed, "all_reduce", lambda t, group: t.add_(10 * (group == "stages"))
+        )
         monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: ranks)
         monkeypatch.setattr(
             distributed, "tensor_model_parallel_all_reduce", lambda t: t * ranks + ranks
         )
         tensor = torch.tensor([3.0, 5.0])
-        expected = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
-        assert _over_ranks(tensor).tolist() == expected
+        mean = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
+        assert _over_ranks(tensor).tolist() == [x + 10 * (stages - 1) for x in mean]
 
 
 class TestProbe:
