@@ -15,18 +15,18 @@ from transformers import Qwen2Config
 from .models import write_tiny_llama, write_tiny_model
 
 VOCABULARY = 8
-HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 2, 32, 4
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 64, 4
+SIZES = {"layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
 _HIDDEN = HEADS * HEAD_DIM
 
 
 def write_target(folder: Path, method: str) -> Path:
     """Write the model that `method` drafts for; with `mtp`, its drafter is among its weights."""
-    sizes = {"layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     if method != "mtp":
-        return write_tiny_llama(folder, vocab_size=VOCABULARY, **sizes)
+        return write_tiny_llama(folder, vocab_size=VOCABULARY, **SIZES)
     # MiMo is Qwen2 with layers that predict further tokens.
     mimo = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
-    write_tiny_model(folder, Qwen2Config, vocab_size=VOCABULARY, **sizes)
+    write_tiny_model(folder, Qwen2Config, vocab_size=VOCABULARY, **SIZES)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | mimo))
     tensors = _layer("model.mtp_layers.0.", _HIDDEN, has_bias=True)
@@ -57,7 +57,7 @@ def write_drafter(folder: Path, method: str) -> dict[str, Any]:
 
 def _write_head(folder: Path, method: str) -> None:
     """Write an EAGLE or EAGLE-3 layer, which shares the model's embeddings and head."""
-    write_tiny_llama(folder, layers=1, vocab_size=VOCABULARY)
+    write_tiny_llama(folder, vocab_size=VOCABULARY, **SIZES | {"layers": 1})
     config = folder / "config.json"
     taps = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]} if method == "eagle3" else {}
     config.write_text(json.dumps(json.loads(config.read_text()) | taps))
