@@ -7,8 +7,9 @@
 # On one GPU: serving by head size, the sample model, freeing KV, the probe, drafters, offloading,
 # what is compiled after the start, the backend's batches with the benchmarks' head split, and the
 # kernels. Where two GPUs are visible, pipeline and tensor parallel 2 beside them: small models, for
-# tensor parallel by head size, and Llama 3.1 8B's widths (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two H200s with 64 cores the tensor-parallel
-# ones took under 3 minutes. The summary names what did not run.
+# tensor parallel by head size, and Llama 3.1 8B's widths (benchmarks/shapes, or
+# FLUX_TEST_8B_SHAPE=FOLDER). On two H200s with 64 cores the tensor-parallel ones took under 3
+# minutes. The summary names what did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
 [[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")

@@ -1,7 +1,7 @@
-"""Drafters with layers of their own on a GPU: model runner V2, CUDA graphs, asynchronous scheduling.
+"""Drafters with layers of their own on a GPU: V2's runner, CUDA graphs, asynchronous scheduling.
 
-Oracle: tests/helpers/reference.py over the same bfloat16 weights, by the rule of test_serving.py: at
-most twice the error that vLLM's own FLASH_ATTN makes with the same drafter, all layers FULL.
+Oracle: tests/helpers/reference.py over the same bfloat16 weights, by the rule of test_serving.py:
+at most twice the error that vLLM's own FLASH_ATTN makes with the same drafter, all layers FULL.
 """
 
 import pytest
