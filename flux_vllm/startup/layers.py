@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.routing.stages import gather_over_stages
 from flux_vllm.selection import BACKEND_NAME
 from flux_vllm.startup.rope_use import change_after_rope, rotates
 
@@ -71,17 +72,19 @@ def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> lis
     Raises: UnsupportedConfigurationError: RoPE is in layers with a sliding window alone.
     """
     full = [layer for layer in layers if layer.has_full_attention]
-    if all(rotates(layer.parent) is False for layer in layers):
+    rotating = [layer for layer in layers if rotates(layer.parent) is not False]
+    # Whether the layers of any stage use RoPE, and have full attention too.
+    kinds = gather_over_stages([layer.has_full_attention for layer in rotating])
+    if not kinds:
         return full
-    chosen = [layer for layer in full if rotates(layer.parent) is not False]
-    if not chosen:
+    if not any(kinds):
         raise UnsupportedConfigurationError(
             '--attention-backend flux with policy "router": expected rotary position embeddings '
             f"(RoPE) in layers with full attention, found none in {type(model).__name__}, whose "
             "layers with a sliding window have them; choose a policy without a router "
             '("full", "sparse", "static")'
         )
-    return chosen
+    return [layer for layer in full if layer in rotating]
 
 
 def rotary_of(layer: AttentionLayer) -> Any:

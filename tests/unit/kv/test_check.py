@@ -14,6 +14,7 @@ from flux_vllm.patterns import make_pattern
 from flux_vllm.startup.check import check_configuration
 from tests.unit.kv.pools import FULL
 from tests.unit.startup.fakes import (
+    ONE_STAGE,
     Model,
     RotatingWhereTold,
     make_attention,
@@ -25,6 +26,11 @@ from tests.unit.startup.fakes import (
 pytestmark = pytest.mark.vllm
 
 STATIC = {"policy": "static", "sparse_layers": [0, 2], "free_kv": True}
+
+
+@pytest.fixture(autouse=True)
+def _one_stage(monkeypatch):
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: ONE_STAGE)
 
 
 def _config(folder, flux, is_disabled=False):
@@ -64,6 +70,18 @@ def test_drafters_with_layers_are_refused(tmp_path, method):
     assert str(error.value) == (
         'flux config: expected speculative decoding by ngram with "free_kv", found eagle, whose '
         'drafter\'s keys no route gives back; choose ngram, or drop "free_kv"'
+    )
+
+
+def test_pipeline_stages_are_refused(tmp_path):
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected one pipeline stage with "free_kv", found several, whose layers form '
+        'KV cache groups of their own; serve by tensor parallel, or drop "free_kv"'
     )
 
 
