@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -55,9 +56,10 @@ def _v2_draft_model(config: Any) -> None:
 
 
 def _v2_head(config: Any) -> None:
-    from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
+    from vllm.v1.worker.gpu.spec_decode.eagle import utils
 
-    load_eagle_model(None, config)
+    with mock.patch.object(utils, "get_pp_safe_draft_load_config", side_effect=lambda own: own):
+        utils.load_eagle_model(None, config)
 
 
 def _of(kind: type, config: Any) -> Any:
