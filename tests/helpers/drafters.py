@@ -29,10 +29,11 @@ def write_target(folder: Path, method: str) -> Path:
     write_tiny_model(folder, Qwen2Config, vocab_size=VOCABULARY, **SIZES)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | mimo))
-    tensors = _layer("model.mtp_layers.0.", _HIDDEN, has_bias=True)
+    generator = torch.Generator().manual_seed(1)
+    tensors = _layer(generator, "model.mtp_layers.0.", _HIDDEN, has_bias=True)
     for name in ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_layernorm"):
         tensors[f"model.mtp_layers.0.{name}.weight"] = torch.ones(_HIDDEN)
-    tensors["model.mtp_layers.0.input_proj.weight"] = _matrix(_HIDDEN, 2 * _HIDDEN)
+    tensors["model.mtp_layers.0.input_proj.weight"] = _matrix(generator, _HIDDEN, 2 * _HIDDEN)
     weights = folder / "model.safetensors"
     save_file(load_file(weights) | tensors, weights, {"format": "pt"})
     return folder
@@ -61,25 +62,30 @@ def _write_head(folder: Path, method: str) -> None:
     config = folder / "config.json"
     taps = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]} if method == "eagle3" else {}
     config.write_text(json.dumps(json.loads(config.read_text()) | taps))
+    generator = torch.Generator().manual_seed(1)
     if method == "eagle":
-        tensors = _layer("layers.0.", _HIDDEN)
-        tensors["fc.weight"] = _matrix(_HIDDEN, 2 * _HIDDEN)
+        tensors = _layer(generator, "layers.0.", _HIDDEN)
+        tensors["fc.weight"] = _matrix(generator, _HIDDEN, 2 * _HIDDEN)
     else:
-        tensors = _layer("midlayer.", 2 * _HIDDEN)
-        tensors["fc.weight"] = _matrix(_HIDDEN, 3 * _HIDDEN)
+        tensors = _layer(generator, "midlayer.", 2 * _HIDDEN)
+        tensors["fc.weight"] = _matrix(generator, _HIDDEN, 3 * _HIDDEN)
         for name in ("midlayer.hidden_norm", "midlayer.input_layernorm", "norm"):
             tensors[f"{name}.weight"] = torch.ones(_HIDDEN)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def _layer(prefix: str, inputs: int, has_bias: bool = False) -> dict[str, torch.Tensor]:
+def _layer(
+    generator: torch.Generator, prefix: str, inputs: int, has_bias: bool = False
+) -> dict[str, torch.Tensor]:
     """Draw a decoder layer whose queries, keys and values are made of `inputs` numbers."""
     heads = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM}
     shapes = {f"self_attn.{name}_proj": (size, inputs) for name, size in heads.items()}
     shapes["self_attn.o_proj"] = (_HIDDEN, _HIDDEN)
     shapes |= {f"mlp.{name}_proj": (2 * _HIDDEN, _HIDDEN) for name in ("gate", "up")}
     shapes["mlp.down_proj"] = (_HIDDEN, 2 * _HIDDEN)
-    tensors = {f"{prefix}{name}.weight": _matrix(*shape) for name, shape in shapes.items()}
+    tensors = {
+        f"{prefix}{name}.weight": _matrix(generator, *shape) for name, shape in shapes.items()
+    }
     tensors[f"{prefix}post_attention_layernorm.weight"] = torch.ones(_HIDDEN)
     if has_bias:
         for name, size in heads.items():
@@ -87,6 +93,5 @@ def _layer(prefix: str, inputs: int, has_bias: bool = False) -> dict[str, torch.
     return tensors
 
 
-def _matrix(outputs: int, inputs: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(outputs * 10_007 + inputs)
+def _matrix(generator: torch.Generator, outputs: int, inputs: int) -> torch.Tensor:
     return torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
