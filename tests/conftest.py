@@ -22,6 +22,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # The tests' models are tiny: a second thread only spins beside the first (eight times slower on a
 # busy machine of two cores).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Drafts by n-grams would give all of the process's OpenMP regions numba's number of threads.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
