@@ -51,7 +51,7 @@ class RankLogger:
         """Log every step from now on."""
         runtime = self.flux_status.__self__
         if runtime.table.device.type == "cpu" and self.parallel_config.pipeline_parallel_size > 1:
-            # A later stage's buffers: vLLM makes them as it warms up, which it skips here when eager.
+            # vLLM makes a later stage's buffers as it warms up, which an eager CPU worker skips.
             self.model_runner._dummy_run(1)
         self._rank_steps: list[tuple] = []
         runtime.end_step = _logged(runtime, runtime.end_step, self._rank_steps)
