@@ -3,6 +3,7 @@
 Starting is what takes the time, and most of it is one core's work.
 """
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from .engine import Answer
 from .metrics import parse, total
 from .rank_log import RankLog
 from .tensor_parallel import RankedEngine
+
+
+_engines = itertools.count()
 
 
 @dataclass
@@ -55,7 +59,7 @@ def serve(setup: Setup, prompts: Sequence[Sequence[int]], max_tokens: int) -> Se
     from prometheus_client import generate_latest
 
     # Engines that this process had before are in its metrics too.
-    name = f"{setup.model.name}-{setup.ranks}"
+    name = f"{setup.model.name}-{next(_engines)}"
     arguments = setup.arguments | {"served_model_name": name}
     with RankedEngine(setup.model, setup.flux, setup.ranks, **arguments) as engine:
         answers = engine.generate(prompts, max_tokens, prompt_logprobs=True)
