@@ -16,7 +16,6 @@ from .metrics import parse, total
 from .rank_log import RankLog
 from .tensor_parallel import RankedEngine
 
-
 _engines = itertools.count()
 
 
