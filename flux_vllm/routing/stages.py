@@ -53,9 +53,11 @@ def send_hidden_states(output: Any) -> None:
 
     Args:
         output: of the model; IntermediateTensors but on the last stage.
+
+    Host sync: none on a GPU.
     """
     from vllm.distributed import get_pp_group
 
     stages = get_pp_group()
     if not stages.is_last_rank:
-        stages.send_tensor_dict(output.tensors)
+        stages.isend_tensor_dict(output.tensors)  # which keeps what it sends until it is sent

@@ -191,7 +191,7 @@ MEMBERS = {
         "device_group",
         "is_first_rank",
         "is_last_rank",
-        "send_tensor_dict",
+        "isend_tensor_dict",
         "recv_tensor_dict",
     },
     ("model_executor/offloader/base.py", "BaseOffloader"): {

@@ -46,7 +46,7 @@ class Stage:
     def recv_tensor_dict(self) -> dict[str, torch.Tensor]:
         return {"hidden_states": torch.ones(3, 2)}
 
-    def send_tensor_dict(self, tensors: Any) -> None:
+    def isend_tensor_dict(self, tensors: Any) -> None:
         self.sent.append(tensors)
 
 
