@@ -83,7 +83,7 @@ def check_features(vllm_config: Any) -> None:
         "a model without attention": model.is_attention_free,
         "bidirectional attention over multimodal prefixes": model.is_mm_prefix_lm,
         "reference sliding window attention": model.rswa_window is not None,
-        **refused_speculation(vllm_config.speculative_config),
+        **refused_speculation(vllm_config),
     }
     found = [what for what, present in refused.items() if present]
     if found:

@@ -30,21 +30,24 @@ def choose_drafter_backend(vllm_config: Any) -> None:
     speculative.attention_backend = AttentionBackendEnum["CPU_ATTN" if is_cpu else "FLASH_ATTN"]
 
 
-def refused_speculation(speculative: Any) -> dict[str, bool]:
+def refused_speculation(vllm_config: Any) -> dict[str, bool]:
     """Say what of a speculation layer routes cannot be combined with.
 
     Args:
-        speculative: vLLM's SpeculativeConfig; None without speculation.
+        vllm_config: of an engine that uses flux.
 
-    Returns: whether it is there, by what it is.
+    Returns: whether it is there, by what it is; nothing without speculation.
     """
+    speculative = vllm_config.speculative_config
     if speculative is None:
         return {}
-    is_mtp = speculative.method == "mtp"
+    method = speculative.method
+    has_stages = vllm_config.parallel_config.pipeline_parallel_size > 1
     return {
-        f"speculative decoding by {speculative.method}": speculative.method not in _METHODS,
+        f"speculative decoding by {method}": method not in _METHODS,
         "a drafter that reads the model's own KV cache (Gemma 4 MTP)": (
-            is_mtp and speculative.use_gemma4_mtp()
+            method == "mtp" and speculative.use_gemma4_mtp()
         ),
         "a drafter with --attention-backend flux": is_flux(speculative.attention_backend),
+        "a drafter behind pipeline stages": has_stages and method != "ngram",
     }

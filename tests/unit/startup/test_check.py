@@ -45,6 +45,10 @@ REFUSED = {
     "a drafter that reads the model's own KV cache (Gemma 4 MTP)": {
         "root__speculative_config": make_speculation("mtp", is_gemma4=True)
     },
+    "a drafter behind pipeline stages": {
+        "root__speculative_config": make_speculation("eagle3"),
+        "parallel__pipeline_parallel_size": 2,
+    },
     "a drafter with --attention-backend flux": {
         "root__speculative_config": make_speculation("eagle", backend="FLUX")
     },
