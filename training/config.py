@@ -173,6 +173,8 @@ class CostSettings:
 
     prompts: int = 0
     """Most prompts to measure; 0: all of the files, but for those of the test split."""
+    sampled_share: float = 0.5
+    """Of the prompts, with sampled routes and slopes, which take as long as all the rest."""
     input_noise: float = 1.0
     """Noise on what the routers see, in deviations of it over prompts."""
     need_weight: float = 0.3

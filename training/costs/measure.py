@@ -1,10 +1,11 @@
 """Measure what SPARSE layers cost a prompt: the divergence of sampled routes, and its slopes.
 
-Each prompt runs three times: under full attention, all SPARSE, and under sampled routes, with
-gradients. The samples lean to what is worth trying: layers that have mattered so far stay FULL
-more often. Nothing here depends on a router, so that any number of them is fitted afterwards.
+Each prompt runs under full attention and all SPARSE, and a share of them, half by default, once
+more under sampled routes, with gradients, which takes as long as the other two. The samples lean to
+what is worth trying: layers that have mattered so far stay FULL more often. Nothing here depends on
+a router, so that any number of them is fitted afterwards.
 
-Dimension legend: L layers, B prompts, P pools, H head dim, K = 2 samples.
+Dimension legend: L layers, B prompts, P pools, H head dim, K samples, at most 2.
 """
 
 import sys
@@ -41,6 +42,7 @@ class Measurer:
         tail_tokens: last queries of a prompt that SPARSE shows everything.
         token_budget: tokens computed at once.
         seed: of the samples.
+        sampled_share: of the prompts, by micro-batches; routes are sampled for these alone.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Measurer:
         tail_tokens: int,
         token_budget: int,
         seed: int,
+        sampled_share: float = 1.0,
     ) -> None:
         self.routed = routed
         self.inputs = RouterInputs(pools=inputs.pools, probe=inputs.probe)
@@ -59,6 +62,8 @@ class Measurer:
         self.token_budget = token_budget
         self.generator = torch.Generator().manual_seed(seed)
         self.leads = torch.zeros(routed.num_layers)
+        self.sampled_share = sampled_share
+        self.due = 1.0  # the first is sampled: later samples lean on it
 
     def measure(
         self, prompts: Sequence[Encoded], places: np.ndarray, held_out: np.ndarray
@@ -79,8 +84,10 @@ class Measurer:
                 self.answer_tokens,
                 tail_tokens=self.tail_tokens,
             )
-            pooled, sparse, nats, slopes = self._run(micro.to(self.routed.device))
-            if not (np.isfinite(nats).all() and np.isfinite(slopes[:, 1]).all()):
+            is_sampled = self.due >= 1
+            self.due += self.sampled_share - is_sampled
+            pooled, sparse, nats, slopes = self._run(micro.to(self.routed.device), is_sampled)
+            if not (np.isfinite(nats).all() and np.isfinite(slopes[:, 1:]).all()):
                 raise ValueError(
                     f"expected finite divergences and slopes, found others among the prompts "
                     f"{sorted(places[rows].tolist())} of the files; measure with --system.dtype "
@@ -92,8 +99,13 @@ class Measurer:
             )
         return join(parts)
 
-    def _run(self, micro: MicroBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Give pooled [B, L, P, H], sparse [B, K, L], nats [B, K] and slopes [B, K, L]."""
+    def _run(
+        self, micro: MicroBatch, is_sampled: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Give pooled [B, L, P, H], sparse [B, K, L], nats [B, K] and slopes [B, K, L].
+
+        K is 1 without a sample.
+        """
         layers, count = self.routed.num_layers, len(micro.tasks)
         at = (micro.answer_rows, micro.answer_positions)
         pooled = self.routed.probe(micro.probe, self.inputs)
@@ -107,18 +119,20 @@ class Measurer:
             by_token = distillation(self.routed.logits(hidden[at]), teacher)
             return mean_by_prompt(by_token, micro.answer_rows, count)
 
+        routes = [torch.zeros_like(full)]
         with torch.no_grad():
-            all_sparse = nats(torch.zeros_like(full))
-        routes = self._sample(count).to(full.device).requires_grad_(True)
-        sampled = nats(routes)
-        (slope,) = torch.autograd.grad(sampled.sum(), routes)
-        unknown = torch.full_like(slope, torch.nan)
-        sparse = torch.stack([torch.ones_like(full), 1 - routes.detach()])  # [K, L, B]
+            costs = [nats(routes[0])]
+        slopes = [torch.full_like(full, torch.nan)]
+        if is_sampled:
+            routes.append(self._sample(count).to(full.device).requires_grad_(True))
+            costs.append(nats(routes[1]))
+            slopes.append(-torch.autograd.grad(costs[1].sum(), routes[1])[0])
+        sparse = 1 - torch.stack(routes).detach()  # [K, L, B]
         return (
             pooled.half().cpu().numpy(),
             sparse.permute(2, 0, 1).to(torch.uint8).cpu().numpy(),
-            torch.stack([all_sparse, sampled.detach()], dim=1).cpu().numpy(),
-            torch.stack([unknown, -slope]).permute(2, 0, 1).float().cpu().numpy(),
+            torch.stack(costs, dim=1).detach().cpu().numpy(),
+            torch.stack(slopes).permute(2, 0, 1).float().cpu().numpy(),
         )
 
     def _sample(self, count: int) -> torch.Tensor:

@@ -128,6 +128,7 @@ def _measure(config: TrainConfig, folder: Path, world: World) -> Measurements:
             router.tail_tokens,
             config.optimizer.micro_batch_tokens,
             config.seed + world.rank,
+            config.costs.sampled_share,
         )
         limit = config.optimizer.time_limit_s
         measure_into(folder, measurer, missing, known, limit, world.rank)

@@ -19,6 +19,7 @@ from training.attach import RoutedModel
 from training.costs import train as costs_train
 from training.costs.measure import Measurer, PlacedPrompt, leads, measure_into
 from training.costs.measurements import Measurements, join, open_folder, read_folder
+from training.costs.quadratic import fit_costs
 from training.data.encoding import Encoded
 from training.evaluation.divergence import DivergenceMeter
 from training.policies import StaticPolicy
@@ -64,6 +65,23 @@ def test_nats_are_the_divergence_meters(routed: RoutedModel) -> None:
     assert part.sparse[:, 0].all()
     assert not part.sparse[:, 1].all()
     assert part.tokens.tolist() == [prompt.prompt_len for prompt in prompts]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_routes_are_sampled_for_a_share_of_the_prompts(routed: RoutedModel, share: float) -> None:
+    """The rest is measured all SPARSE, to the same numbers, and costs are fitted to both."""
+    prompts, places, held_out = make_prompts(20), np.arange(20), np.zeros(20, bool)
+    whole = by_place(measurer(routed).measure(prompts, places, held_out))
+    one_by_one = Measurer(routed, INPUTS, 128, 12, 1, seed=0, sampled_share=share)
+    part = by_place(one_by_one.measure(prompts, places, held_out))
+    sampled = ~np.isnan(part.nats[:, 1])
+    assert sampled.sum() == round(20 * share)
+    assert (~np.isnan(part.slopes[:, 1])).all(-1).tolist() == sampled.tolist()
+    np.testing.assert_allclose(part.nats[:, 0], whole.nats[:, 0], rtol=1e-3, atol=1e-6)
+    costs = fit_costs(part, steps=400)
+    predicted = costs.nats(torch.ones(20, 4)).numpy()
+    assert np.abs(np.log((predicted + 2e-3) / (part.nats[:, 0] + 2e-3))).mean() < 0.3
+    assert torch.isfinite(leads(part)).all()
 
 
 def test_slopes_are_those_of_mixed_routes(routed: RoutedModel) -> None:
