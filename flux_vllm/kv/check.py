@@ -57,6 +57,12 @@ def _check_features(vllm_config: Any) -> None:
     speculative = vllm_config.speculative_config
     drafts = speculative is not None and speculative.method != "ngram"
     for expected, found, remedy in (
+        (  # first: vLLM manages but one group beside most connectors
+            "KV blocks that stay on their device",
+            vllm_config.kv_transfer_config is not None
+            and "a KV connector or offloading, which moves blocks that were given back",
+            "switch it off",
+        ),
         (
             "vLLM to manage several KV cache groups",
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
@@ -68,12 +74,6 @@ def _check_features(vllm_config: Any) -> None:
             vllm_config.parallel_config.pipeline_parallel_size > 1
             and "several, whose layers form KV cache groups of their own",
             "serve by tensor parallel",
-        ),
-        (
-            "KV blocks that stay on their device",
-            vllm_config.kv_transfer_config is not None
-            and "a KV connector or offloading, which moves blocks that were given back",
-            "switch it off",
         ),
         (
             "speculative decoding by ngram",
