@@ -188,7 +188,8 @@ def table(files: Sequence[Path], out: Path) -> None:
                 "decode_step_ms_flash_attn": other["decode_step_ms"],
                 "generations": [row["generations"], other["generations"]],
                 "preemptions": [row["preemptions"], other["preemptions"]],
-                "provenance": [row["provenance"], other["provenance"]],
+                "provenance": row["provenance"],
+                "provenance_flash_attn": other["provenance"],
             }
         )
         say(

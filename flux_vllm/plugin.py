@@ -23,7 +23,10 @@ def register() -> None:
     from vllm import __version__ as version
 
     if not is_known_version(version):
-        _warn(f"vLLM {_dotted(VLLM_FROM)} or later, before {_dotted(VLLM_BELOW)}", version)
+        _warn(
+            f"expected vLLM {_dotted(VLLM_FROM)} or later, before {_dotted(VLLM_BELOW)}, found "
+            f"{version}; install one of these"
+        )
         return
     try:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -32,7 +35,7 @@ def register() -> None:
 
         front_end.install()
     except (ImportError, UnsupportedConfigurationError) as error:
-        _warn(f"what flux hooks in vLLM {version}", str(error))
+        _warn(str(error))
         return
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         register_backend(BACKEND_NAME, BACKEND_PATH)
@@ -67,10 +70,9 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def _warn(expected: str, found: str) -> None:
+def _warn(what: str) -> None:
     logger.warning(
-        "flux: expected %s, found %s; `--attention-backend flux` is not available in this process "
-        "and other backends are untouched: install a vLLM of that kind, or uninstall flux-vllm",
-        expected,
-        found,
+        "flux: %s, or uninstall flux-vllm; `--attention-backend flux` is not available in this "
+        "process, and other backends are untouched",
+        what,
     )

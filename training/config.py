@@ -27,7 +27,7 @@ class RouterSettings:
     context_depths: tuple[float, ...] = (0.65,)
     """Layers whose pooled queries every router sees beside its own layer's, by depth: 0 is the
     first layer, 1 the last."""
-    widths: tuple[int, ...] = (32, 16, 16, 16)
+    widths: tuple[int, ...] = (8, 8, 16, 16)
     """Outputs of a router's first four linear layers; empty: the paper's, 8H 2H 4H H for head_dim
     H."""
     sink_tokens: int = 128
@@ -177,7 +177,7 @@ class CostSettings:
     """Of the prompts, with sampled routes and slopes, which take as long as all the rest."""
     input_noise: float = 1.0
     """Noise on what the routers see, in deviations of it over prompts."""
-    need_weight: float = 0.3
+    need_weight: float = 1.0
     """Weight of the guess, from the same view, of what all SPARSE would cost: a denser signal."""
     most_nats: float = 1.0
     """A prompt's divergence counts for at most this much: an answer is lost once."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.hooks.wrap import wrap
+from flux_vllm.hooks.wrap import find, wrap
 from flux_vllm.selection import is_flux, uses_flux
 
 logger = logging.getLogger("vllm.flux")
@@ -15,16 +15,23 @@ logger = logging.getLogger("vllm.flux")
 def install() -> None:
     """Let the platform choose our backend, and check an engine's configuration before it starts.
 
-    Raises: UnsupportedConfigurationError: vLLM lacks a function that is to be wrapped.
+    Raises: UnsupportedConfigurationError: vLLM lacks a function that is to be wrapped; none is.
     """
     from vllm import plugins
     from vllm.platforms.cpu import CpuPlatform
 
-    wrap(CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, is_classmethod=True)
-    wrap(plugins, "load_general_plugins", _hook_again)
-    arguments = sys.modules.get("vllm.engine.arg_utils")
-    if arguments is not None:  # not yet, where a program loads the plugins first of all
-        wrap(arguments.EngineArgs, "create_engine_config", _check_engine_config)
+    hooks: list[tuple[Any, str, Callable, bool]] = [
+        (CpuPlatform, "get_attn_backend_cls", _choose_on_cpu, True),
+        (plugins, "load_general_plugins", _hook_again, False),
+    ]
+    module = sys.modules.get("vllm.engine.arg_utils")
+    if module is not None:  # not yet, where a program loads the plugins first of all
+        arguments = getattr(module, "EngineArgs", module)
+        hooks.append((arguments, "create_engine_config", _check_engine_config, False))
+    for owner, name, _, _ in hooks:
+        find(owner, name)  # all of them, before the first is wrapped
+    for hook in hooks:
+        wrap(*hook)
 
 
 def _hook_again(original: Callable) -> None:

@@ -7,6 +7,20 @@ from typing import Any
 from flux_vllm.errors import UnsupportedConfigurationError
 
 
+def find(owner: Any, name: str) -> Any:
+    """Return a class's or module's own function, as it is stored.
+
+    Raises: UnsupportedConfigurationError: there is no such function.
+    """
+    found = vars(owner).get(name)
+    if found is None:
+        raise UnsupportedConfigurationError(
+            f"expected a function {name} of {owner.__name__} in vLLM, found none; install a "
+            "version of vLLM that flux knows"
+        )
+    return found
+
+
 def wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False) -> None:
     """Replace a function of a class or module by `wrapper(original, ...)`, once.
 
@@ -19,12 +33,7 @@ def wrap(owner: Any, name: str, wrapper: Callable, is_classmethod: bool = False)
 
     Raises: UnsupportedConfigurationError: there is no such function.
     """
-    found = vars(owner).get(name)
-    if found is None:
-        raise UnsupportedConfigurationError(
-            f"expected a function {name} of {owner.__name__} in vLLM, found none; install a "
-            "version of vLLM that flux knows"
-        )
+    found = find(owner, name)
     function = found.__func__ if is_classmethod else found
     if hasattr(function, "__flux_wrapped__"):
         return

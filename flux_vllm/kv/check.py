@@ -35,7 +35,7 @@ def choose_clusters(
     if config.policy == "sparse":
         return cluster_layers(layers, layers)
     if config.policy == "static":
-        return cluster_layers(layers, config.sparse_layers or ())
+        return cluster_layers(layers, layers.intersection(config.sparse_layers or ()))
     assert info is not None, "policy `router` has one"
     order = [i for i in info.freeing_order or range(info.num_layers) if i in layers]
     return cluster_by_route(order, info.always_sparse, unrouted)

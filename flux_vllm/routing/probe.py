@@ -8,7 +8,7 @@ Dimension legend: L layers of the model, T tokens of a probe, P pools, N query h
 pairs of rotated dimensions, F features of a layer's router.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.transfer import upload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProbeMetadata:
     """What an attention layer gets in a probe, in the place of vLLM's metadata."""
 
@@ -32,11 +32,34 @@ class ProbeMetadata:
     mean_query: torch.Tensor | None
     """[T, H] float32: where the layer leaves its queries' mean over heads, after RoPE; None for a
     layer whose queries no router looks at."""
+    owner: "ProbeMetadata | None" = None
+    """Of the layer whose keys and values this one attends to; None where it has its own."""
+    is_shared: bool = False
+    """Whether other layers attend to this one's keys and values."""
+    _kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def keep(self, query: torch.Tensor) -> None:
         """Keep the mean over heads of a layer's queries [T, N, H]."""
         if self.mean_query is not None:
             torch.mean(query, 1, dtype=torch.float32, out=self.mean_query)
+
+    def to_attend(
+        self, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values that a layer attends to, [T, K, H] each.
+
+        Args:
+            key: the layer's own; None where it attends to another's.
+            value: likewise.
+        """
+        if self.owner is not None:
+            assert self.owner._kept is not None, "the owner of the keys ran before"
+            return self.owner._kept
+        assert key is not None
+        assert value is not None
+        if self.is_shared:
+            self._kept = key, value
+        return key, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +73,8 @@ class ProbedLayer:
     """Whether a router looks at the layer's queries."""
     rotary: RotaryInverse | None
     """None where they reach attention unrotated, or no router looks at them."""
+    owner: int | None = None
+    """The layer whose keys and values it takes; None where they are its own."""
 
 
 class ModelCall(Protocol):
@@ -85,8 +110,8 @@ class PromptProbe:
         router: all layers' routers, on the device.
         threshold: FULL where P(FULL) is at least this.
         layers: of the model, those of this pipeline stage.
-        routed_layers: indices of those with a route, of all stages; the others attend as the model
-            has them.
+        routed: of each layer with a route, on any stage: the layer whose route it takes, mostly
+            itself. The others attend as the model has them.
         model: runs it.
         reduce_ranks: of pooled queries [L, P, H], 0 for layers that are not here: their mean over
             tensor-parallel ranks, added up over pipeline stages.
@@ -99,7 +124,7 @@ class PromptProbe:
         router: LayerRouter,
         threshold: float,
         layers: Sequence[ProbedLayer],
-        routed_layers: Sequence[int],
+        routed: Mapping[int, int],
         model: ModelCall,
         reduce_ranks: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
@@ -123,14 +148,11 @@ class PromptProbe:
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-        self._metadata = {
-            layer.name: ProbeMetadata(
-                cu_seqlens, self._mean_query[layer.index] if layer.is_pooled else None
-            )
-            for layer in layers
-        }
+        self._metadata = _metadata(layers, cu_seqlens, self._mean_query)
+        self._owners = torch.arange(num_layers, device=device)
         self._is_routed = zeros(num_layers, dtype=torch.bool)
-        self._is_routed[list(routed_layers)] = True
+        for layer, owner in routed.items():
+            self._owners[layer], self._is_routed[layer] = owner, True
         self.routes = zeros(num_layers, dtype=torch.int8)
         """[L] int8: the routes of the latest prompt; UNDECIDED for layers that are not routed."""
         self.full_probability = zeros(num_layers)
@@ -192,9 +214,29 @@ class PromptProbe:
         features = self._inputs.assemble(pooled)
         # One request: [L, 1, F].
         probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]
+        probability = probability[self._owners]
         routes = choose_route(probability, self._threshold)
         self.routes.copy_(torch.where(self._is_routed, routes, int(Route.UNDECIDED)))
         self.full_probability.copy_(torch.where(self._is_routed, probability, float("nan")))
+
+
+def _metadata(
+    layers: Sequence[ProbedLayer], cu_seqlens: torch.Tensor, mean_query: torch.Tensor
+) -> dict[str, ProbeMetadata]:
+    """Make each layer's metadata, by its name; owners are other layers' too."""
+    shared = {layer.owner for layer in layers}
+    by_index = {
+        layer.index: ProbeMetadata(
+            cu_seqlens,
+            mean_query[layer.index] if layer.is_pooled else None,
+            is_shared=layer.index in shared,
+        )
+        for layer in layers
+    }
+    for layer in layers:
+        if layer.owner is not None:
+            by_index[layer.index].owner = by_index[layer.owner]
+    return {layer.name: by_index[layer.index] for layer in layers}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ class FluxRuntime:
         max_requests: slots to begin with.
         device: of the model.
         step_tokens: the most that a step adds to what is known of a request, drafts included.
+        owners: of the routed layers, those that take another's route, and whose.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class FluxRuntime:
         max_requests: int,
         device: torch.device,
         step_tokens: int = 1,
+        owners: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.config = config
         self.info = info
         self.routed_layers = routed_layers
         self._columns = np.array(routed_layers, dtype=np.int64)
+        self._owners = owners
         self.sink_tokens, self.window_tokens = config.window(info)
         self.pattern = make_pattern(
             config.pattern_name(info),
@@ -114,6 +118,8 @@ class FluxRuntime:
             routes[layer] = int(Route.FULL)
         for layer in sparse_layers:
             routes[layer] = int(Route.SPARSE)
+        for layer, owner in self._owners.items():
+            routes[layer] = routes[owner]
         return routes
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Attaching a runtime to the attention layers of a model that was just loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,13 @@ from flux_vllm.routing.runtime import FluxRuntime
 from flux_vllm.routing.stages import gather_over_stages, sum_over_stages
 from flux_vllm.routing.state_layers import StateLayers
 from flux_vllm.startup.check import check_features, check_fit, check_probe
-from flux_vllm.startup.layers import AttentionLayer, attention_layers, layers_for_router, rotary_of
+from flux_vllm.startup.layers import (
+    AttentionLayer,
+    attention_layers,
+    layers_for_router,
+    layers_with_routes,
+    rotary_of,
+)
 from flux_vllm.startup.report import start_reporting
 from flux_vllm.startup.router_file import read_router_for
 
@@ -40,26 +46,28 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     router, info = read_router_for(config, vllm_config)
     model = runner.get_model()
     layers = attention_layers(model)
-    full = [layer for layer in layers if layer.has_full_attention]
     # The others of full attention stay undecided, hence FULL.
-    routed = layers_for_router(model, layers) if config.needs_router else full
+    routed = layers_for_router(model, layers) if config.needs_router else layers_with_routes(layers)
     if info is not None:
         for layer in layers:
             if layer in routed or layer.index in info.context_layers:
                 check_fit(info, num_layers, layer.attention.head_size)
-    routed_layers = tuple(gather_over_stages([layer.index for layer in routed]))
-    _check_sparse_layers(config, info, set(routed_layers))
+    routed_by = dict(gather_over_stages([(layer.index, layer.owner) for layer in routed]))
+    owners = {index: owner for index, owner in routed_by.items() if index != owner}
+    _check_sparse_layers(config, info, set(routed_by), owners)
     runtime = FluxRuntime(
         config,
         info,
         num_layers,
-        routed_layers,
+        tuple(routed_by),
         vllm_config.scheduler_config.max_num_seqs,
         device,
         step_tokens=1 + vllm_config.num_speculative_tokens,
+        owners=owners,
     )
-    for layer in full:
-        layer.attention.impl.binding = LayerBinding(runtime, layer.index)
+    for layer in layers:
+        if layer.has_full_attention:
+            layer.attention.impl.binding = LayerBinding(runtime, layer.index)
     if config.needs_router:
         assert router is not None
         assert info is not None
@@ -69,7 +77,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
             router.to(device),
             config.threshold,
             _probed_layers(layers, routed, info.inputs, device),
-            routed_layers,
+            routed_by,
             RunnerModelCall(
                 runner,
                 vllm_config,
@@ -79,12 +87,23 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
             _over_ranks,
             device,
         )
-    start_reporting(runtime, vllm_config, full[0].attention.impl.kernels_name)
+    full = next(layer for layer in layers if layer.has_full_attention)
+    start_reporting(runtime, vllm_config, full.attention.impl.kernels_name)
     return runtime
 
 
-def _check_sparse_layers(config: FluxConfig, info: RouterInfo | None, routed: set[int]) -> None:
-    """Refuse layers that are to be SPARSE and have no route."""
+def _check_sparse_layers(
+    config: FluxConfig, info: RouterInfo | None, routed: set[int], owners: Mapping[int, int]
+) -> None:
+    """Refuse layers that are to be SPARSE and have no route, or another layer's."""
+    named = config.sparse_layers or ()
+    for layer in named:
+        if owners.get(layer, layer) not in named:
+            raise FluxConfigError(
+                f"flux config: expected sparse_layers with layer {owners[layer]}, whose KV cache "
+                f"and route layer {layer} shares, found {layer} without it; name layer "
+                f"{owners[layer]}"
+            )
     unrouted = sorted(set(config.sparse_layers or ()) - routed)
     if unrouted:
         raise FluxConfigError(
@@ -92,11 +111,12 @@ def _check_sparse_layers(config: FluxConfig, info: RouterInfo | None, routed: se
             f"{unrouted}, which keep a sliding window of the model's own; remove them"
         )
     if config.needs_router and info is not None:
-        unrouted = sorted(set(info.always_sparse) - routed)
+        always = set(info.always_sparse)
+        unrouted = [n for n in sorted(always) if not {n, owners.get(n, n)} <= routed & always]
         if unrouted:
             raise RouterCheckpointError(
                 "router: expected always_sparse layers with full attention and RoPE in the model, "
-                f"found {unrouted} without (trained for "
+                f"and with those whose KV cache they share, found {unrouted} without (trained for "
                 f"{info.base_model or 'an unnamed model'!r}); give this model's own router"
             )
 
@@ -111,14 +131,15 @@ def _probed_layers(
     rotaries: dict[int, RotaryInverse] = {}
     probed = []
     for layer in layers:
-        inverse = None
-        is_pooled = layer in routed or layer.index in inputs.context_layers
+        inverse, has_own = None, layer.owner == layer.index
+        is_pooled = (layer in routed and has_own) or layer.index in inputs.context_layers
         rotary = rotary_of(layer) if is_pooled else None
         if rotary is not None:
             if id(rotary) not in rotaries:
                 rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
             inverse = rotaries[id(rotary)]
-        probed.append(ProbedLayer(layer.attention.layer_name, layer.index, is_pooled, inverse))
+        name, owner = layer.attention.layer_name, None if has_own else layer.owner
+        probed.append(ProbedLayer(name, layer.index, is_pooled, inverse, owner))
     return probed
 
 

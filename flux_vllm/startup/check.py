@@ -40,10 +40,14 @@ def check_configuration(vllm_config: Any) -> None:
             "it chooses among CUDA kernels"
         )
     model = vllm_config.model_config
-    config.check_layers(model.get_total_num_hidden_layers())
+    num_layers = model.get_total_num_hidden_layers()
+    config.check_layers(num_layers)
     _, info = read_router_for(config, vllm_config)
     if info is not None:
-        check_fit(info, model.get_total_num_hidden_layers(), model.get_head_size())
+        # Which of several sizes the routed layers have is known once the model is loaded.
+        sizes = {model.model_arch_config[layer].head_size for layer in range(num_layers)}
+        head_dim = info.head_dim if info.head_dim in sizes else model.get_head_size()
+        check_fit(info, num_layers, head_dim)
         if config.needs_router:
             check_probe(info.inputs, vllm_config)
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)

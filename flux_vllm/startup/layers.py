@@ -23,6 +23,14 @@ class AttentionLayer:
     """The model's module that holds it, and its rotary embedding."""
 
     @property
+    def owner(self) -> int:
+        """The layer whose KV cache it attends to, and whose route it takes; mostly itself."""
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        shared: str | None = self.attention.kv_sharing_target_layer_name
+        return self.index if shared is None else extract_layer_index(shared)
+
+    @property
     def has_full_attention(self) -> bool:
         """Layers with a sliding window of the model's own stay as they are."""
         return self.attention.sliding_window is None
@@ -63,28 +71,35 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
+def layers_with_routes(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """Choose the layers of full attention, over a KV cache of such a layer."""
+    full = {layer.index for layer in layers if layer.has_full_attention}
+    return [layer for layer in layers if {layer.index, layer.owner} <= full]
+
+
 def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
     """Choose the layers that a router decides for: of full attention, with RoPE.
 
     Layers without it beside others with it are those through which a model sees its whole context:
-    they stay FULL. A model without any RoPE has no such division: all are chosen.
+    they stay FULL. A model without any RoPE has no such division: all are chosen. Layers that share
+    another's KV cache are chosen with it.
 
     Raises: UnsupportedConfigurationError: RoPE is in layers with a sliding window alone.
     """
-    full = [layer for layer in layers if layer.has_full_attention]
-    rotating = [layer for layer in layers if rotates(layer.parent) is not False]
-    # Whether the layers of any stage use RoPE, and have full attention too.
-    kinds = gather_over_stages([layer.has_full_attention for layer in rotating])
-    if not kinds:
+    full = layers_with_routes(layers)
+    rotating = {layer.index for layer in layers if rotates(layer.parent) is not False}
+    # Of the layers that use RoPE, on any pipeline stage: whether they have a route.
+    have_routes = gather_over_stages([layer in full for layer in layers if layer.index in rotating])
+    if not have_routes:
         return full
-    if not any(kinds):
+    if not any(have_routes):
         raise UnsupportedConfigurationError(
             '--attention-backend flux with policy "router": expected rotary position embeddings '
             f"(RoPE) in layers with full attention, found none in {type(model).__name__}, whose "
             "layers with a sliding window have them; choose a policy without a router "
             '("full", "sparse", "static")'
         )
-    return [layer for layer in full if layer in rotating]
+    return [layer for layer in full if layer.owner in rotating]
 
 
 def rotary_of(layer: AttentionLayer) -> Any:

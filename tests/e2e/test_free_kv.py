@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
+from transformers import Gemma4TextConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from flux_vllm.errors import UnsupportedConfigurationError
@@ -18,7 +19,7 @@ from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.free_kv import PoisonedEngine, given_back
 from tests.helpers.metrics import parse, total
-from tests.helpers.models import random_prompt
+from tests.helpers.models import random_prompt, write_tiny_model
 from tests.helpers.tensor_parallel import RankedEngine
 
 pytestmark = pytest.mark.vllm
@@ -96,6 +97,26 @@ def test_layers_of_the_wrong_cluster_change_answers(tiny_model, monkeypatch):
     monkeypatch.setattr(worker, "choose_clusters", lambda *_: wrong)
     with PoisonedEngine(tiny_model, FREE, block_size=BLOCK_SIZE) as engine:
         assert _answers(engine)[0] != _plain(tiny_model)[0]
+
+
+def test_an_owners_blocks_are_its_sharers_too(tmp_path):
+    """Layers 2 and 3 attend to the keys of layer 1: freed once, by its route, for all three."""
+    model = write_tiny_model(
+        tmp_path,
+        Gemma4TextConfig,
+        layer_types=["full_attention"] * 4,
+        num_kv_shared_layers=2,
+        global_head_dim=32,
+        hidden_size_per_layer_input=0,
+    )
+    sharing = {"sparse_layers": [1, 2, 3]}
+    expected = _plain(model, sharing)
+    assert expected != _plain(model, {"sparse_layers": []})
+    with PoisonedEngine(model, FREE | sharing, block_size=BLOCK_SIZE) as engine:
+        assert len(engine.managers) == 2
+        assert _answers(engine) == expected
+        ends = [(n + TOKENS - 128 - WINDOW_TOKENS) // BLOCK_SIZE for n in LENGTHS]
+        assert len(engine.freed) == sum(max(end - 1, 0) for end in ends)
 
 
 @pytest.mark.parametrize("pattern", ["streaming", "triangle"])

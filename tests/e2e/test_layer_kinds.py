@@ -14,6 +14,8 @@ import pytest
 from transformers import (
     FalconH1Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
     LlamaConfig,
     NemotronHConfig,
@@ -98,6 +100,30 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "sliding_window": 64,
             "query_pre_attn_scalar": 32,
+        },
+    ),
+    # Likewise, and the last layers attend to keys of earlier ones.
+    "gemma4-shared-kv": Family(
+        Gemma4TextConfig,
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 64,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 512,
+        },
+        sparse=(1, 3),
+        owners={3: 1},
+    ),
+    # Sliding windows beside full attention, and learned sinks in both.
+    "gpt-oss": Family(
+        GptOssConfig,
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
         },
     ),
 }

@@ -44,6 +44,8 @@ SHAPES = [
     replace(BASE, dtype=torch.float16),
     replace(BASE, block_size=64),
     replace(BASE, block_size=128),
+    # gpt-oss.
+    replace(BASE, heads=64, kv_heads=8, head_dim=64, learned_sinks=True),
 ]
 # (seq_lens, query_lens); several queries are a prompt's but in `drafts`.
 BATCHES = {

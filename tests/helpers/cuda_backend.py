@@ -34,7 +34,10 @@ def stand_for_gpu(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 4) -> 
     """Let the backend take this machine for a GPU without FlashAttention-3, until a test's end."""
     from vllm.v1.attention.backends import flash_attn
 
-    for name in ("get_flash_attn_version", "flash_attn_supports_quant_query_input"):
+    for name in (
+        *("get_flash_attn_version", "flash_attn_supports_quant_query_input"),
+        "flash_attn_supports_sinks",
+    ):
         monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -107,7 +110,9 @@ class BackendWorker:
         with set_current_vllm_config(config):
             for index in range(LAYERS):
                 impl = FluxCUDABackend.get_impl_cls()(
-                    shape.heads, shape.head_dim, batch.scale, shape.kv_heads, None, None, "auto"
+                    *(shape.heads, shape.head_dim, batch.scale, shape.kv_heads),
+                    *(None, None, "auto"),
+                    sinks=batch.sink_logits,
                 )
                 impl.binding = LayerBinding(self.runtime, index)
                 scale = torch.ones((), device=device)  # what vLLM's own forward reads

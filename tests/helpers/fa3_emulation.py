@@ -21,6 +21,7 @@ def attend(
     window_tokens: int | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as `fa3.attend` says; no window, no work plan."""
     assert window_tokens is None
@@ -37,6 +38,9 @@ def attend(
     assert query.dtype in (torch.float16, torch.bfloat16)
     assert all(t.stride(-1) == 1 for t in (query, key_cache, value_cache, out, block_table))
     assert kv_batch_idx is not None or len(block_table) == rows
+    if sink_logits is not None:
+        assert sink_logits.shape == (heads,)
+        assert sink_logits.dtype == torch.bfloat16
     for lengths, size in ((query_start_loc, rows + 1), (seqused_k, rows), (seqused_q, rows)):
         if lengths is not None:
             assert lengths.shape == (size,)
@@ -61,7 +65,12 @@ def attend(
         scores = torch.einsum("qnh,knh->nqk", q, k) * scale
         later = torch.arange(keys) > torch.arange(keys - queries, keys)[:, None]
         scores.masked_fill_(later, float("-inf"))
-        attended = torch.einsum("nqk,knh->qnh", scores.softmax(dim=-1), v)
+        if sink_logits is not None:
+            beside = sink_logits.float()[:, None, None].expand(-1, queries, 1)
+            scores = torch.cat([scores, beside], dim=-1)
+        weights = scores.softmax(dim=-1)[..., :keys]
+        attended = torch.einsum("nqk,knh->qnh", weights, v)
         out[start : start + queries] = attended.to(out.dtype)
-        lse[:, start : start + queries] = scores.logsumexp(dim=-1)
+        if sink_logits is None:  # with learned sinks nothing is promised of it
+            lse[:, start : start + queries] = scores.logsumexp(dim=-1)
     return lse

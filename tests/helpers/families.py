@@ -11,8 +11,8 @@ that stock vLLM makes against the same reference, whose weights are the same.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Family:
     head_dim: int = 32
     is_quantized: bool = False
     """Whether its projections are of four bits."""
+    owners: Mapping[int, int] = field(default_factory=dict)
+    """Of layers that share another's KV cache, and take its route: whose."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ def make_case(family: Family, folder: Path) -> Case:
     write_random_router(
         beside_weights(folder).parent,
         num_layers=4,
-        head_dim=family.head_dim,
+        head_dim=reference.head_dim,
         pool_tokens=48,
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
@@ -123,13 +125,20 @@ def make_case(family: Family, folder: Path) -> Case:
     )
     router = ReferenceRouter.load(beside_weights(folder))
     with start(folder, family, None) as engine:
-        stock = list(_answers(engine, family))
+        stock = list(answer_all(engine, family))
         block_size = engine.worker.vllm_config.cache_config.block_size
     return Case(folder, family, reference, router, stock, block_size)
 
 
-def start(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
-    """Start an engine: stock vLLM where there is no configuration of flux."""
+def start(folder: Path, family: Family, flux: dict[str, Any] | None, **arguments: Any) -> Engine:
+    """Start an engine: stock vLLM where there is no configuration of flux.
+
+    Args:
+        folder: of the model.
+        family: of it.
+        flux: the configuration, or None.
+        arguments: further ones of `vllm.LLM`.
+    """
     from vllm.model_executor.layers.mamba.abstract import MambaBase
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
@@ -144,10 +153,11 @@ def start(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
             max_num_seqs=4,
             enable_prefix_caching=True,
             served_model_name=f"family-{next(_names)}",
+            **arguments,
         )
 
 
-def _answers(engine: Engine, family: Family) -> Iterator[Answer]:
+def answer_all(engine: Engine, family: Family) -> Iterator[Answer]:
     """Answer each prompt in one chunk, in chunks, and when its first blocks are cached."""
     for length in family.lengths:
         prompt = random_prompt(length, seed=length)
@@ -173,9 +183,9 @@ def _decided_layers(engine: Engine) -> set[int]:
 def check_fixed_routes(case: Case) -> None:
     """Check `static` with no layer SPARSE, and with some."""
     with start(case.folder, case.family, STATIC) as engine:
-        full = list(_answers(engine, case.family))
+        full = list(answer_all(engine, case.family))
         engine.runtime.fix_routes(case.family.sparse)
-        sparse = list(_answers(engine, case.family))
+        sparse = list(answer_all(engine, case.family))
         decided = _decided_layers(engine)
     for own, ours in zip(case.stock, full, strict=True):
         assert own.tokens == ours.tokens
@@ -189,10 +199,17 @@ def check_fixed_routes(case: Case) -> None:
     assert decided == set(case.family.routed)
 
 
-def check_router(case: Case) -> None:
-    """Check `router`: its routes, the same for every schedule, and what they make of answers."""
-    with start(case.folder, case.family, {}) as engine:
-        answers = list(_answers(engine, case.family))
+def check_router(case: Case, kernels: str | None = None, **arguments: Any) -> None:
+    """Check `router`: its routes, the same for every schedule, and what they make of answers.
+
+    Args:
+        case: the model's.
+        kernels: on a GPU.
+        arguments: further ones of `vllm.LLM`.
+    """
+    flux = {} if kernels is None else {"kernels": kernels}
+    with start(case.folder, case.family, flux, **arguments) as engine:
+        answers = list(answer_all(engine, case.family))
         decided = _decided_layers(engine)
     assert case.error(answers, [_routes(case, answer) for answer in answers]) < case.allowed
     bits = [
@@ -211,6 +228,7 @@ def _routes(case: Case, answer: Answer) -> list[int]:
         return case.reference.full_routes()
     margin = P_FULL_MARGIN if case.family.dtype == "float32" else 0.1
     p_full = case.router.p_full(case.reference, answer.prompt)
+    p_full = p_full[[case.family.owners.get(n, n) for n in range(4)]]
     layers = list(case.family.routed)
     assert answer.routes is not None
     assert answer.p_full is not None

@@ -56,6 +56,9 @@ def _write(folder: str | Path, config: PreTrainedConfig, seed: int) -> Path:
             if name.endswith("bias"):
                 weight.normal_(0.0, 0.5, generator=generator)
                 continue
+            if name.endswith("sinks"):  # a share of most queries' softmax, of some next to all
+                weight.normal_(6.0, 2.0, generator=generator)
+                continue
             if weight.dim() == 1 or name.endswith("norm.weight"):  # Cohere's are of [heads, dim]
                 # q_norm and k_norm set the score's scale where a model has them.
                 qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))

@@ -42,7 +42,11 @@ def _attend(
     keys, values = (t.repeat_interleave(group, dim=1) for t in (key, value))
     scores = query.float() @ keys.float().transpose(2, 3) * scaling
     scores = scores.masked_fill(~seen, float("-inf"))
-    return (scores.softmax(dim=-1) @ values.float()).transpose(1, 2).to(query.dtype), None
+    if kwargs.get("s_aux") is not None:  # learned sinks: scores without a value
+        beside = kwargs["s_aux"].float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, beside], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : values.shape[2]]
+    return (weights @ values.float()).transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register(_ATTENTION_NAME, _attend)
@@ -72,16 +76,16 @@ class WholeModel:
             self.head_dim = module.head_dim
             self.attention_layers.append(module.layer_idx)
             source = getattr(module, "q_norm", None) or module.q_proj
-            source.register_forward_hook(self._capture(module.layer_idx))
+            source.register_forward_hook(self._capture(module.layer_idx, module.head_dim))
 
-    def _capture(self, layer: int) -> Any:
+    def _capture(self, layer: int, head_dim: int) -> Any:
         """Make the hook that keeps a layer's queries before RoPE, averaged over heads."""
 
         def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
             query = output[0].float()
             if query.shape[0] != self._tokens:  # Gemma norms them by head: [N, n, H]
                 query = query.transpose(0, 1)
-            self._queries[layer] = query.reshape(self._tokens, -1, self.head_dim).mean(dim=1)
+            self._queries[layer] = query.reshape(self._tokens, -1, head_dim).mean(dim=1)
 
         return hook
 
@@ -94,7 +98,7 @@ class WholeModel:
         """Run tokens at any ascending positions, each attending to those before it.
 
         Returns: [layers, tokens, H] queries before RoPE, averaged over heads; zeros for layers
-            without attention.
+            without attention, or with heads of another size than the last one's.
         """
         self._tokens = len(tokens)
         causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
@@ -106,7 +110,8 @@ class WholeModel:
         )
         queries = torch.zeros(self.num_layers, len(tokens), self.head_dim)
         for layer, query in self._queries.items():
-            queries[layer] = query
+            if query.shape[1] == self.head_dim:
+                queries[layer] = query
         return queries
 
     def logprobs(

@@ -90,7 +90,9 @@ class TestOtherVersions:
         "from flux_vllm import plugin\n"
         "plugin.register()\n"
         "assert 'FLUX' not in E.__members__\n"
-        "assert not hasattr(plugins.load_general_plugins, '__flux_wrapped__')\n"
+        "for found in (getattr(CpuPlatform, 'get_attn_backend_cls', None),\n"
+        "              getattr(plugins, 'load_general_plugins', None)):\n"
+        "    assert not hasattr(getattr(found, '__func__', found), '__flux_wrapped__')\n"
         "print('untouched')\n"
     )
 
@@ -121,8 +123,20 @@ class TestOtherVersions:
                 "del CpuPlatform.get_attn_backend_cls",
                 "expected a function get_attn_backend_cls of CpuPlatform in vLLM, found none",
             ),
+            (
+                "del plugins.load_general_plugins",
+                "expected a function load_general_plugins of vllm.plugins in vLLM, found none",
+            ),
+            (
+                "from vllm.engine import arg_utils\ndel arg_utils.EngineArgs",
+                "expected a function create_engine_config of vllm.engine.arg_utils in vLLM",
+            ),
+            (
+                "from vllm.engine import arg_utils\ndel arg_utils.EngineArgs.create_engine_config",
+                "expected a function create_engine_config of EngineArgs in vLLM, found none",
+            ),
         ],
-        ids=["version", "function"],
+        ids=["version", "platform", "plugins", "no-arguments", "arguments"],
     )
     def test_nothing_is_hooked(self, change: str, warning: str) -> None:
         code = self.UNTOUCHED.format(change=change)

@@ -6,7 +6,6 @@ embedded default: correct everywhere, no claim of speed.
 """
 
 import torch
-from torch.nn import functional
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -18,7 +17,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from flux_vllm.attention_backend.cpu.batch_plan import CpuRoutes
-from flux_vllm.attention_backend.cpu.pages import learn_page_layout
+from flux_vllm.attention_backend.cpu.masked import attend_masked
+from flux_vllm.attention_backend.cpu.pages import PageLayout, learn_page_layout
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.routing.probe import ProbeMetadata
@@ -117,6 +117,9 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
     binding: LayerBinding | None = None
     """Set when the model is loaded; None for a layer with a sliding window of its own."""
 
+    page_layout: PageLayout
+    """How vLLM packs this layer's keys; set by the metadata builder."""
+
     kernels_name = "cpu"
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -124,9 +127,7 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         refused = {
             "ALiBi slopes": self.alibi_slopes is not None,
             "attention logits softcap": bool(self.logits_soft_cap),
-            "learned attention sinks": self.sinks is not None,
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
-            "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
             f"KV cache dtype {self.kv_cache_dtype}": self.is_fp8_kv_cache,
         }
         found = [what for what, present in refused.items() if present]
@@ -152,6 +153,7 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         """Attend; shapes as in vLLM's `CPUAttentionBackendImpl.forward`."""
         if isinstance(attn_metadata, ProbeMetadata):
             attn_metadata.keep(query)
+            key, value = attn_metadata.to_attend(key, value)
             return self._attend_probe(query, key, value, output)
         routes: CpuRoutes | None = None if attn_metadata is None else attn_metadata.flux
         rest = (output_scale, output_block_scale)
@@ -171,9 +173,8 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         # vLLM's CPU kernels keep the model's dtype in a cache of any other as wide.
         pages = kv_cache.view(query.dtype)
         for rows, prefill in plan.sparse_prefills:
-            prefill.attend(
-                query[rows], pages, self.page_layout, self.scale, output[rows].view(shape)
-            )
+            part = output[rows].view(shape)
+            prefill.attend(query[rows], pages, self.page_layout, self.scale, self.sinks, part)
         return output
 
     def _attend_probe(
@@ -185,13 +186,13 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
         """
         distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
         window = self.sliding_window if self.sliding_window > 0 else len(query)
-        attended = functional.scaled_dot_product_attention(
-            query[None].transpose(1, 2),
-            key[None].transpose(1, 2),
-            value[None].transpose(1, 2),
-            attn_mask=(distance >= 0) & (distance < window),
-            scale=self.scale,
-            enable_gqa=True,
+        attended = attend_masked(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            (distance >= 0) & (distance < window),
+            self.scale,
+            self.sinks,
         )
-        output.view(query.shape).copy_(attended[0].transpose(0, 1))
+        output.view(query.shape).copy_(attended)
         return output

@@ -35,6 +35,7 @@ class ChunkPrefill(Protocol):
         kv_cache: torch.Tensor,
         layout: PageLayout,
         scale: float,
+        sink_logits: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """Attend one layer's queries of the chunk.
@@ -44,5 +45,6 @@ class ChunkPrefill(Protocol):
             kv_cache: [num_blocks, K, block_size, 2 * H].
             layout: of `kv_cache`.
             scale: of the scores.
+            sink_logits: [N] of the heads' learned sinks; None for heads without.
             output: [Q, N, H], written.
         """

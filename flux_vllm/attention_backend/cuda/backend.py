@@ -93,11 +93,6 @@ class FluxCUDABackend(FlashAttentionBackend):
         return False
 
     @classmethod
-    def supports_sink(cls) -> bool:
-        """Learned sinks have no sparse counterpart here."""
-        return False
-
-    @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
         """The router must see queries before vLLM quantizes them, so no float8 KV cache."""
         return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
@@ -206,12 +201,10 @@ class FluxCUDAImpl(FlashAttentionImpl):
         refused = {
             "ALiBi slopes": self.alibi_slopes is not None,
             "attention logits softcap": bool(self.logits_soft_cap),
-            "learned attention sinks": self.sinks is not None,
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
             f"{self.num_queries_per_kv} query heads a KV head (at most {MOST_QUERY_HEADS})": (
                 self.num_queries_per_kv > MOST_QUERY_HEADS
             ),
-            "a KV cache shared between layers": self.kv_sharing_target_layer_name is not None,
         }
         found = [what for what, present in refused.items() if present]
         if found:
@@ -246,6 +239,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
         """Attend; shapes as in vLLM's `FlashAttentionImpl.forward`."""
         if isinstance(attn_metadata, ProbeMetadata):
             attn_metadata.keep(query)
+            key, value = attn_metadata.to_attend(key, value)
             return self._attend_probe(query, key, value, attn_metadata.cu_seqlens, output)
         routes: CudaRoutes | None = None
         if attn_metadata is not None and self.binding is not None:
@@ -315,5 +309,6 @@ class FluxCUDAImpl(FlashAttentionImpl):
             causal=True,
             window_size=None if self.sliding_window is None else list(self.sliding_window),
             fa_version=self.vllm_flash_attn_version,
+            s_aux=self.sinks,
         )
         return output

@@ -97,6 +97,8 @@ class Kernels(Protocol):
     """As the operator calls them: `fa3` or `triton`."""
     scale: float
     """Of the scores."""
+    sink_logits: torch.Tensor | None
+    """[N] of the heads' learned sinks; None for heads without."""
 
     def variants(self, limits: Limits) -> Variants:
         """Say which batches between them call every kernel that a batch within limits can."""

@@ -29,6 +29,7 @@ class FA3Kernels:
 
     def __init__(self, impl: "FlashAttentionImpl", sizes: Sizes) -> None:
         self.scale = impl.scale
+        self.sink_logits = impl.sinks
         self._shape = CallShape(impl.num_heads, impl.num_kv_heads, impl.head_size, sizes.num_sms)
         self._sink_tokens = sizes.sink_tokens
         self._window_tokens = sizes.window_tokens
@@ -84,6 +85,7 @@ class FA3Kernels:
             scale=self.scale,
             scheduler_metadata=call.plan,
             num_splits=metadata.max_num_splits,
+            sink_logits=self.sink_logits,
         )
 
     def sink_window_pass(self, call: LayerCall) -> None:
@@ -99,4 +101,5 @@ class FA3Kernels:
             scale=self.scale,
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,
+            sink_logits=self.sink_logits,
         )

@@ -69,6 +69,7 @@ class TritonKernels:
         self, impl: "FlashAttentionImpl", sizes: Sizes, workspace: SharedWorkspace
     ) -> None:
         self.scale = impl.scale
+        self.sink_logits = impl.sinks
         self._heads, self._kv_heads = impl.num_heads, impl.num_kv_heads
         self._sink_tokens = sizes.sink_tokens
         self._window_tokens = sizes.window_tokens
@@ -102,6 +103,7 @@ class TritonKernels:
             self._workspace.of(call),
             max_query_len=call.metadata.max_query_len,
             scale=self.scale,
+            sink_logits=self.sink_logits,
         )
 
     def full_pass(self, call: LayerCall) -> None:
@@ -132,4 +134,5 @@ class TritonKernels:
             sparse=sparse,
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,
+            sink_logits=self.sink_logits,
         )

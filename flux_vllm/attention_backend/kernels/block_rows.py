@@ -21,7 +21,7 @@ from flux_vllm.attention_backend.kernels.block_lists import BlockLists
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
 from flux_vllm.attention_backend.kernels.head_pages import HeadPages, head_pages, page_tokens
 from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
-from flux_vllm.attention_backend.kernels.tiles import power_of_two
+from flux_vllm.attention_backend.kernels.tiles import LOG2_E, power_of_two
 from flux_vllm.transfer import to_device
 
 _BLOCK = tl.constexpr(BLOCK_TOKENS)
@@ -114,6 +114,7 @@ def attend_block_rows(
     rows: BlockRows,
     *,
     scale: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
 
@@ -124,6 +125,7 @@ def attend_block_rows(
         lists: of the layer.
         rows: of the step, from `make_block_rows`.
         scale: softmax scale.
+        sink_logits: [N] of the heads' learned sinks; None for heads without.
 
     Host sync: none.
     """
@@ -132,15 +134,19 @@ def attend_block_rows(
         heads = range(first_head, min(first_head + rows.heads, query.shape[1]))
         write_tables(cache.keys, pages, lists, rows, heads, query.shape[1])
         gather_queries(query, lists, rows, heads)
-        attend_rows(pages, rows, heads, scale)
-        scatter_outputs(out, lists, rows, heads)
+        lse = attend_rows(pages, rows, heads, scale)
+        scatter_outputs(out, lists, rows, heads, lse, sink_logits)
 
 
-def attend_rows(pages: HeadPages, rows: BlockRows, heads: range, scale: float) -> None:
-    """Make the call: from `rows.query` to `rows.out`."""
+def attend_rows(pages: HeadPages, rows: BlockRows, heads: range, scale: float) -> torch.Tensor:
+    """Make the call: from `rows.query` to `rows.out`.
+
+    Returns: lse [1, queries] float32, natural logarithm; without learned sinks, of which a call
+        takes one a head, and here all heads are one.
+    """
     number = len(heads) * len(rows.order)
     queries = slice(number * BLOCK_TOKENS)
-    fa3.attend(
+    return fa3.attend(
         rows.query[queries],
         KVCache(pages.keys, pages.values),
         rows.out[queries],
@@ -205,9 +211,26 @@ def gather_queries(query: torch.Tensor, lists: BlockLists, rows: BlockRows, head
     _copy(query, rows.query, lists, rows, heads, gather=True)
 
 
-def scatter_outputs(out: torch.Tensor, lists: BlockLists, rows: BlockRows, heads: range) -> None:
-    """Copy a slice's `rows.out` to [T, N, H], where rows are attended."""
-    _copy(out, rows.out, lists, rows, heads, gather=False)
+def scatter_outputs(
+    out: torch.Tensor,
+    lists: BlockLists,
+    rows: BlockRows,
+    heads: range,
+    lse: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> None:
+    """Copy a slice's `rows.out` to [T, N, H], where rows are attended.
+
+    Args:
+        out: [T, N, H], written.
+        lists: of the layer.
+        rows: of the step.
+        heads: of the slice.
+        lse: of `attend_rows`; read where heads have learned sinks.
+        sink_logits: [N] of those, which take their share of each query's softmax here; or None.
+    """
+    assert sink_logits is None or lse is not None
+    _copy(out, rows.out, lists, rows, heads, lse, sink_logits, gather=False)
 
 
 def _copy(
@@ -216,6 +239,9 @@ def _copy(
     lists: BlockLists,
     rows: BlockRows,
     heads: range,
+    lse: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+    *,
     gather: bool,
 ) -> None:
     assert packed.stride(2) == 1
@@ -224,10 +250,13 @@ def _copy(
     _copy_kernel[(len(rows.order), len(heads))](
         packed,
         by_row,
+        lse,
+        sink_logits,
         *lists[1:5],
         rows.order,
         heads.start,
         *packed.stride()[:2],
+        LOG2_E=LOG2_E,
         HEAD_DIM=head_dim,
         BLOCK_D=power_of_two(head_dim),
         GATHER=gather,
@@ -301,6 +330,8 @@ def _table_kernel(
 def _copy_kernel(
     packed,
     by_row,
+    lse,
+    sink_logits,
     query_start_loc,
     seqused_q,
     seqused_k,
@@ -309,6 +340,7 @@ def _copy_kernel(
     first_head,
     stride_token,
     stride_head,
+    LOG2_E: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GATHER: tl.constexpr,
@@ -326,8 +358,15 @@ def _copy_kernel(
     start = tl.load(query_start_loc + row) + first - (tl.load(seqused_k + row) - queries)
     token = (start + q).to(tl.int64)
     outside = packed + (token * stride_token + head * stride_head)[:, None] + d[None, :]
-    inside = by_row + (index.to(tl.int64) * _BLOCK + q)[:, None] * HEAD_DIM + d[None, :]
+    of_row = index.to(tl.int64) * _BLOCK + q
+    inside = by_row + of_row[:, None] * HEAD_DIM + d[None, :]
     if GATHER:
         tl.store(inside, tl.load(outside, mask=present), mask=present)
     else:
-        tl.store(outside, tl.load(inside, mask=present), mask=present)
+        attended = tl.load(inside, mask=present)
+        if sink_logits is not None:
+            logit = tl.load(sink_logits + head).to(tl.float32)
+            beyond = logit - tl.load(lse + of_row, mask=q < end - first, other=0.0)
+            share = 1 / (1 + tl.math.exp2(beyond * LOG2_E))
+            attended = (attended.to(tl.float32) * share[:, None]).to(packed.dtype.element_ty)
+        tl.store(outside, attended, mask=present)

@@ -16,7 +16,7 @@ from flux_vllm.attention_backend.kernels.paged import KVCache
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
-    NO_SCORE,
+    begin_softmax,
     dot,
     is_hopper,
     power_of_two,
@@ -51,6 +51,7 @@ def attend_blocks(
     lists: BlockLists,
     *,
     scale: float,
+    sink_logits: torch.Tensor | None = None,
     tile: SparseTile | None = None,
 ) -> None:
     """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
@@ -61,6 +62,7 @@ def attend_blocks(
         out: [T, N, H], written for attended rows only.
         lists: of the layer; within a task's own block a query sees keys up to itself.
         scale: softmax scale.
+        sink_logits: [N] of the heads' learned sinks; None for heads without.
         tile: sizes; None for the default.
 
     Host sync: none; allocates nothing.
@@ -73,6 +75,7 @@ def attend_blocks(
         *cache,
         out,
         *lists,
+        sink_logits,
         scale * LOG2_E,
         *query.stride()[:2],
         *cache.keys.stride()[:3],
@@ -106,6 +109,7 @@ def _sparse_kernel(
     tasks,
     chosen,
     counts,
+    sink_logits,
     scale_log2,
     stride_qt,
     stride_qn,
@@ -151,8 +155,8 @@ def _sparse_kernel(
     value_base = value_cache + head // GROUP * stride_vh
     listed = chosen + head.to(tl.int64) * stride_chosen + tl.load(tasks + task * 3 + 2)
 
-    largest = tl.full([_BLOCK], NO_SCORE, tl.float32)
-    total = tl.zeros([_BLOCK], tl.float32)
+    of_query = head + tl.zeros([_BLOCK], tl.int32)
+    largest, total = begin_softmax(sink_logits, of_query, True, _BLOCK)
     acc = tl.zeros([_BLOCK, BLOCK_D], tl.float32)
     for i in range(0, tl.load(counts + head * stride_counts + task) * TILES):
         key_block = tl.load(listed + i // TILES)

@@ -43,6 +43,7 @@ def attend(
     window_tokens: int | None = None,
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend causally, each row over the table row that `kv_batch_idx` names.
 
@@ -61,8 +62,10 @@ def attend(
         scheduler_metadata: FA3's work plan for exactly these rows and this `num_splits`; None
             lets the call make it, which is safe in a CUDA graph.
         num_splits: most shares of a row's keys; 0 lets FA3 choose (not for CUDA graphs).
+        sink_logits: [N] bfloat16, of the heads' learned sinks; None for heads without.
 
-    Returns: lse [N, T] float32, natural logarithm; unspecified for skipped rows.
+    Returns: lse [N, T] float32, natural logarithm; unspecified for skipped rows, and where heads
+        have learned sinks.
     Source: vLLM 0.33 vllm_flash_attn/flash_attn_interface.py:388-426; hopper/flash_api.cpp.
     Host sync: none. CUDA graph: safe.
     """
@@ -99,7 +102,7 @@ def attend(
         num_splits,
         None,  # pack_gqa
         0,  # sm_margin
-        None,  # s_aux
+        sink_logits,  # s_aux
         1,  # cp_world_size
         0,  # cp_rank
         None,  # cp_tot_seqused_k
@@ -117,6 +120,7 @@ def attend_sparse_prefill(
     scale: float,
     sink_tokens: int,
     window_tokens: int,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Attend SPARSE prefill rows exactly: FA3 over the window, then the sinks outside it.
 
@@ -131,6 +135,7 @@ def attend_sparse_prefill(
         scale: softmax scale.
         sink_tokens: first tokens attended.
         window_tokens: latest tokens attended, the query's own included.
+        sink_logits: [N] of the heads' learned sinks, merged with the sinks; None for heads without.
 
     Host sync: none. CUDA graph: safe.
     """
@@ -153,4 +158,5 @@ def attend_sparse_prefill(
         scale=scale,
         sink_tokens=sink_tokens,
         window_tokens=window_tokens,
+        sink_logits=sink_logits,
     )

@@ -2,7 +2,8 @@
 
 A query at position p has its window (p - W, p] in `out` and `lse`; this adds keys
 [0, min(S, p - W + 1)), the sinks that the window does not already hold, and joins the two by their
-log-sum-exp. Queries that have no such key are left as they are.
+log-sum-exp. Queries that have no such key are left as they are. Where heads have learned sinks
+(scores without a value), they are added to every query.
 
 Dimension legend: T packed tokens, N query heads, H head dim.
 """
@@ -60,6 +61,7 @@ def merge_sinks(
     scale: float,
     sink_tokens: int,
     window_tokens: int,
+    sink_logits: torch.Tensor | None = None,
     tile: MergeTile | None = None,
 ) -> None:
     """Merge the sinks into the output of rows whose `seqused_q` is not 0.
@@ -68,11 +70,12 @@ def merge_sinks(
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
         cache: of the same dtype.
         out: [T, N, H], in and out: attention over the window.
-        lse: [N, T] float32, its log-sum-exp (natural logarithm).
+        lse: [N, T] float32, its log-sum-exp (natural logarithm), without learned sinks.
         rows: of the batch, with `seqused_q`; table entries past the sinks are never read.
         scale: softmax scale.
         sink_tokens: S.
         window_tokens: W, the query's own key included.
+        sink_logits: [N] of the heads' learned sinks; None for heads without.
         tile: sizes; None for the default.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
@@ -83,7 +86,7 @@ def merge_sinks(
     assert query.stride(2) == out.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
     assert lse.shape == (heads, tokens), f"lse {tuple(lse.shape)}, expected {(heads, tokens)}"
     assert rows.seqused_q is not None
-    if tokens == 0 or num_rows == 0 or sink_tokens == 0:
+    if tokens == 0 or num_rows == 0 or (sink_tokens == 0 and sink_logits is None):
         return
     tile = tile or default_tile(head_dim, sink_tokens, tokens)
     block_q = tile.block_m // group
@@ -94,6 +97,7 @@ def merge_sinks(
         out,
         lse,
         *rows,
+        sink_logits,
         num_rows,
         scale * LOG2_E,
         *query.stride()[:2],
@@ -103,6 +107,7 @@ def merge_sinks(
         lse.stride(0),
         rows.block_table.stride(0),
         LOG2_E=LOG2_E,
+        FIRST_POSITION=window_tokens if sink_logits is None else 0,
         SINK_TOKENS=sink_tokens,
         WINDOW_TOKENS=window_tokens,
         BLOCK_SIZE=cache.keys.shape[1],
@@ -121,11 +126,11 @@ def merge_sinks(
 
 @triton.jit
 def _load_sinks(
-    key_base, value_base, table, n, d, stride_kb, stride_kt, stride_vb, stride_vt,
+    key_base, value_base, table, n, keys, d, stride_kb, stride_kt, stride_vb, stride_vt,
     SINK_TOKENS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of the sinks' keys and values."""
-    in_use = n < SINK_TOKENS
+    """Load a tile of the sinks' keys and values; rows may have fewer keys than sinks."""
+    in_use = n < tl.minimum(keys, SINK_TOKENS)
     loaded = in_use[:, None] & (d < HEAD_DIM)[None, :]
     block = tl.load(table + n // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
     k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
@@ -160,6 +165,7 @@ def _sink_kernel(
     query_start_loc,
     seqused_k,
     seqused_q,
+    sink_logits,
     num_rows,
     scale_log2,
     stride_qt,
@@ -175,6 +181,7 @@ def _sink_kernel(
     stride_lse,
     stride_table,
     LOG2_E: tl.constexpr,
+    FIRST_POSITION: tl.constexpr,
     SINK_TOKENS: tl.constexpr,
     WINDOW_TOKENS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -193,7 +200,7 @@ def _sink_kernel(
     first_query = q_tile * BLOCK_Q * TILES
     stop_query = tl.minimum(first_query + BLOCK_Q * TILES, queries)
     context = keys - queries
-    if (q_tile < 0) | (first_query >= queries) | (context + stop_query <= WINDOW_TOKENS):
+    if (q_tile < 0) | (first_query >= queries) | (context + stop_query <= FIRST_POSITION):
         return
     kv_head = tl.program_id(1)
     table_row = row
@@ -208,14 +215,14 @@ def _sink_kernel(
     d = tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + m % GROUP
     if SINK_TOKENS <= BLOCK_N:
-        k, v = _load_sinks(key_base, value_base, table, n, d, stride_kb, stride_kt, stride_vb,
+        k, v = _load_sinks(key_base, value_base, table, n, keys, d, stride_kb, stride_kt, stride_vb,
                            stride_vt, SINK_TOKENS, BLOCK_SIZE, HEAD_DIM)  # fmt: skip
     for tile_query in range(first_query, stop_query, BLOCK_Q):
         index = tile_query + m // GROUP
         position = context + index
         token = (start_token + index).to(tl.int64)
-        # Queries without a sink outside their window keep their output bit by bit.
-        valid = (position >= WINDOW_TOKENS) & (index < stop_query) & (m < BLOCK_Q * GROUP)
+        # Queries that nothing is added to keep their output bit by bit.
+        valid = (position >= FIRST_POSITION) & (index < stop_query) & (m < BLOCK_Q * GROUP)
         stored = valid[:, None] & (d < HEAD_DIM)[None, :]
         q_pointers = query + (token * stride_qt + head * stride_qn)[:, None] + d[None, :]
         o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
@@ -224,12 +231,15 @@ def _sink_kernel(
         acc = tl.load(o_pointers, mask=stored, other=0.0).to(tl.float32)
         largest = tl.load(lse + head * stride_lse + token, mask=valid, other=0.0) * LOG2_E
         total = tl.full([BLOCK_M], 1.0, tl.float32)
+        if sink_logits is not None:
+            logit = tl.load(sink_logits + head).to(tl.float32) * LOG2_E
+            _, largest, total, acc = softmax_step(logit[:, None], largest, total, acc)
         if SINK_TOKENS <= BLOCK_N:
             largest, total, acc = _absorb(q, k, v, n, position, largest, total, acc, scale_log2,
                                           SINK_TOKENS, WINDOW_TOKENS, INTERPRET)  # fmt: skip
         else:
             for start in range(0, SINK_TOKENS, BLOCK_N):
-                k, v = _load_sinks(key_base, value_base, table, start + n, d, stride_kb,
+                k, v = _load_sinks(key_base, value_base, table, start + n, keys, d, stride_kb,
                                    stride_kt, stride_vb, stride_vt, SINK_TOKENS, BLOCK_SIZE,
                                    HEAD_DIM)  # fmt: skip
                 largest, total, acc = _absorb(

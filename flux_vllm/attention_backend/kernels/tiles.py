@@ -12,6 +12,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 MOST_QUERY_HEADS = 64
 """Query heads of one KV head that the smallest tile of queries holds."""
 LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
 NO_SCORE = tl.constexpr(-1.0e30)
 """Running maximum before any score: finite, so that an all-masked tile gives no NaN."""
 
@@ -55,6 +56,23 @@ def find_row(query_start_loc, tile, num_rows, BLOCK_Q: tl.constexpr):
             high = middle
     row = tl.maximum(low - 1, 0)
     return row, tile - tl.load(query_start_loc + row) // BLOCK_Q - row
+
+
+@triton.jit
+def begin_softmax(sink_logits, head, is_first, BLOCK_M: tl.constexpr):
+    """Return the running maximum (base 2) and sum of a softmax over no key yet.
+
+    A learned sink is a score without a value. Where heads have them (not None), those of `head`
+    [BLOCK_M] begin the softmax; of a row's shares the first one's alone, so that it counts once.
+    """
+    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if sink_logits is not None:
+        logit = tl.load(sink_logits + head).to(tl.float32) * _LOG2_E
+        if is_first:
+            largest = tl.maximum(logit, largest)
+            total += 1.0
+    return largest, total
 
 
 @triton.jit

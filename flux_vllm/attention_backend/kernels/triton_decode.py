@@ -18,6 +18,7 @@ from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
     NO_SCORE,
+    begin_softmax,
     dot,
     power_of_two,
     softmax_step,
@@ -89,6 +90,7 @@ def attend_decode(
     *,
     max_query_len: int,
     scale: float,
+    sink_logits: torch.Tensor | None = None,
     block_n: int | None = None,
 ) -> None:
     """Attend decode rows, each over the table row that its route chose.
@@ -101,6 +103,7 @@ def attend_decode(
         workspace: for at least T tokens in its P shares.
         max_query_len: most queries a row has.
         scale: softmax scale.
+        sink_logits: [N] of the heads' learned sinks; None for heads without.
         block_n: keys taken at a time.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
@@ -133,6 +136,7 @@ def attend_decode(
         workspace.out,
         workspace.lse,
         *rows,
+        sink_logits,
         scale * LOG2_E,
         heads,
         *query.stride()[:2],
@@ -187,6 +191,7 @@ def _share_kernel(
     query_start_loc,
     seqused_k,
     seqused_q,
+    sink_logits,
     scale_log2,
     heads,
     stride_qt,
@@ -233,8 +238,7 @@ def _share_kernel(
     key_base = key_cache + kv_head * stride_kh
     value_base = value_cache + kv_head * stride_vh
 
-    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    largest, total = begin_softmax(sink_logits, head, split == 0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile_start in range(begin, end, BLOCK_N):
         n = tile_start + tl.arange(0, BLOCK_N)

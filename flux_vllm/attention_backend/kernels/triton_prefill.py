@@ -16,7 +16,7 @@ from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
-    NO_SCORE,
+    begin_softmax,
     dot,
     find_row,
     is_hopper,
@@ -38,8 +38,6 @@ class PrefillTile(NamedTuple):
     """Keys taken at a time."""
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
-    """A thread's most; with fewer, two programs fit on a multiprocessor."""
 
 
 def default_tile(
@@ -72,6 +70,7 @@ def attend_prefill(
     sparse: bool,
     sink_tokens: int = 0,
     window_tokens: int = 0,
+    sink_logits: torch.Tensor | None = None,
     tile: PrefillTile | None = None,
 ) -> None:
     """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
@@ -85,6 +84,7 @@ def attend_prefill(
         sparse: attend to sinks and window instead of every earlier key.
         sink_tokens: first tokens attended.
         window_tokens: latest tokens attended, the query's own included; at least 1 if sparse.
+        sink_logits: [N] of the heads' learned sinks; None for heads without.
         tile: sizes; None for the default.
 
     Host sync: none. CUDA graph: safe; allocates nothing.
@@ -106,6 +106,7 @@ def attend_prefill(
         *cache,
         out,
         *rows,
+        sink_logits,
         num_rows,
         scale * LOG2_E,
         *query.stride()[:2],
@@ -126,7 +127,6 @@ def attend_prefill(
         INTERPRET=INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
     )
 
 
@@ -153,6 +153,7 @@ def _prefill_kernel(
     query_start_loc,
     seqused_k,
     seqused_q,
+    sink_logits,
     num_rows,
     scale_log2,
     stride_qt,
@@ -206,8 +207,7 @@ def _prefill_kernel(
     key_base = key_cache + kv_head * stride_kh
     value_base = value_cache + kv_head * stride_vh
 
-    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    largest, total = begin_softmax(sink_logits, head, True, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sink_tiles, begin = _first_tiles(first - WINDOW_TOKENS + 1, SPARSE, SINK_TOKENS, BLOCK_N)
     tiles = sink_tiles + (last + BLOCK_N - begin) // BLOCK_N

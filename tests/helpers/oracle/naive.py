@@ -86,6 +86,7 @@ def attend(
     mask: torch.Tensor,
     scale: float,
     dtype: torch.dtype = torch.float32,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend over a mask, every step in `dtype`.
 
@@ -96,6 +97,8 @@ def attend(
         mask: [Q, S] or [N, Q, S] bool, no empty row.
         scale: softmax scale.
         dtype: float32 for the oracle; a low one for the error that plain torch makes.
+        sink_logits: [N], beside the scores of each head's queries in their softmax; their weights
+            have no value. None for heads without.
 
     Returns: [Q, N, H] in `dtype`.
     """
@@ -105,7 +108,11 @@ def attend(
     k_KSH, v_KSH = (x.to(dtype).transpose(0, 1) for x in (key, value))
     scores = (q_KRH @ k_KSH.transpose(1, 2) * scale).view(heads, len(query), len(key))
     scores = scores.masked_fill(~mask.to(scores.device), float("-inf"))
-    attended = scores.softmax(dim=-1).view(kv_heads, -1, len(key)) @ v_KSH
+    if sink_logits is not None:
+        beside = sink_logits.to(scores)[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat([scores, beside], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(key)]
+    attended = weights.reshape(kv_heads, -1, len(key)) @ v_KSH
     return attended.view(heads, len(query), -1).transpose(0, 1)
 
 
@@ -123,6 +130,7 @@ def attend_batch(
     scale: float,
     dtype: torch.dtype = torch.float32,
     sparse_mask: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend a batch of mixed routes over the paged cache.
 
@@ -141,6 +149,7 @@ def attend_batch(
         dtype: of the computation, see `attend`.
         sparse_mask: of a SPARSE prefill row, from its number, queries [Q, N, H] and keys [S, K, H];
             None for sinks and window.
+        sink_logits: [N] of learned sinks, see `attend`.
 
     Returns: [T, N, H] in `dtype`; NaN for tokens that belong to no row.
     """
@@ -161,6 +170,6 @@ def attend_batch(
             mask = sparse_mask(row, query[tokens], key)
         else:
             mask = prefill_mask(positions, routes[row], sink_tokens, window_tokens)
-        out[tokens] = attend(query[tokens], key, value, mask, scale, dtype)
+        out[tokens] = attend(query[tokens], key, value, mask, scale, dtype, sink_logits)
         start += query_len
     return out

@@ -55,6 +55,9 @@ SHAPES = [
     (Shape(heads=2, kv_heads=1, head_dim=256), SPECULATIVE, 2),
     (Shape(block_size=64), SPECULATIVE, 2),
     (Shape(block_size=48, sink_tokens=0, window_tokens=1), SPECULATIVE, 2),
+    (Shape(learned_sinks=True), AWKWARD, 1),
+    (Shape(heads=16, kv_heads=2, dtype=torch.bfloat16, learned_sinks=True), AWKWARD, 4),
+    (Shape(heads=9, kv_heads=3, dtype=torch.float32, learned_sinks=True), SPECULATIVE, 4),
 ]
 IDS = [f"{shape}-R{len(rows)}-P{splits}" for shape, rows, splits in SHAPES]
 

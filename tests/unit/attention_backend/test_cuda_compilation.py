@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ SHAPE = Shape(dtype=torch.bfloat16, heads=12, kv_heads=2, head_dim=128)
 GPUS = [(80, "triton"), (90, "triton"), (90, "fa3")]
 """Compute capability, kernels; FlashAttention-3 is for compute capability 9."""
 PATTERNS = ["triangle", "xattention"]
+SHAPES = [SHAPE, replace(SHAPE, learned_sinks=True)]
 
 
 def _type_of(value: Any) -> str:
@@ -105,12 +107,12 @@ def _compiler(monkeypatch: pytest.MonkeyPatch, capability: int) -> Compiler:
     return compiler
 
 
-def _steps(folder: Any, kernels: str, pattern: str) -> None:
+def _steps(folder: Any, kernels: str, pattern: str, shape: Shape) -> None:
     """Run a decode step, one of a graph's plans, and a step with prefill rows."""
     from tests.helpers.cuda_backend import BackendWorker
 
     for rows in (DECODE, MIXED):
-        batch = make_batch(rows, SHAPE, "cpu")
+        batch = make_batch(rows, shape, "cpu")
         worker = BackendWorker(folder, batch, kernels, sparse_pattern=pattern)
         for layer in worker.layers:
             layer.impl.vllm_flash_attn_version = 3 if kernels == "fa3" else 2
@@ -121,17 +123,19 @@ def _steps(folder: Any, kernels: str, pattern: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are compiled in a process of their own")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("capability", "kernels"), GPUS)
 def test_every_kernel_compiles(
     capability: int,
     kernels: str,
     pattern: str,
+    shape: Shape,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     compiler = _compiler(monkeypatch, capability)
-    _steps(tmp_path_factory.getbasetemp(), kernels, pattern)
+    _steps(tmp_path_factory.getbasetemp(), kernels, pattern, shape)
     expected = {"_views_kernel"}
     expected |= {"_plans_kernel"} if kernels == "fa3" else {"_share_kernel", "_join_kernel"}
     if pattern == "xattention":
@@ -153,4 +157,4 @@ def test_in_a_process_that_compiles() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert f"{len(GPUS) * len(PATTERNS)} passed, 1 skipped" in done.stdout
+    assert f"{len(GPUS) * len(PATTERNS) * len(SHAPES)} passed, 1 skipped" in done.stdout

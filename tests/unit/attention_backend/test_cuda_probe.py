@@ -4,13 +4,14 @@ Oracle: the tests' own masked attention; FlashAttention is written anew in torch
 of `window_size` (keys before and after the query's own). A GPU runs the real call in tests/gpu.
 """
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from flux_vllm.routing.probe import ProbeMetadata
-from tests.helpers.reference_attention import SparsePattern, masked_attention
+from tests.helpers.oracle import naive
 
 pytestmark = pytest.mark.vllm
 
@@ -31,6 +32,7 @@ def flash_attention(
     causal: bool,
     window_size: list[int] | None,
     fa_version: int,
+    s_aux: torch.Tensor | None,
 ) -> None:
     assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist() == [0, len(q)]
     assert cu_seqlens_q.dtype == torch.int32
@@ -42,15 +44,17 @@ def flash_attention(
     mask = (
         (distance >= 0) & ((distance <= left) | (left < 0)) & ((distance >= -right) | (right < 0))
     )
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *(t.transpose(0, 1) for t in (q, k, v)), mask, scale=softmax_scale, enable_gqa=True
-    )
-    out.copy_(attended.transpose(0, 1))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    weights = (torch.einsum("qnh,knh->nqk", q, k) * softmax_scale).masked_fill(~mask, -math.inf)
+    beside = torch.full((q.shape[1],), -math.inf) if s_aux is None else s_aux
+    total = weights.exp().sum(dim=-1) + beside.exp()[:, None]
+    out.copy_(torch.einsum("nqk,knh->qnh", weights.exp() / total[..., None], v))
 
 
+@pytest.mark.parametrize("sink_logits", [None, torch.tensor([-3.0, 0.5, 2.0, 9.0])])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 def test_causal_attention_without_a_cache(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+    window: int | None, sink_logits: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.v1.attention.backends import fa_utils
 
@@ -58,7 +62,7 @@ def test_causal_attention_without_a_cache(
 
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)
     impl: Any = FluxCUDAImpl.__new__(FluxCUDAImpl)
-    impl.scale, impl.vllm_flash_attn_version = 0.3, 3
+    impl.scale, impl.vllm_flash_attn_version, impl.sinks = 0.3, 3, sink_logits
     # As vLLM's constructor has it.
     impl.sliding_window = (-1, -1) if window is None else (window - 1, 0)
     query, key, value = (torch.randn(T, heads, H) for heads in (N, K, K))
@@ -66,8 +70,7 @@ def test_causal_attention_without_a_cache(
     output = torch.full((T, N, H), float("nan"))
     metadata = ProbeMetadata(torch.tensor([0, T], dtype=torch.int32), kept)
     assert impl.forward(None, query, key, value, None, metadata, output) is output
-    q_NTH, k_KTH, v_KTH = (t.transpose(0, 1) for t in (query, key, value))
-    pattern = SparsePattern(0, window or T, 1)
-    expected = masked_attention(q_NTH, k_KTH, v_KTH, 0.3, 0, "prefill", pattern)
+    mask = naive.prefill_mask(range(T), naive.SPARSE, 0, window or T)
+    expected = naive.attend(query, key, value, mask, 0.3, sink_logits=sink_logits)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(kept, query.mean(dim=1), rtol=0, atol=1e-6)

@@ -42,11 +42,12 @@ def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_for_gpu(monkeypatch)
 
 
+@pytest.mark.parametrize("shape", [Shape(), Shape(learned_sinks=True)], ids=str)
 @pytest.mark.parametrize("name", BATCHES)
-def test_batch(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_batch(name: str, shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> None:
     from tests.helpers.cuda_backend import BackendWorker
 
-    batch = make_batch(BATCHES[name], Shape(), "cpu")
+    batch = make_batch(BATCHES[name], shape, "cpu")
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
     for _ in range(2):  # the second step finds the buffers of the first
         worker.check(batch, worker.step(batch))

@@ -51,6 +51,7 @@ SHAPES = [
     Shape(heads=4, kv_heads=1, head_dim=96, block_size=48),
     Shape(heads=4, kv_heads=2, head_dim=128, block_size=128, dtype=BF16),
     Shape(heads=2, kv_heads=2, head_dim=256, block_size=256, dtype=BF16),
+    Shape(heads=6, kv_heads=2, dtype=BF16, learned_sinks=True),
 ]
 
 
@@ -139,7 +140,8 @@ def test_attend_block_rows(
     batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
     caches = (batch.query, batch.cache, out)
-    block_rows.attend_block_rows(*caches, lists, rows, scale=batch.scale)
+    options = {"scale": batch.scale, "sink_logits": batch.sink_logits}
+    block_rows.attend_block_rows(*caches, lists, rows, **options)
     check_rows(batch, out, ACTIVE)
 
 
@@ -182,7 +184,9 @@ def test_rows_switched_by_the_device_in_a_graph(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [*SHAPES[:5], Shape(head_dim=96, block_size=32)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES[:5], SHAPES[6], Shape(head_dim=96, block_size=32)], ids=str
+)
 def test_attend_blocks(shape: Shape, device: str) -> None:
     """Triton's kernel, over the same lists."""
     batch = make_batch(ROWS, shape, device)
@@ -190,7 +194,7 @@ def test_attend_blocks(shape: Shape, device: str) -> None:
     batch.mask = visible_by(kept, batch)
     out = batch.poisoned_output()
     caches = (batch.query, batch.cache, out)
-    attend_blocks(*caches, lists, scale=batch.scale)
+    attend_blocks(*caches, lists, scale=batch.scale, sink_logits=batch.sink_logits)
     check_rows(batch, out, ACTIVE)
 
 

@@ -51,12 +51,13 @@ class Shape:
     dtype: torch.dtype = torch.float16
     sink_tokens: int = 20
     window_tokens: int = 24
+    learned_sinks: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"N{self.heads}-K{self.kv_heads}-H{self.head_dim}-B{self.block_size}-{dtype}"
-            f"-S{self.sink_tokens}-W{self.window_tokens}"
+            f"-S{self.sink_tokens}-W{self.window_tokens}" + "-sinks" * self.learned_sinks
         )
 
 
@@ -72,6 +73,8 @@ class PagedBatch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     slot_mapping: torch.Tensor
+    sink_logits: torch.Tensor | None
+    """[N] of learned sinks."""
     pattern: SparsePattern | None = None
     """Of SPARSE prefill; None for sinks and window."""
     mask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -121,6 +124,7 @@ class PagedBatch:
             self.scale,
             dtype or exact,
             None if self.pattern is None and self.mask is None else self._sparse_mask,
+            self.sink_logits,
         )
 
     def _sparse_mask(self, row: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -165,6 +169,11 @@ def make_batch(
     total = int(query_lens.sum())
     query = torch.empty(total, shape.heads, shape.head_dim, device=device)
     query.normal_(generator=on_device)
+    sink_logits = None
+    if shape.learned_sinks:  # some weigh more than all keys, some next to nothing
+        sink_logits = torch.randn(shape.heads, generator=generator) * 4
+        exact = shape.dtype == torch.float32
+        sink_logits = sink_logits.to(device, torch.float32 if exact else torch.bfloat16)
     return PagedBatch(
         rows=rows,
         shape=shape,
@@ -174,6 +183,7 @@ def make_batch(
         query_start_loc=query_lens.cumsum(0).int().to(device),
         seq_lens=torch.tensor([row.seq_len for row in rows], dtype=torch.int32, device=device),
         slot_mapping=torch.cat(slots).to(device),
+        sink_logits=sink_logits,
     )
 
 

@@ -54,6 +54,7 @@ def run_decode(
         workspace,
         max_query_len=max(row.query_len for row in batch.rows),
         scale=batch.scale,
+        sink_logits=batch.sink_logits,
         **extra,
     )
     return out

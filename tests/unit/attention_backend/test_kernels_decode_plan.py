@@ -162,7 +162,7 @@ def plans_of(
     keys: torch.Tensor, starts: torch.Tensor, shape: CallShape, most_queries: int
 ) -> torch.Tensor | None:
     width = plan_width(keys.shape[1])
-    plans = torch.full((LAYERS, width), POISON, dtype=torch.int32, device=keys.device)
+    plans = torch.full((len(keys), width), POISON, dtype=torch.int32, device=keys.device)
     return write_decode_plans(
         keys, starts, plans, shape, max_query_len=most_queries, num_splits=NUM_SPLITS
     )
@@ -204,22 +204,22 @@ def test_write_decode_plans_balances_mixed_batches(device: str) -> None:
     assert statistics.mean(ratios) <= 0.95
 
 
-def test_the_rule_takes_a_good_size_of_those_that_were_timed() -> None:
-    """Of the sizes timed on an H100 the one that should end first, against the fastest."""
+def test_write_decode_plans_takes_a_good_size_of_those_that_were_timed() -> None:
+    """Of the sizes timed on an H100 the plan's, where it is one of them, against the fastest."""
     folder = Path(__file__).parents[3] / "benchmarks" / "results"
     rows = json.loads((folder / "decode_plans_h100_sizes.json").read_text())["rows"]
     slower = []
     for row in rows:
         shape = CallShape(row["heads"], row["kv"], row["hd"], 132)
-        tiles = [ceil_div(n, tile_sizes(shape, 1)[1]) for n in row["keys"]]
-        ends = {
-            name: expected_end(tiles, [1] * len(tiles), splits, row["kv"], 132)
-            for name, splits in row["splits"].items()
-        }
-        slower.append(row["us"][min(ends, key=ends.__getitem__)] / min(map(row["us"].get, ends)))
+        count = len(row["keys"])
+        keys = torch.tensor([row["keys"]], dtype=torch.int32)
+        plans = plans_of(keys, torch.arange(count + 1, dtype=torch.int32), shape, 1)
+        planned = parts_of(plans[0], count)[1]
+        timed = [row["us"][name] for name, splits in row["splits"].items() if splits == planned]
+        slower += [us / min(row["us"].values()) for us in timed[:1]]
     assert len(slower) > 70
-    assert statistics.mean(slower) == pytest.approx(1.004, abs=0.001)
-    assert max(slower) == pytest.approx(1.06, abs=0.002)
+    assert statistics.mean(slower) < 1.01
+    assert max(slower) < 1.07
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -45,6 +45,7 @@ SHAPES = [
     Shape(dtype=BF16, heads=9, kv_heads=3, head_dim=96),
     Shape(dtype=BF16, heads=4, kv_heads=4, head_dim=256),
     Shape(dtype=BF16, heads=16, kv_heads=1, block_size=64),
+    Shape(dtype=BF16, heads=64, kv_heads=8, learned_sinks=True),
 ]
 
 
@@ -63,6 +64,7 @@ def attend(
         max_query_len=max(row.query_len for row in batch.rows),
         max_seq_len=max(row.seq_len for row in batch.rows),
         scale=batch.scale,
+        sink_logits=batch.sink_logits,
         **extra,
     )
 
@@ -81,6 +83,7 @@ def two_passes(batch: PagedBatch, views: Views, out: torch.Tensor) -> None:
         scale=batch.scale,
         sink_tokens=batch.shape.sink_tokens,
         window_tokens=batch.shape.window_tokens,
+        sink_logits=batch.sink_logits,
     )
 
 

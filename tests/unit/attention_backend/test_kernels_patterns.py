@@ -107,11 +107,22 @@ def test_triangle(name: str, device: str, tmp_path_factory: pytest.TempPathFacto
     check(tmp_path_factory, TRIANGLE_ROWS[name], Shape(), device, TRIANGLE)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TRIANGLE_ROWS)
+def test_triangle_with_learned_sinks(
+    name: str, device: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A prompt's tail, which is attended to twice, counts its sinks once."""
+    shape = Shape(learned_sinks=True)
+    check(tmp_path_factory, TRIANGLE_ROWS[name], shape, device, TRIANGLE)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not fa3.is_available(), reason="needs a Hopper GPU and FA3")
 @pytest.mark.parametrize("name", TRIANGLE_ROWS)
 def test_triangle_with_fa3(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    check(tmp_path_factory, TRIANGLE_ROWS[name], Shape(), "cuda", TRIANGLE, "fa3")
+    for shape in Shape(), Shape(dtype=torch.bfloat16, learned_sinks=True):
+        check(tmp_path_factory, TRIANGLE_ROWS[name], shape, "cuda", TRIANGLE, "fa3")
 
 
 XATTENTION = {"sparse_pattern": "xattention", "pattern_options": {"threshold": 0.6}}
@@ -140,11 +151,12 @@ XATTENTION_SHAPES = [
     Shape(heads=9, kv_heads=3, block_size=64),
     Shape(heads=8, kv_heads=1, head_dim=128, block_size=32),
     Shape(head_dim=96, block_size=32),
+    Shape(heads=6, kv_heads=2, dtype=torch.bfloat16, learned_sinks=True),
 ]
 # Of whole layers; scores and choices are tested on all of them below.
 LAYER_SHAPES = [
     pytest.param(shape, id=str(shape), marks=[pytest.mark.long] if is_long else [])
-    for shape, is_long in zip(XATTENTION_SHAPES[1:], (True, False, False, True), strict=True)
+    for shape, is_long in zip(XATTENTION_SHAPES[1:], (True, False, False, True, False), strict=True)
 ]
 FEW = [Row(70, 450, SPARSE), Row(300, 300, FULL), Row(5, 700, SPARSE)]
 LONG = [
@@ -206,7 +218,8 @@ def test_xattention_in_slices(
 ) -> None:
     """As where all heads' lists would take too much."""
     slices_of_one_kv_head(monkeypatch)
-    check(tmp_path_factory, FEW, XATTENTION_SHAPES[2], device, XATTENTION)
+    for shape in XATTENTION_SHAPES[2], XATTENTION_SHAPES[5]:
+        check(tmp_path_factory, FEW, shape, device, XATTENTION)
 
 
 @pytest.mark.usefixtures("_emulated_fa3")
@@ -215,7 +228,8 @@ def test_xattention_in_slices_with_fa3(
     device: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slices_of_one_kv_head(monkeypatch)
-    check(tmp_path_factory, FEW, XATTENTION_SHAPES[2], device, XATTENTION, "fa3")
+    for shape in XATTENTION_SHAPES[2], XATTENTION_SHAPES[5]:
+        check(tmp_path_factory, FEW, shape, device, XATTENTION, "fa3")
 
 
 @pytest.mark.usefixtures("_emulated_fa3")

@@ -54,6 +54,11 @@ SHAPES = [
     (Shape(sink_tokens=0, window_tokens=5), FEW),
     (Shape(sink_tokens=1, window_tokens=1), FEW),
     (Shape(sink_tokens=40, window_tokens=3), FEW),
+    (Shape(learned_sinks=True), AWKWARD),
+    (Shape(heads=16, kv_heads=2, dtype=torch.bfloat16, learned_sinks=True), FEW),
+    (Shape(heads=3, kv_heads=3, dtype=torch.float32, learned_sinks=True), FEW),
+    (Shape(heads=9, kv_heads=3, sink_tokens=0, window_tokens=5, learned_sinks=True), FEW),
+    (Shape(sink_tokens=40, window_tokens=3, learned_sinks=True), FEW),
 ]
 IDS = [f"{shape}-R{len(rows)}" for shape, rows in SHAPES]
 
@@ -72,6 +77,7 @@ def attend(batch: PagedBatch, out: torch.Tensor, seqused_q: torch.Tensor, sparse
         sparse=sparse,
         sink_tokens=batch.shape.sink_tokens,
         window_tokens=batch.shape.window_tokens,
+        sink_logits=batch.sink_logits,
     )
 
 
@@ -138,6 +144,7 @@ def test_merge_sinks_completes_the_window(device: str, shape: Shape, rows: list[
         scale=batch.scale,
         sink_tokens=shape.sink_tokens,
         window_tokens=shape.window_tokens,
+        sink_logits=batch.sink_logits,
     )
     check_rows(batch, out, sparse_rows)
 
@@ -150,9 +157,9 @@ class Tails:
 
     lengths = (3, 9, 20)
 
-    def __init__(self, device: str, route: int) -> None:
+    def __init__(self, device: str, route: int, learned_sinks: bool = False) -> None:
         rows = [Row(140, 150, route), Row(9, 30, route), Row(50, 83, route)]
-        self.batch = batch = make_batch(rows, Shape(), device)
+        self.batch = batch = make_batch(rows, Shape(learned_sinks=learned_sinks), device)
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         ends = batch.query_start_loc[1:]
         self.seqused_q = self._after(lengths, [140])
@@ -184,9 +191,10 @@ def test_attend_prefill_of_the_last_queries_alone(device: str) -> None:
     tails.check(out, tails.batch.poisoned_output())
 
 
+@pytest.mark.parametrize("learned_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_merge_sinks_of_the_last_queries_alone(device: str) -> None:
-    tails = Tails(device, SPARSE)
+def test_merge_sinks_of_the_last_queries_alone(device: str, learned_sinks: bool) -> None:
+    tails = Tails(device, SPARSE, learned_sinks)
     batch = tails.batch
     out, lse = window_pass(batch, [True] * len(batch.rows))
     untouched = out.clone()
@@ -199,6 +207,7 @@ def test_merge_sinks_of_the_last_queries_alone(device: str) -> None:
         scale=batch.scale,
         sink_tokens=batch.shape.sink_tokens,
         window_tokens=batch.shape.window_tokens,
+        sink_logits=batch.sink_logits,
     )
     tails.check(out, untouched)
 
@@ -214,6 +223,9 @@ LONG = [
           window_tokens=512),
     Shape(heads=4, kv_heads=4, head_dim=96, dtype=torch.float16, sink_tokens=64,
           window_tokens=512),
+    # gpt-oss.
+    Shape(heads=64, kv_heads=8, head_dim=64, dtype=torch.bfloat16, sink_tokens=64,
+          window_tokens=1024, learned_sinks=True),
 ]  # fmt: skip
 
 
@@ -284,6 +296,7 @@ def _by_torch(batch: PagedBatch, index: int, dtype: torch.dtype) -> torch.Tensor
             mask,
             batch.scale,
             dtype,
+            None if batch.sink_logits is None else batch.sink_logits[n : n + group],
         )  # fmt: skip
         for k, n in enumerate(range(0, batch.shape.heads, group))
     ]

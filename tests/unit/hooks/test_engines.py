@@ -129,6 +129,7 @@ class TestFluxEngine:
             mock.patch("flux_vllm.hooks.worker.attach", order.attach),
             mock.patch("flux_vllm.hooks.worker.reserve_buffers", order.reserve),
             mock.patch("flux_vllm.hooks.worker.hook_worker", order.hook),
+            mock.patch("flux_vllm.hooks.worker._device_memory", side_effect=[5, 105]),
         ):
             order.measure.return_value = 1000
             found = worker_hooks._attach_then_measure(order.measure, worker)
@@ -138,7 +139,8 @@ class TestFluxEngine:
             mock.call.attach(worker.model_runner, worker.vllm_config, worker.device),
             mock.call.hook(worker, runtime),
             mock.call.measure(worker),
-            mock.call.reserve(1000, worker, runtime),
+            # Less what attaching put on the device, the router above all.
+            mock.call.reserve(900, worker, runtime),
         ]
 
     def test_router_is_no_shard(self, tmp_path: Path) -> None:

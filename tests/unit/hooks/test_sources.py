@@ -74,6 +74,11 @@ SIGNATURES = {
         "value",
         "layer_name",
     ],
+    ("v1/worker/utils.py", None, "add_kv_sharing_layers_to_kv_cache_groups"): [
+        "shared_kv_cache_layers",
+        "kv_cache_groups",
+        "runner_only_attn_layers",
+    ],
     ("compilation/cudagraph_pool.py", None, "capture_pool"): ["pool", "vllm_config"],
     ("distributed/parallel_state.py", None, "graph_capture"): ["device"],
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner", "_is_uniform_decode"): [
@@ -145,6 +150,7 @@ MEMBERS = {
         "rswa_window",
         "get_total_num_hidden_layers",
         "get_head_size",
+        "model_arch_config",
         "served_model_name",
         "supports_multimodal_inputs",
         "enable_prompt_embeds",
@@ -210,6 +216,10 @@ MEMBERS = {
         "aot_sliding_window"
     },
     ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadata"): {"max_num_splits"},
+    ("config/model_arch.py", "ModelArchitectureConfig"): {"__getitem__", "head_size"},
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): {"sinks"},
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"): {"sinks"},
+    ("model_executor/layers/attention/attention.py", "Attention"): {"kv_sharing_target_layer_name"},
 }
 
 

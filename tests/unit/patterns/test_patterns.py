@@ -123,7 +123,12 @@ def test_is_local_is_what_prefill_reads(name: str) -> None:
 
 
 def run_on_cpu(
-    pattern: SparsePattern, case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    pattern: SparsePattern,
+    case: Case,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend a chunk over a cache whose other blocks are NaN. Returns: [Q, N, H]."""
     used = -(-case.end // BLOCK)
@@ -140,7 +145,7 @@ def run_on_cpu(
     plan = plan_chunk(pattern, Chunk(case.computed, case.scheduled, case.prompt_len, row, BLOCK))
     output = torch.full_like(query, float("nan"))
     for _ in range(2):  # one plan serves every SPARSE layer of a step
-        plan.attend(query, cache, layout, SCALE, output)
+        plan.attend(query, cache, layout, SCALE, sink_logits, output)
     return output
 
 
@@ -151,6 +156,18 @@ def test_cpu_chunks_equal_masked_attention(name: str, case: Case) -> None:
     query, key, value = draw(case)
     output = run_on_cpu(make(name), case, query, key, value)
     exact = naive.attend(query, key, value, expected(name, case, query, key), SCALE)
+    torch.testing.assert_close(output, exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("case", [Case(0, 300, 300), Case(354, 97, 500)], ids=str)
+def test_cpu_chunks_of_heads_with_learned_sinks(name: str, case: Case) -> None:
+    query, key, value = draw(case)
+    sink_logits = torch.linspace(-2, 14, case.heads)
+    output = run_on_cpu(make(name), case, query, key, value, sink_logits)
+    mask = expected(name, case, query, key)
+    exact = naive.attend(query, key, value, mask, SCALE, sink_logits=sink_logits)
     torch.testing.assert_close(output, exact, rtol=0, atol=2e-5)
 
 

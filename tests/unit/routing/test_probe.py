@@ -75,13 +75,22 @@ class Model:
         return lambda: self.calls.append("replay")  # type: ignore[arg-type]
 
 
-def make(model: Model, threshold: float = 0.5, reduce_mean: Any = lambda x: x) -> PromptProbe:
+def make(
+    model: Model,
+    threshold: float = 0.5,
+    reduce_mean: Any = lambda x: x,
+    owners: dict[int, int] | None = None,
+) -> PromptProbe:
     router = LayerRouter(L, H, INPUTS.vectors).requires_grad_(False)
-    layers = [ProbedLayer(f"layer.{i}", i, True, Rotary()) for i in range(L)]  # type: ignore[arg-type]
+    layers = [
+        ProbedLayer(f"layer.{i}", i, True, Rotary(), (owners or {}).get(i))  # type: ignore[arg-type]
+        for i in range(L)
+    ]
+    routes = {i: (owners or {}).get(i, i) for i in ROUTED}
     torch.manual_seed(0)
     for parameter in router.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.3)
-    probe = PromptProbe(INPUTS, router, threshold, layers, ROUTED, model, reduce_mean, CPU)
+    probe = PromptProbe(INPUTS, router, threshold, layers, routes, model, reduce_mean, CPU)
     probe.router = router  # type: ignore[attr-defined]
     return probe
 
@@ -124,6 +133,24 @@ def test_probabilities_and_routes(length: int) -> None:
         else:
             assert got != got
             assert int(probe.routes[layer]) == Route.UNDECIDED
+
+
+def test_a_layer_with_anothers_keys_takes_its_route_too() -> None:
+    alone, probe = make(Model()), make(Model(), owners={3: 1})
+    for length in range(12, 30):
+        for each in (alone, probe):
+            each.decide(prompt(length))
+        assert torch.equal(probe.routes[:2], alone.routes[:2])
+        assert probe.routes[3] == probe.routes[1]
+        assert probe.full_probability[3] == alone.full_probability[1]
+
+
+def test_keys_of_an_owner() -> None:
+    metadata = make(Model(), owners={3: 1})._metadata
+    of_each = [torch.randn(2, 11, N, H) for _ in range(3)]
+    for layer, own in enumerate(of_each):
+        assert all(map(torch.equal, metadata[f"layer.{layer}"].to_attend(*own), own))
+    assert all(map(torch.equal, metadata["layer.3"].to_attend(None, None), of_each[1]))
 
 
 def test_tokens_at_their_own_positions_and_padding_at_the_end() -> None:

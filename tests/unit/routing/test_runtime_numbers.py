@@ -160,6 +160,12 @@ class TestStatus:
         run(runtime, batch(("_warmup_0", 0, 9, 9), is_warmup=True))
         assert runtime.status()["recent"] == []
 
+    def test_a_request_named_like_vllms_warm_up_is_counted_with_its_neighbours(self) -> None:
+        runtime = make("full")
+        run(runtime, batch(("_warmup_0", 0, 9, 9), ("a", 0, 9, 9)))
+        names = [entry["request_id"] for entry in runtime.status()["recent"]]
+        assert names == ["_warmup_0", "a"]
+
     def test_a_rank_that_nobody_reads_copies_nothing(self, monkeypatch) -> None:
         """All tensor-parallel ranks have the same routes: the first one's are read."""
         runtime = make(answers=ANSWERS)

@@ -1,5 +1,6 @@
 """The least of an engine's configuration and of a model that start-up reads."""
 
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
             enable_prompt_embeds=False,
             get_total_num_hidden_layers=lambda: L,
             get_head_size=lambda: H,
+            model_arch_config=defaultdict(lambda: SimpleNamespace(head_size=H)),
         ),
         "parallel": SimpleNamespace(
             decode_context_parallel_size=1,
@@ -105,6 +107,7 @@ def make_attention(
     backend: str = "FLUX",
     cls: str | None = None,
     head_size: int = H,
+    owner: int | None = None,
 ) -> Any:
     """Make one of vLLM's Attention modules without what a GPU or an engine would add."""
     from vllm.model_executor.layers import attention as layers
@@ -117,6 +120,9 @@ def make_attention(
     attention.attn_backend = SimpleNamespace(get_name=lambda: backend)
     attention.sliding_window = window
     attention.head_size = head_size
+    attention.kv_sharing_target_layer_name = (
+        None if owner is None else f"model.layers.{owner}.self_attn.attn"
+    )
     attention.impl = SimpleNamespace(binding=None, kernels_name="cpu")
     return attention
 

@@ -15,6 +15,7 @@ from torch import nn
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.inputs import Pool, RouterInputs
+from flux_vllm.router.route import Route
 from flux_vllm.startup.attach import _probed_layers, attach
 from flux_vllm.startup.layers import attention_layers
 from tests.unit.startup.fakes import (
@@ -33,6 +34,8 @@ from tests.unit.startup.fakes import (
 
 pytestmark = pytest.mark.vllm
 
+OPEN, SPARSE, FULL = (int(r) for r in (Route.UNDECIDED, Route.SPARSE, Route.FULL))
+STATIC = {"policy": "static", "sink_tokens": 1, "window_tokens": 2}
 INPUTS = RouterInputs(pools=(Pool("tail", 8),))
 
 
@@ -103,8 +106,66 @@ class TestAttach:
             attach(runner, make_config(tmp_path), CPU)
         assert str(error.value) == (
             "router: expected always_sparse layers with full attention and RoPE in the model, "
-            "found [1] without (trained for 'org/Other'); give this model's own router"
+            "and with those whose KV cache they share, found [1] without (trained for "
+            "'org/Other'); give this model's own router"
         )
+
+    def shared(self, rope: Any) -> Model:
+        """Like Gemma 3n's: the last layers attend to the keys of the last ones before of a kind."""
+        kinds = [{"window": 128}, {}, {"window": 128, "owner": 0}, {"owner": 1}]
+        return Model([make_attention(i, **kind) for i, kind in enumerate(kinds)], rope)
+
+    def test_layers_that_share_a_kv_cache_take_its_owners_route(
+        self, tmp_path: Path, rope: Any
+    ) -> None:
+        write(tmp_path)
+        runtime = attach(runner_of(self.shared(rope)), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (1, 3)
+        assert runtime._unread_routes == [OPEN, FULL, OPEN, FULL]
+        data = list(runtime.probe._metadata.values())
+        assert [d.owner for d in data] == [None, None, data[0], data[1]]
+        assert [d.is_shared for d in data] == [True, True, False, False]
+        # The sharer's own queries decide nothing.
+        assert [d.mean_query is not None for d in data] == [False, True, False, False]
+        assert runtime.probe._owners.tolist() == [0, 1, 2, 1]  # layer 2 has no route
+        assert runtime.probe._is_routed.tolist() == [False, True, False, True]
+
+    def test_fixed_routes_of_layers_that_share_a_kv_cache(self, tmp_path: Path, rope: Any) -> None:
+        flux = STATIC | {"sparse_layers": [1, 3]}
+        runtime = attach(runner_of(self.shared(rope)), make_config(tmp_path, flux), CPU)
+        assert runtime.fixed_routes == [OPEN, SPARSE, OPEN, SPARSE]
+        runtime.fix_routes((1,))
+        assert runtime.fixed_routes == [OPEN, SPARSE, OPEN, SPARSE]
+        runtime.fix_routes((3,))  # its owner's counts
+        assert runtime.fixed_routes == [OPEN, FULL, OPEN, FULL]
+
+    def test_an_owner_alone_brings_its_sharers(self, tmp_path: Path, rope: Any) -> None:
+        flux = STATIC | {"sparse_layers": [1]}
+        runtime = attach(runner_of(self.shared(rope)), make_config(tmp_path, flux), CPU)
+        assert runtime.fixed_routes == [OPEN, SPARSE, OPEN, SPARSE]
+
+    def test_a_sharer_alone_cannot_be_sparse(self, tmp_path: Path, rope: Any) -> None:
+        flux = STATIC | {"sparse_layers": [3]}
+        with pytest.raises(FluxConfigError) as error:
+            attach(runner_of(self.shared(rope)), make_config(tmp_path, flux), CPU)
+        assert str(error.value) == (
+            "flux config: expected sparse_layers with layer 1, whose KV cache and route layer 3 "
+            "shares, found 3 without it; name layer 1"
+        )
+        write(tmp_path, always_sparse=(3,))
+        with pytest.raises(RouterCheckpointError, match=r"KV cache they share, found \[3\]"):
+            attach(runner_of(self.shared(rope)), make_config(tmp_path), CPU)
+
+    def test_a_sharer_of_a_sliding_window_has_no_route(self, tmp_path: Path, rope: Any) -> None:
+        """Its keys may be gone: vLLM keeps those of the owner's window."""
+        write(tmp_path)
+        owners = {3: 0}
+        model = Model(
+            [make_attention(i, {0: 128}.get(i), owner=owners.get(i)) for i in range(L)], rope
+        )
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (1, 2)
+        assert runtime.probe._is_routed.tolist() == [False, True, True, False]
 
     def test_fixed_policies_route_layers_without_rope(self, tmp_path: Path, rope: Any) -> None:
         flux = {"policy": "static", "sparse_layers": [1], "sink_tokens": 1, "window_tokens": 2}
@@ -281,7 +342,7 @@ class TestStages:
 
     def test_routes_of_all_layers(self, tmp_path: Path, rope: Any, monkeypatch: Any) -> None:
         write(tmp_path)
-        self.other_stage_says(monkeypatch, [True], [3])
+        self.other_stage_says(monkeypatch, [True], [(3, 3)])
         model = self.model(rope)
         runtime = attach(runner_of(model), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 1, 3)
@@ -293,7 +354,7 @@ class TestStages:
     def test_sparse_layers_of_another_stage(
         self, tmp_path: Path, rope: Any, monkeypatch: Any
     ) -> None:
-        self.other_stage_says(monkeypatch, [2, 3])
+        self.other_stage_says(monkeypatch, [(2, 2), (3, 3)])
         config = make_config(tmp_path, self.STATIC)
         runtime = attach(runner_of(self.model(rope)), config, CPU)
         assert runtime.fixed_routes == [1, 0, 0, 1]
@@ -301,7 +362,7 @@ class TestStages:
     def test_sparse_layer_that_no_stage_has(
         self, tmp_path: Path, rope: Any, monkeypatch: Any
     ) -> None:
-        self.other_stage_says(monkeypatch, [3])
+        self.other_stage_says(monkeypatch, [(3, 3)])
         with pytest.raises(FluxConfigError, match=r"found \[2\], which keep a sliding window"):
             attach(runner_of(self.model(rope)), make_config(tmp_path, self.STATIC), CPU)
 
@@ -310,6 +371,6 @@ class TestStages:
     ) -> None:
         """One stage alone would take them for a model without any."""
         write(tmp_path)
-        self.other_stage_says(monkeypatch, [True], [2, 3])
+        self.other_stage_says(monkeypatch, [True], [(2, 2), (3, 3)])
         runtime = attach(runner_of(self.model(rope, rotating=False)), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (2, 3)

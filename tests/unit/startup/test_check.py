@@ -145,6 +145,14 @@ class TestRouter:
             """--additional-config '{"flux": {"router": "PATH"}}'"""
         )
 
+    def test_heads_of_several_sizes(self, tmp_path: Path) -> None:
+        """Any of them may be that of the routed layers; attaching says which."""
+        layers = [SimpleNamespace(head_size=size) for size in (H, 64, H, 64)]
+        write(tmp_path, head_dim=64)
+        check_configuration(make_config(tmp_path, model__model_arch_config=layers))
+        with pytest.raises(RouterCheckpointError, match="head_dim 32 as in the model, found 64"):
+            check_configuration(make_config(tmp_path, model__model_arch_config=layers[::2] * 2))
+
     def test_that_pools_the_latest_tokens_alone(self, tmp_path: Path) -> None:
         write(tmp_path, pool_prefix=False)
         check_configuration(make_config(tmp_path))

@@ -6,8 +6,8 @@ Dimension legend: T queries of the chunk, N query heads, K KV heads, H head dim.
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
+from flux_vllm.attention_backend.cpu.masked import attend_masked
 from flux_vllm.attention_backend.cpu.pages import PageLayout
 from flux_vllm.attention_backend.cpu.prefill import Chunk
 from flux_vllm.patterns import streaming
@@ -81,6 +81,7 @@ class SinkWindowPrefill:
         kv_cache: torch.Tensor,
         layout: PageLayout,
         scale: float,
+        sink_logits: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """Attend one layer's queries of the chunk.
@@ -90,6 +91,7 @@ class SinkWindowPrefill:
             kv_cache: [num_blocks, K, block_size, 2 * H].
             layout: of `kv_cache`.
             scale: of the scores.
+            sink_logits: [N] of the heads' learned sinks; None for heads without.
             output: [T, N, H], written.
         """
         keys, values = layout.gather(kv_cache, self.blocks)
@@ -101,15 +103,14 @@ class SinkWindowPrefill:
                     torch.arange(self._column(tile.first_key), self._column(end)),
                 ]
             )
-            attended = functional.scaled_dot_product_attention(
-                query[None, tile.begin : tile.end].transpose(1, 2),
-                keys[None, :, picked],
-                values[None, :, picked],
-                attn_mask=tile.mask,
-                scale=scale,
-                enable_gqa=True,
+            output[tile.begin : tile.end] = attend_masked(
+                query[tile.begin : tile.end].transpose(0, 1),
+                keys[:, picked],
+                values[:, picked],
+                tile.mask,
+                scale,
+                sink_logits,
             )
-            output[tile.begin : tile.end] = attended[0].transpose(0, 1)
 
     def _column(self, position: int) -> int:
         """Map a window key's position to its column among the gathered keys."""

@@ -4,8 +4,8 @@ Dimension legend: Q queries of a chunk, N query heads, H head dim.
 """
 
 import torch
-from torch.nn import functional
 
+from flux_vllm.attention_backend.cpu.masked import attend_masked
 from flux_vllm.attention_backend.cpu.pages import PageLayout
 from flux_vllm.attention_backend.cpu.patterns import streaming
 from flux_vllm.attention_backend.cpu.prefill import Chunk, ChunkPrefill
@@ -40,22 +40,23 @@ class _HeadAndTail:
         kv_cache: torch.Tensor,
         layout: PageLayout,
         scale: float,
+        sink_logits: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         head = self._head
         if self._streamed is not None:
-            self._streamed.attend(query[:head], kv_cache, layout, scale, output[:head])
+            streamed = output[:head]
+            self._streamed.attend(query[:head], kv_cache, layout, scale, sink_logits, streamed)
         keys, values = layout.gather(kv_cache, self._blocks)
         for begin in range(head, len(query), _TILE_QUERIES):
             tile = slice(begin, min(begin + _TILE_QUERIES, len(query)))
             positions = torch.arange(self._computed + tile.start, self._computed + tile.stop)
             end = self._computed + tile.stop
-            attended = functional.scaled_dot_product_attention(
-                query[None, tile].transpose(1, 2),
-                keys[None, :, :end],
-                values[None, :, :end],
-                attn_mask=torch.arange(end) <= positions[:, None],
-                scale=scale,
-                enable_gqa=True,
+            output[tile] = attend_masked(
+                query[tile].transpose(0, 1),
+                keys[:, :end],
+                values[:, :end],
+                torch.arange(end) <= positions[:, None],
+                scale,
+                sink_logits,
             )
-            output[tile] = attended[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""XAttention on the CPU: SDPA by query block over the key blocks that any head kept.
+"""XAttention on the CPU: attention by query block over the key blocks that any head kept.
 
 Dimension legend: N query heads.
 """
@@ -6,6 +6,7 @@ Dimension legend: N query heads.
 import torch
 from torch.nn import functional
 
+from flux_vllm.attention_backend.cpu.masked import attend_masked
 from flux_vllm.attention_backend.cpu.pages import PageLayout
 from flux_vllm.attention_backend.cpu.prefill import Chunk
 from flux_vllm.patterns import xattention
@@ -32,6 +33,7 @@ class BlockPrefill:
         kv_cache: torch.Tensor,
         layout: PageLayout,
         scale: float,
+        sink_logits: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """Attend one layer's queries of the chunk; shapes as in `ChunkPrefill.attend`."""
@@ -46,15 +48,14 @@ class BlockPrefill:
             picked = (blocks * BLOCK + torch.arange(BLOCK)).flatten()
             picked = picked[picked < stop]
             causal = picked <= torch.arange(first, stop)[:, None]
-            attended = functional.scaled_dot_product_attention(
-                tile[None],
-                keys[None, :, picked],
-                values[None, :, picked],
-                attn_mask=kept[:, None, picked // BLOCK] & causal,
-                scale=scale,
-                enable_gqa=True,
+            output[first - start : stop - start] = attend_masked(
+                tile,
+                keys[:, picked],
+                values[:, picked],
+                kept[:, None, picked // BLOCK] & causal,
+                scale,
+                sink_logits,
             )
-            output[first - start : stop - start] = attended[0].transpose(0, 1)
 
     def _choose(
         self, tile: torch.Tensor, keys: torch.Tensor, block: int, first: int, scale: float

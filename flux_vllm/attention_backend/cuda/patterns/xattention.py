@@ -3,7 +3,9 @@
 Dimension legend: N query heads, K kv heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -88,6 +90,7 @@ class BlockPrefill:
             cache = KVCache(call.cache.keys[:, :, of_kv], call.cache.values[:, :, of_kv])
             by_head = (buffers.lse, buffers.chosen, buffers.counts)
             lse, chosen, counts = (buffer[: query.shape[1]] for buffer in by_head)
+            sinks = None if kernels.sink_logits is None else kernels.sink_logits[of_query]
             score_blocks(
                 query,
                 cache.keys,
@@ -118,10 +121,10 @@ class BlockPrefill:
                 chosen,
                 counts,
             )
-            if buffers.rows is None:
-                attend_blocks(query, cache, out, lists, scale=kernels.scale)
-            else:
-                attend_block_rows(query, cache, out, lists, buffers.rows, scale=kernels.scale)
+            attend: Callable[..., None] = attend_blocks
+            if buffers.rows is not None:
+                attend = partial(attend_block_rows, rows=buffers.rows)
+            attend(query, cache, out, lists, scale=kernels.scale, sink_logits=sinks)
 
     def _make_buffers(self, call: LayerCall, by_fa3: bool) -> "_Buffers":
         """Plan the step, in its first layer that needs it."""

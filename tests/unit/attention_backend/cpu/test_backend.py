@@ -46,10 +46,8 @@ def make_impl() -> Callable[..., Any]:
 REFUSED = [
     ({"alibi_slopes": [0.5] * N}, "ALiBi slopes"),
     ({"logits_soft_cap": 30.0}, "attention logits softcap"),
-    ({"sinks": torch.zeros(N)}, "learned attention sinks"),
     ({"kv_cache_dtype": "fp8"}, "KV cache dtype fp8"),
     ({"kv_cache_dtype": "fp8_e4m3"}, "KV cache dtype fp8_e4m3"),
-    ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
     ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
     ({"attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
     (
@@ -70,7 +68,16 @@ class TestImpl:
             "model or --kv-cache-dtype"
         )
 
-    @pytest.mark.parametrize("options", [{}, {"sliding_window": 128}], ids=["plain", "window"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"sliding_window": 128},
+            {"sinks": torch.zeros(N)},
+            {"kv_sharing_target_layer_name": "layers.0"},
+        ],
+        ids=["plain", "window", "learned sinks", "another layer's KV cache"],
+    )
     def test_accepted(self, make_impl: Callable, options: dict) -> None:
         """Unbound: a layer with a sliding window of its own stays so."""
         assert make_impl(**options).binding is None

@@ -215,6 +215,18 @@ class TestProbe:
         torch.testing.assert_close(output, expected, rtol=0, atol=ATOL)
         torch.testing.assert_close(kept, query.mean(dim=1), rtol=0, atol=1e-6)
 
+    def test_keys_of_another_layer(self, make_impl) -> None:
+        query, key, value = (torch.randn(5, heads, H) for heads in (N, K, K))
+        starts = torch.tensor([0, 5], dtype=torch.int32)
+        owner = ProbeMetadata(starts, None, is_shared=True)
+        outputs = torch.full((2, 5, N, H), float("nan"))
+        make_impl().forward(None, query, key, value, None, owner, outputs[0])
+        impl = make_impl(kv_sharing_target_layer_name="layers.0")
+        sharer = ProbeMetadata(starts, None, owner)
+        impl.forward(None, query, None, None, None, sharer, outputs[1])
+        assert outputs.isfinite().all()
+        assert torch.equal(outputs[0], outputs[1])
+
     def test_layer_that_no_router_looks_at(self, make_impl) -> None:
         query, key = torch.randn(5, N, H), torch.randn(5, K, H)
         metadata = ProbeMetadata(torch.tensor([0, 5], dtype=torch.int32), None)

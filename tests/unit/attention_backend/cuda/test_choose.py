@@ -37,6 +37,7 @@ def name_of(kernels: str | None = None, version: int = 3, head_size: int = 128) 
         scale=1.0,
         num_heads=4,
         num_kv_heads=2,
+        sinks=None,
     )
     runtime = Mock(config=FluxConfig(kernels=kernels), sink_tokens=16, window_tokens=32)
     runtime.table.device = torch.device("cpu")

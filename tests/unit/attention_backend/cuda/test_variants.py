@@ -39,7 +39,8 @@ def _a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(heads: int, kv_heads: int, head_dim: int) -> Any:
-    return SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=head_dim, scale=1.0)
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": head_dim}
+    return SimpleNamespace(**sizes, scale=1.0, sinks=None)
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)

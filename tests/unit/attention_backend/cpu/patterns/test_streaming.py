@@ -128,7 +128,7 @@ def attend(case: Case, made: Made) -> torch.Tensor:
     prefill = SinkWindowPrefill(pattern_of(case.sink, case.window), chunk)
     output = torch.full_like(made.query, float("nan"))
     for _ in range(2):  # one plan serves every SPARSE layer of a step
-        prefill.attend(made.query, made.cache, made.layout, 0.3, output)
+        prefill.attend(made.query, made.cache, made.layout, 0.3, None, output)
     return output
 
 
