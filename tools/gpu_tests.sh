@@ -4,11 +4,12 @@
 #
 #   tools/gpu_tests.sh FOLDER     PYTHON=python3 names the interpreter that has vLLM
 #
-# On one GPU: serving by head size, the sample model, freeing KV, the probe, what is compiled after
-# the start, learned sinks, the backend's batches with the benchmarks' head split, and the kernels.
-# Where two GPUs are visible, tensor parallel 2 beside them: small models by head size, and Llama 3.1
-# 8B's widths (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two H200s with 64 cores the
-# tensor-parallel ones took under 3 minutes. The summary names what did not run.
+# On one GPU: serving by head size, the sample model, freeing KV, the probe, drafters, offloading,
+# what is compiled after the start, learned sinks, the backend's batches with the benchmarks' head
+# split, and the kernels. Where two GPUs are visible, pipeline and tensor parallel 2 beside them:
+# small models, for tensor parallel by head size, and Llama 3.1 8B's widths (benchmarks/shapes, or
+# FLUX_TEST_8B_SHAPE=FOLDER). On two H200s with 64 cores the tensor-parallel ones took under 3
+# minutes. The summary names what did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
 [[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")
@@ -30,14 +31,16 @@ not_run() { # not_run NAME WHY
     echo "$1: not run, $2" >>"$out/summary.txt"
 }
 
-parts_of_two() { # tensor parallel 2; its engines on one GPU take the second, which has less to do
+parts_of_two() { # tensor and pipeline parallel 2; its engines on one GPU take the second, which has less to do
     local file=tests/gpu/test_tensor_parallel.py gpus
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     if ((gpus < 2)); then
         not_run tensor_parallel "needs two CUDA GPUs; ${gpus:-none} visible here"
+        not_run pipeline_parallel "needs two CUDA GPUs; ${gpus:-none} visible here"
         return
     fi
     export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-1,0}
+    part pipeline_parallel tests/gpu/test_pipeline_parallel.py &
     part tensor_parallel_64 $file -k H64 &
     part tensor_parallel_128 $file -k H128 &
     part tensor_parallel_8b $file -k 8b_widths &
@@ -50,6 +53,8 @@ part serving_128 tests/gpu/test_serving.py -k H128 &
 part sample_model tests/gpu/test_sample_model.py &
 part free_kv tests/gpu/test_free_kv.py &
 part probe tests/gpu/test_probe.py &
+part drafters tests/gpu/test_drafters.py &
+part connectors tests/gpu/test_connectors.py &
 part no_compiling tests/gpu/test_no_compiling.py &
 part learned_sinks tests/gpu/test_learned_sinks.py &
 part batches tests/gpu/test_backend_batches.py tests/gpu/test_head_split.py &

@@ -25,11 +25,11 @@ def bound_layers(context: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
         names: of the group's layers.
 
     Returns: the layers that have a LayerBinding, in the order in which they run. The others have a
-        sliding window of their own.
+        sliding window of their own, or are a drafter's, on another backend.
     Raises: UnsupportedConfigurationError: a layer without such a window has no binding either: it
         would attend FULL in silence.
     """
-    layers = [(name, context[name]) for name in names]
+    layers = [(name, context[name]) for name in names if hasattr(context[name].impl, "binding")]
     bound = [layer for _, layer in layers if layer.impl.binding is not None]
     missed = [
         name

@@ -69,7 +69,9 @@ def _check_engine_config(original: Callable, self: Any, *args: Any, **kwargs: An
     if uses_flux(vllm_config):
         from flux_vllm.metrics.directory import prepare_front_end
         from flux_vllm.startup.check import check_configuration
+        from flux_vllm.startup.drafter import choose_drafter_backend
 
+        choose_drafter_backend(vllm_config)
         check_configuration(vllm_config)
         prepare_front_end()
     return vllm_config

@@ -26,9 +26,11 @@ def install() -> None:
     """Attach the runtime to workers; called as vLLM loads our backend, so only for flux."""
     from vllm.model_executor.model_loader import default_loader
     from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
     from vllm.v1.worker.gpu_worker import Worker
 
     wrap(default_loader, "filter_duplicate_safetensors_files", _leave_router_out)
+    wrap(StandaloneARSpeculator, "load_draft_model", _load_draft_model)
 
     classes = [Worker]
     if current_platform.is_cpu():
@@ -44,6 +46,23 @@ def install() -> None:
 def _leave_router_out(original: Callable, files: list[str], *args: Any, **kwargs: Any) -> list[str]:
     """vLLM reads every safetensors file of a model's folder that has no index; ours is no shard."""
     return original([f for f in files if Path(f).name != ROUTER_FILE_NAME], *args, **kwargs)
+
+
+def _load_draft_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Model runner V2 gives a draft model the engine's backend, whatever the drafter's own is."""
+    from vllm.config import replace
+
+    engine = self.vllm_config
+    if not uses_flux(engine):
+        return original(self, *args, **kwargs)
+    own = engine.speculative_config.attention_backend
+    self.vllm_config = replace(
+        engine, attention_config=replace(engine.attention_config, backend=own)
+    )
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        self.vllm_config = engine
 
 
 def _cluster_layers(original: Callable, self: Any) -> Any:

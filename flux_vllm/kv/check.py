@@ -46,14 +46,46 @@ def check_free_kv(config: FluxConfig, info: RouterInfo | None, vllm_config: Any)
 
     Raises: FluxConfigError, UnsupportedConfigurationError.
     """
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        raise UnsupportedConfigurationError(
-            'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
-            '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
-        )
+    _check_features(vllm_config)
     choose_clusters(config, info, range(vllm_config.model_config.get_total_num_hidden_layers()))
     _choose_scheduler(vllm_config.scheduler_config)
     _refuse_sessions()
+
+
+def _check_features(vllm_config: Any) -> None:
+    """Refuse what else decides about blocks, or needs them all."""
+    speculative = vllm_config.speculative_config
+    drafts = speculative is not None and speculative.method != "ngram"
+    for expected, found, remedy in (
+        (  # first: vLLM manages but one group beside most connectors
+            "KV blocks that stay on their device",
+            vllm_config.kv_transfer_config is not None
+            and "a KV connector or offloading, which moves blocks that were given back",
+            "switch it off",
+        ),
+        (
+            "vLLM to manage several KV cache groups",
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+            and "--disable-hybrid-kv-cache-manager",
+            "drop it",
+        ),
+        (
+            "one pipeline stage",
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+            and "several, whose layers form KV cache groups of their own",
+            "serve by tensor parallel",
+        ),
+        (
+            "speculative decoding by ngram",
+            drafts and f"{speculative.method}, whose drafter's keys no route gives back",
+            "choose ngram",
+        ),
+    ):
+        if found:
+            raise UnsupportedConfigurationError(
+                f'flux config: expected {expected} with "free_kv", found {found}; {remedy}, or '
+                'drop "free_kv"'
+            )
 
 
 def _choose_scheduler(scheduler_config: Any) -> None:

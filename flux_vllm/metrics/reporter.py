@@ -60,6 +60,8 @@ class RouteReporter:
         layers: indices of the model's routed layers.
         block_size: tokens a KV block.
         pattern: of SPARSE layers.
+        counts_requests: False where another worker counts the same requests, and their steps but
+            for what this worker's own kernels count.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class RouteReporter:
         layers: tuple[int, ...],
         block_size: int,
         pattern: "SparsePattern",
+        counts_requests: bool = True,
     ) -> None:
         self._store = store
         self._layers = layers
         self._block_size = block_size
         self._pattern = pattern
+        self._counts_requests = counts_requests
         self._pending: list[tuple[Batch, _RowRoutes]] = []
         self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
@@ -103,7 +107,7 @@ class RouteReporter:
             decided: [R] bool: the row's routes were decided for this step; None for no row.
             counts_keys: False where kernels counted the rows' keys, see `record_decode`.
         """
-        if batch.is_warmup or not len(batch):
+        if batch.is_warmup or not len(batch) or not self._counts_requests:
             return
         if counts_keys:
             if self._pending and self._pending[-1][1].routes is routes:
@@ -175,6 +179,8 @@ class RouteReporter:
                 where the logits were not finite.
             unread: requests whose routes mattered in the step, and whose prompt is no token ids.
         """
+        if not self._counts_requests:
+            return
         rows = int(np.isnan(full_probability).any(axis=1).sum())
         if rows:
             self._store.add("flux_nonfinite_router_rows", rows, _NONFINITE)

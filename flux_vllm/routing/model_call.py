@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flux_vllm.routing.stages import receive_hidden_states, send_hidden_states
 from flux_vllm.routing.state_layers import StateLayers
 
 
@@ -47,11 +48,13 @@ class RunnerModelCall:
         """Whether one CUDA graph serves all requests, where the engine has any.
 
         Not with LoRA, whose kernels are launched by the number of adapters in use, nor with layers
-        that carry a state: vLLM captures these in decode alone.
+        that carry a state: vLLM captures these in decode alone. Nor with pipeline stages, which
+        say on the host what they send.
         """
         mode = self._vllm_config.compilation_config.cudagraph_mode
+        is_whole = self._vllm_config.parallel_config.pipeline_parallel_size == 1
         is_fixed = not self._has_adapters and not len(self._states)
-        return self._device.type == "cuda" and mode.name != "NONE" and is_fixed
+        return self._device.type == "cuda" and mode.name != "NONE" and is_fixed and is_whole
 
     def __call__(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
@@ -66,8 +69,8 @@ class RunnerModelCall:
         model, tokens = self._runner.get_model(), len(positions)
         if self._axes is not None:
             positions = self._axes[:, :tokens].copy_(positions)
-        embeddings = None
-        if self._takes_embeddings:
+        received, embeddings = receive_hidden_states(), None
+        if self._takes_embeddings and received is None:
             embeddings = model.embed_input_ids(token_ids)
             if not getattr(model, "requires_raw_input_tokens", False):
                 token_ids = None  # type: ignore[assignment]
@@ -75,12 +78,13 @@ class RunnerModelCall:
             metadata | self._states.metadata, self._vllm_config, num_tokens=tokens
         )
         with context, self._states.apart():
-            model(
+            output = model(
                 input_ids=token_ids,
                 positions=positions,
-                intermediate_tensors=None,
+                intermediate_tensors=received,
                 inputs_embeds=embeddings,
             )
+        send_hidden_states(output)
 
     def use_adapter(self, adapter: Any, tokens: int) -> None:
         """Switch to a LoRA adapter, or to none; the step's own forward switches again.

@@ -8,7 +8,7 @@ Dimension legend: L layers of the model, T tokens of a probe, P pools, N query h
 pairs of rotated dimensions, F features of a layer's router.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,14 +69,12 @@ class ProbedLayer:
     name: str
     """vLLM's."""
     index: int
-    is_routed: bool
-    """False for a layer that attends as the model has it, whatever the routes."""
     is_pooled: bool
     """Whether a router looks at the layer's queries."""
     rotary: RotaryInverse | None
     """None where they reach attention unrotated, or no router looks at them."""
     owner: int | None = None
-    """The layer whose keys, values and route it takes; None where they are its own."""
+    """The layer whose keys and values it takes; None where they are its own."""
 
 
 class ModelCall(Protocol):
@@ -111,9 +109,12 @@ class PromptProbe:
         inputs: what the routers look at.
         router: all layers' routers, on the device.
         threshold: FULL where P(FULL) is at least this.
-        layers: of the model.
+        layers: of the model, those of this pipeline stage.
+        routed: of each layer with a route, on any stage: the layer whose route it takes, mostly
+            itself. The others attend as the model has them.
         model: runs it.
-        reduce_mean: mean of a tensor over tensor-parallel ranks.
+        reduce_ranks: of pooled queries [L, P, H], 0 for layers that are not here: their mean over
+            tensor-parallel ranks, added up over pipeline stages.
         device: of the model.
     """
 
@@ -123,14 +124,15 @@ class PromptProbe:
         router: LayerRouter,
         threshold: float,
         layers: Sequence[ProbedLayer],
+        routed: Mapping[int, int],
         model: ModelCall,
-        reduce_mean: Callable[[torch.Tensor], torch.Tensor],
+        reduce_ranks: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
     ) -> None:
         self._inputs = inputs
         self._router = router
         self._model = model
-        self._reduce_mean = reduce_mean
+        self._reduce_ranks = reduce_ranks
         tokens, num_layers = inputs.probe.tokens, router.num_layers
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -147,12 +149,10 @@ class PromptProbe:
         self._rotations = _rotations(layers, zeros, tokens)
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         self._metadata = _metadata(layers, cu_seqlens, self._mean_query)
-        owners = np.arange(num_layers)
-        for layer in layers:
-            owners[layer.index] = layer.index if layer.owner is None else layer.owner
-        self._owners = torch.from_numpy(owners).to(device)
+        self._owners = torch.arange(num_layers, device=device)
         self._is_routed = zeros(num_layers, dtype=torch.bool)
-        self._is_routed[[layer.index for layer in layers if layer.is_routed]] = True
+        for layer, owner in routed.items():
+            self._owners[layer], self._is_routed[layer] = owner, True
         self.routes = zeros(num_layers, dtype=torch.int8)
         """[L] int8: the routes of the latest prompt; UNDECIDED for layers that are not routed."""
         self.full_probability = zeros(num_layers)
@@ -210,7 +210,7 @@ class PromptProbe:
             self._mean_query[layers] = rotation.rotary.undo(
                 self._mean_query[layers], rotation.cos, rotation.sin
             )
-        pooled = self._reduce_mean(self._weights @ self._mean_query) + self._offsets[:, None]
+        pooled = self._reduce_ranks(self._weights @ self._mean_query) + self._offsets[:, None]
         features = self._inputs.assemble(pooled)
         # One request: [L, 1, F].
         probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]

@@ -335,6 +335,8 @@ class FluxRuntime:
 
     def warm_up(self, runner: object) -> None:
         """Let the backend call all that it may need; `runner` is vLLM's, with its KV cache."""
+        if self.probe is not None and self.warm_ups:
+            self.probe.decide(Prompt("", 1, [0]))
         for call in self.warm_ups.values():
             call(runner)
 

@@ -14,6 +14,7 @@ from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
 from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.routing.runtime import FluxRuntime
+from flux_vllm.routing.stages import gather_over_stages, sum_over_stages
 from flux_vllm.routing.state_layers import StateLayers
 from flux_vllm.startup.check import check_features, check_fit, check_probe
 from flux_vllm.startup.layers import (
@@ -47,17 +48,18 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     layers = attention_layers(model)
     # The others of full attention stay undecided, hence FULL.
     routed = layers_for_router(model, layers) if config.needs_router else layers_with_routes(layers)
-    owners = {layer.index: layer.owner for layer in routed if layer.owner != layer.index}
     if info is not None:
         for layer in layers:
             if layer in routed or layer.index in info.context_layers:
                 check_fit(info, num_layers, layer.attention.head_size)
-    _check_sparse_layers(config, info, {layer.index for layer in routed}, owners)
+    routed_by = dict(gather_over_stages([(layer.index, layer.owner) for layer in routed]))
+    owners = {index: owner for index, owner in routed_by.items() if index != owner}
+    _check_sparse_layers(config, info, set(routed_by), owners)
     runtime = FluxRuntime(
         config,
         info,
         num_layers,
-        tuple(layer.index for layer in routed),
+        tuple(routed_by),
         vllm_config.scheduler_config.max_num_seqs,
         device,
         step_tokens=1 + vllm_config.num_speculative_tokens,
@@ -75,16 +77,18 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
             router.to(device),
             config.threshold,
             _probed_layers(layers, routed, info.inputs, device),
+            routed_by,
             RunnerModelCall(
                 runner,
                 vllm_config,
                 StateLayers(vllm_config, info.inputs.probe.tokens, device),
                 device,
             ),
-            _mean_over_ranks,
+            _over_ranks,
             device,
         )
-    start_reporting(runtime, vllm_config, routed[0].attention.impl.kernels_name)
+    full = next(layer for layer in layers if layer.has_full_attention)
+    start_reporting(runtime, vllm_config, full.attention.impl.kernels_name)
     return runtime
 
 
@@ -127,24 +131,25 @@ def _probed_layers(
     rotaries: dict[int, RotaryInverse] = {}
     probed = []
     for layer in layers:
-        is_routed, inverse = layer in routed, None
-        has_own = layer.owner == layer.index
-        is_pooled = (is_routed and has_own) or layer.index in inputs.context_layers
+        inverse, has_own = None, layer.owner == layer.index
+        is_pooled = (layer in routed and has_own) or layer.index in inputs.context_layers
         rotary = rotary_of(layer) if is_pooled else None
         if rotary is not None:
             if id(rotary) not in rotaries:
                 rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
             inverse = rotaries[id(rotary)]
         name, owner = layer.attention.layer_name, None if has_own else layer.owner
-        probed.append(ProbedLayer(name, layer.index, is_routed, is_pooled, inverse, owner))
+        probed.append(ProbedLayer(name, layer.index, is_pooled, inverse, owner))
     return probed
 
 
-def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+def _over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Take the mean over tensor-parallel ranks, which hold heads, and the sum over stages."""
     from vllm.distributed import (
         get_tensor_model_parallel_world_size,
         tensor_model_parallel_all_reduce,
     )
 
     ranks = get_tensor_model_parallel_world_size()
-    return tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks
+    mean = tensor if ranks == 1 else tensor_model_parallel_all_reduce(tensor) / ranks
+    return sum_over_stages(mean)

@@ -18,6 +18,7 @@ from flux_vllm.kv.check import check_free_kv
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.router.inputs import RouterInputs
+from flux_vllm.startup.drafter import refused_speculation
 from flux_vllm.startup.router_file import read_router_for
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -70,30 +71,23 @@ def check_features(vllm_config: Any) -> None:
         vllm_config.parallel_config,
         vllm_config.cache_config,
     )
-    speculative = vllm_config.speculative_config
     refused = {
         "decode context parallel": parallel.decode_context_parallel_size > 1,
         "prefill context parallel": parallel.prefill_context_parallel_size > 1,
-        "pipeline parallel": parallel.pipeline_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
-        # vLLM turns offloading into a connector.
-        "a KV connector": vllm_config.kv_transfer_config is not None
-        and cache.kv_offloading_size is None,
-        "KV cache offloading": cache.kv_offloading_size is not None,
         f"a KV cache of dtype {cache.cache_dtype}": cache.cache_dtype not in _KV_CACHE_DTYPES,
         f"a KV cache of {cache.cache_dtype} for a model of {model.dtype} on the CPU": (
             vllm_config.device_config.device_type == "cpu" and not _as_wide(cache, model)
         ),
         "prefix_match_unit": cache.prefix_match_unit is not None,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
-        "a draft model (speculative decoding other than ngram)": speculative is not None
-        and speculative.method != "ngram",
         "multi-head latent attention (MLA)": model.use_mla,
         "an encoder-decoder model": model.is_encoder_decoder,
         "a pooling or encoder model": model.runner_type != "generate",
         "a model without attention": model.is_attention_free,
         "bidirectional attention over multimodal prefixes": model.is_mm_prefix_lm,
         "reference sliding window attention": model.rswa_window is not None,
+        **refused_speculation(vllm_config),
     }
     found = [what for what, present in refused.items() if present]
     if found:

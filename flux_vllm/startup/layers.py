@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from flux_vllm.errors import UnsupportedConfigurationError
+from flux_vllm.routing.stages import gather_over_stages
 from flux_vllm.selection import BACKEND_NAME
 from flux_vllm.startup.rope_use import change_after_rope, rotates
 
@@ -86,18 +87,19 @@ def layers_for_router(model: nn.Module, layers: Sequence[AttentionLayer]) -> lis
     Raises: UnsupportedConfigurationError: RoPE is in layers with a sliding window alone.
     """
     full = layers_with_routes(layers)
-    if all(rotates(layer.parent) is False for layer in layers):
+    rotating = {layer.index for layer in layers if rotates(layer.parent) is not False}
+    # Of the layers that use RoPE, on any pipeline stage: whether they have a route.
+    have_routes = gather_over_stages([layer in full for layer in layers if layer.index in rotating])
+    if not have_routes:
         return full
-    rotating = {layer.index for layer in full if rotates(layer.parent) is not False}
-    chosen = [layer for layer in full if layer.owner in rotating]
-    if not chosen:
+    if not any(have_routes):
         raise UnsupportedConfigurationError(
             '--attention-backend flux with policy "router": expected rotary position embeddings '
             f"(RoPE) in layers with full attention, found none in {type(model).__name__}, whose "
             "layers with a sliding window have them; choose a policy without a router "
             '("full", "sparse", "static")'
         )
-    return chosen
+    return [layer for layer in full if layer.owner in rotating]
 
 
 def rotary_of(layer: AttentionLayer) -> Any:

@@ -29,15 +29,21 @@ def reserve_buffers(available_bytes: int, worker: Any, runtime: FluxRuntime) -> 
 
 def _kv_cache_groups(worker: Any) -> list[Any]:
     """Say how vLLM will group the attention layers in its KV cache (KVCacheGroupSpec)."""
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
     from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
+
+    def has_attention(spec: Any) -> bool:
+        # Where heads differ, a drafter's from the model's, a group's spec holds one of each layer.
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            return has_attention(spec.first_spec)
+        return isinstance(spec, AttentionSpec)
 
     config = worker.vllm_config
     groups = _all_groups(config, dict(worker.get_kv_cache_spec()))
     layers = config.compilation_config.static_forward_context
     owners = {n: getattr(x, "kv_sharing_target_layer_name", None) for n, x in layers.items()}
     add_kv_sharing_layers_to_kv_cache_groups({n: o for n, o in owners.items() if o}, groups)
-    return [group for group in groups if isinstance(group.kv_cache_spec, AttentionSpec)]
+    return [group for group in groups if has_attention(group.kv_cache_spec)]
 
 
 def _all_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:

@@ -16,14 +16,16 @@ logger = logging.getLogger("vllm.flux")
 def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> None:
     """Log what was set up, and start counting on the first tensor-parallel rank.
 
-    What cannot be counted is said in the log; it is no reason not to serve.
+    Of pipeline stages the first one counts requests and what the host knows of them; each counts
+    what its own kernels read. What cannot be counted is said in the log; it is no reason not to
+    serve.
 
     Args:
         runtime: gets its reporter, and its journal where a live page reads that.
         vllm_config: the engine's.
         kernels: that serve its layers, by name.
     """
-    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     config, info = runtime.config, runtime.info
     logger.info(
@@ -56,10 +58,11 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
             runtime.routed_layers,
             vllm_config.cache_config.block_size,
             runtime.pattern,
+            counts_requests=get_pp_group().is_first_rank,
         )
         reporter.announce(**router)
         runtime.reporter = reporter
-        if live_page_is_on():
+        if live_page_is_on() and get_pp_group().is_first_rank:
             num_layers = runtime.table.num_layers
             layers = {"num_layers": num_layers, "routed_layers": runtime.routed_layers}
             runtime.journal = RouteJournal(directory, model | router | layers, num_layers)

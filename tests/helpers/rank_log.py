@@ -50,6 +50,9 @@ class RankLogger:
     def begin_rank_log(self: Any) -> None:
         """Log every step from now on."""
         runtime = self.flux_status.__self__
+        if runtime.table.device.type == "cpu" and self.parallel_config.pipeline_parallel_size > 1:
+            # vLLM makes a later stage's buffers as it warms up, which an eager CPU worker skips.
+            self.model_runner._dummy_run(1)
         self._rank_steps: list[tuple] = []
         runtime.end_step = _logged(runtime, runtime.end_step, self._rank_steps)
 

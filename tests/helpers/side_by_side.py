@@ -3,6 +3,7 @@
 Starting is what takes the time, and most of it is one core's work.
 """
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from .engine import Answer
 from .metrics import parse, total
 from .rank_log import RankLog
 from .tensor_parallel import RankedEngine
+
+_engines = itertools.count()
 
 
 @dataclass
@@ -41,11 +44,13 @@ class Served:
         answers: in the prompts' order.
         logs: by rank; None without flux.
         unrouted: flux_unrouted_rows_total, which the first rank counts for all; 0 without flux.
+        decisions: flux_route_decisions_total, over all layers and both routes; likewise.
     """
 
     answers: list[Answer]
     logs: list[RankLog] | None
     unrouted: float
+    decisions: float
 
 
 def serve(setup: Setup, prompts: Sequence[Sequence[int]], max_tokens: int) -> Served:
@@ -53,15 +58,16 @@ def serve(setup: Setup, prompts: Sequence[Sequence[int]], max_tokens: int) -> Se
     from prometheus_client import generate_latest
 
     # Engines that this process had before are in its metrics too.
-    name = f"{setup.model.name}-{setup.ranks}"
+    name = f"{setup.model.name}-{next(_engines)}"
     arguments = setup.arguments | {"served_model_name": name}
     with RankedEngine(setup.model, setup.flux, setup.ranks, **arguments) as engine:
         answers = engine.generate(prompts, max_tokens, prompt_logprobs=True)
-        unrouted = 0.0
+        unrouted = decisions = 0.0
         if setup.flux is not None:
             metrics = parse(generate_latest().decode())
             unrouted = total(metrics, "flux_unrouted_rows_total", model_name=name)
-        return Served(answers, engine.rank_logs, unrouted)
+            decisions = total(metrics, "flux_route_decisions_total", model_name=name)
+        return Served(answers, engine.rank_logs, unrouted, decisions)
 
 
 def serve_side_by_side(

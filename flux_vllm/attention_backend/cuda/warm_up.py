@@ -101,7 +101,6 @@ class _Batches:
         runtime = self._runtime
         rows = -(-tokens // self._max_len)
         queries = [tokens // rows] * rows
-        # The probe reads its tokens; all that a router says of them is welcome.
         beyond = max(length, runtime.sink_tokens + runtime.window_tokens + 1, queries[0])
         length = min(beyond, self._max_len)
         with _requests(runtime, rows, length) as names:
@@ -143,7 +142,8 @@ class _Batches:
 def _requests(runtime: FluxRuntime, rows: int, length: int) -> Iterator[tuple[str, ...]]:
     """Let requests with prompts of a length be routed, and end them."""
     names = tuple(f"_flux_warm_up_{row}" for row in range(rows))
-    runtime.admit(Prompt(name, length, [0] * length) for name in names)
+    # Without tokens to probe: pipeline stages probe together, and need not warm up alike.
+    runtime.admit(Prompt(name, length, None) for name in names)
     runtime.decide_due(dict.fromkeys(names, length))
     try:
         yield names

@@ -23,6 +23,13 @@ def test_in_the_order_in_which_they_run() -> None:
     assert bound_layers(layers, ["a", "windowed", "b"]) == [layers["b"], layers["a"]]
 
 
+def test_drafters_layers_are_passed_over() -> None:
+    """They attend by a backend of vLLM's own, which knows of no binding."""
+    drafter = SimpleNamespace(impl=SimpleNamespace(), sliding_window=None)
+    layers = {"a": _layer(0), "drafter": drafter}
+    assert bound_layers(layers, list(layers)) == [layers["a"]]
+
+
 def test_group_of_sliding_windows() -> None:
     assert bound_layers({"a": _layer(None, 64)}, ["a"]) == []
 

@@ -103,11 +103,13 @@ class TestFluxEngine:
         attention = SimpleNamespace(backend=SimpleNamespace(name="FLUX"))
         made = SimpleNamespace(attention_config=attention)
         with (
+            mock.patch("flux_vllm.startup.drafter.choose_drafter_backend", order.choose),
             mock.patch("flux_vllm.startup.check.check_configuration", order.check),
             mock.patch("flux_vllm.metrics.directory.prepare_front_end", order.prepare),
         ):
             assert front_end._check_engine_config(lambda self: made, None) is made
-            assert order.mock_calls == [mock.call.check(made), mock.call.prepare()]
+            calls = [mock.call.choose(made), mock.call.check(made), mock.call.prepare()]
+            assert order.mock_calls == calls
             order.check.side_effect = UnsupportedConfigurationError("refused")
             with pytest.raises(UnsupportedConfigurationError, match="refused"):
                 front_end._check_engine_config(lambda self: made, None)

@@ -36,6 +36,11 @@ SIGNATURES = {
         None,
         "filter_duplicate_safetensors_files",
     ): ["hf_weights_files", "hf_folder", "index_file"],
+    (
+        "v1/worker/gpu/spec_decode/standalone_ar/speculator.py",
+        "StandaloneARSpeculator",
+        "load_draft_model",
+    ): ["self", "target_model", "target_attn_layer_names"],
     ("v1/worker/gpu_worker.py", "Worker", "determine_available_memory"): ["self"],
     ("v1/worker/cpu_worker.py", "CPUWorker", "determine_available_memory"): ["self"],
     ("v1/worker/gpu_worker.py", "Worker", "execute_model"): ["self", "scheduler_output"],
@@ -159,7 +164,6 @@ MEMBERS = {
         "is_moe_model",
     },
     ("config/cache.py", "CacheConfig"): {
-        "kv_offloading_size",
         "prefix_match_unit",
         "kv_sharing_fast_prefill",
         "block_size",
@@ -187,11 +191,26 @@ MEMBERS = {
         "num_scheduled_tokens",
         "finished_req_ids",
     },
+    ("distributed/parallel_state.py", "GroupCoordinator"): {
+        "world_size",
+        "cpu_group",
+        "device_group",
+        "is_first_rank",
+        "is_last_rank",
+        "isend_tensor_dict",
+        "recv_tensor_dict",
+    },
     ("model_executor/offloader/base.py", "BaseOffloader"): {
         "sync_prev_onload",
         "join_after_forward",
     },
     ("config/attention.py", "AttentionConfig"): {"backend"},
+    ("config/speculative.py", "SpeculativeConfig"): {
+        "method",
+        "attention_backend",
+        "use_gemma4_mtp",
+    },
+    ("v1/kv_cache_interface.py", "UniformTypeKVCacheSpecs"): {"first_spec"},
     ("v1/worker/gpu/model_runner.py", "BatchReqState"): {"has_prefill", "decode_graph_eligible"},
     ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadataBuilder"): {
         "aot_sliding_window"
@@ -319,6 +338,35 @@ class TestVllmIsAsWeKnowIt:
         assert calls
         assert all("num_scheduled_tokens" not in passed for passed in calls)
 
+    @pytest.mark.parametrize(
+        "place",
+        [
+            (
+                "v1/spec_decode/llm_base_proposer.py",
+                "SpecDecodeBaseProposer",
+                "_create_draft_vllm_config",
+            ),
+            ("v1/worker/gpu/spec_decode/eagle/utils.py", None, "load_eagle_model"),
+            (
+                "v1/worker/gpu/spec_decode/standalone_ar/speculator.py",
+                "StandaloneARSpeculator",
+                "load_draft_model",
+            ),
+        ],
+        ids=path_id,
+    )
+    def test_drafters_are_made_of_the_engines_configuration(
+        self, version: str, place: tuple
+    ) -> None:
+        """V1 and V2's EAGLE by the drafter's own backend in it, V2's draft model by the engine's.
+
+        `tests/unit/startup/test_drafter.py` runs the installed version's.
+        """
+        source = ast.unparse(find(version, *place))
+        assert "vllm_config" in source
+        by_name = "attention_backend" in source or "apply_draft_overrides" in source
+        assert by_name == ("standalone_ar" not in place[0])
+
     def test_plugins_come_before_the_configuration(self, version: str) -> None:
         """EngineArgs looks `load_general_plugins` up anew, so it finds ours."""
         function = find(version, "engine/arg_utils.py", "EngineArgs", "__post_init__")
@@ -329,6 +377,16 @@ class TestVllmIsAsWeKnowIt:
             for alias in node.names
         ]
         assert imports == ["load_general_plugins"]
+
+    def test_connectors_see_no_layer_without_a_batch_of_theirs(self, version: str) -> None:
+        """A probe comes before a step's metadata is bound and after the last one's is cleared."""
+        hook = find(
+            version,
+            "model_executor/layers/attention/kv_transfer_utils.py",
+            None,
+            "maybe_transfer_kv_layer",
+        )
+        assert "not connector.has_connector_metadata()" in ast.unparse(hook)
 
     def test_no_cpu_worker_method_hides_ours(self, version: str) -> None:
         """`execute_model` is wrapped on the object; a CPUWorker of its own would do too."""

@@ -43,6 +43,7 @@ class TestWrapping:
     def test_worker_hooks_once(self) -> None:
         from vllm.model_executor.model_loader import default_loader
         from vllm.v1.worker.cpu_worker import CPUWorker
+        from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
         from vllm.v1.worker.gpu_worker import Worker
 
         def now() -> list[Any]:
@@ -51,6 +52,7 @@ class TestWrapping:
                 Worker.determine_available_memory,
                 Worker.get_kv_cache_spec,
                 default_loader.filter_duplicate_safetensors_files,
+                StandaloneARSpeculator.load_draft_model,
             ]
 
         worker_hooks.install()

@@ -14,16 +14,23 @@ from flux_vllm.patterns import make_pattern
 from flux_vllm.startup.check import check_configuration
 from tests.unit.kv.pools import FULL
 from tests.unit.startup.fakes import (
+    ONE_STAGE,
     Model,
     RotatingWhereTold,
     make_attention,
     make_config,
+    make_speculation,
     write,
 )
 
 pytestmark = pytest.mark.vllm
 
 STATIC = {"policy": "static", "sparse_layers": [0, 2], "free_kv": True}
+
+
+@pytest.fixture(autouse=True)
+def _one_stage(monkeypatch):
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: ONE_STAGE)
 
 
 def _config(folder, flux, is_disabled=False):
@@ -47,6 +54,48 @@ def test_one_group_alone_is_refused(tmp_path):
     assert str(error.value) == (
         'flux config: expected vLLM to manage several KV cache groups with "free_kv", found '
         '--disable-hybrid-kv-cache-manager; drop it, or drop "free_kv"'
+    )
+
+
+@pytest.mark.parametrize("method", ["ngram", "eagle"])
+def test_drafters_with_layers_are_refused(tmp_path, method):
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.speculative_config = make_speculation(method)
+    if method == "ngram":
+        check_configuration(config)
+        return
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected speculative decoding by ngram with "free_kv", found eagle, whose '
+        'drafter\'s keys no route gives back; choose ngram, or drop "free_kv"'
+    )
+
+
+def test_pipeline_stages_are_refused(tmp_path):
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected one pipeline stage with "free_kv", found several, whose layers form '
+        'KV cache groups of their own; serve by tensor parallel, or drop "free_kv"'
+    )
+
+
+def test_connectors_are_refused(tmp_path):
+    """vLLM turns offloading into one."""
+    write(tmp_path)
+    config = _config(tmp_path, STATIC)
+    config.kv_transfer_config = SimpleNamespace(kv_connector="ExampleConnector")
+    with pytest.raises(UnsupportedConfigurationError) as error:
+        check_configuration(config)
+    assert str(error.value) == (
+        'flux config: expected KV blocks that stay on their device with "free_kv", found a KV '
+        "connector or offloading, which moves blocks that were given back; switch it off, or drop "
+        '"free_kv"'
     )
 
 

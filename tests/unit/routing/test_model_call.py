@@ -21,7 +21,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOKENS, POSITIONS = torch.tensor([5, 6, 0], dtype=torch.int32), torch.tensor([0, 90, 0])
 
 
-def config(mode: str = "FULL_AND_PIECEWISE", lora: bool = False, **model: bool) -> Any:
+def config(
+    mode: str = "FULL_AND_PIECEWISE", lora: bool = False, stages: int = 1, **model: bool
+) -> Any:
     flags = {"supports_multimodal_inputs": False, "enable_prompt_embeds": False}
     flags |= {"uses_mrope": False, "mrope_num_dims": 3}
     return SimpleNamespace(
@@ -29,7 +31,23 @@ def config(mode: str = "FULL_AND_PIECEWISE", lora: bool = False, **model: bool) 
         lora_config=object() if lora else None,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
+
+
+class Stage:
+    """One of vLLM's pipeline stages, with what it gets and what it sends."""
+
+    def __init__(self, number: int, stages: int) -> None:
+        self.world_size = stages
+        self.is_first_rank, self.is_last_rank = number == 0, number == stages - 1
+        self.sent: list[Any] = []
+
+    def recv_tensor_dict(self) -> dict[str, torch.Tensor]:
+        return {"hidden_states": torch.ones(3, 2)}
+
+    def isend_tensor_dict(self, tensors: Any) -> None:
+        self.sent.append(tensors)
 
 
 class NoStates(dict):
@@ -39,10 +57,13 @@ class NoStates(dict):
     apart = staticmethod(nullcontext)
 
 
-def call(model: Any, vllm_config: Any) -> mock.Mock:
+def call(model: Any, vllm_config: Any, stage: Stage | None = None) -> mock.Mock:
     """Call a model. Returns: what set_forward_context was called with."""
     runner = SimpleNamespace(get_model=lambda: model)
-    with mock.patch("vllm.forward_context.set_forward_context") as context:
+    with (
+        mock.patch("vllm.forward_context.set_forward_context") as context,
+        mock.patch("vllm.distributed.get_pp_group", return_value=stage or Stage(0, 1)),
+    ):
         RunnerModelCall(runner, vllm_config, NoStates(), CPU)(
             {"layer": "metadata"}, TOKENS, POSITIONS
         )
@@ -67,6 +88,22 @@ def test_model_with_several_position_axes() -> None:
     assert positions.tolist() == [POSITIONS.tolist()] * 3
     assert (positions.stride(), positions.dtype) == ((513, 1), torch.int64)
     assert context.call_args.kwargs["num_tokens"] == 3
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("flags", [{}, {"enable_prompt_embeds": True}], ids=["ids", "embeddings"])
+def test_hidden_states_travel_from_stage_to_stage(number: int, flags: dict[str, bool]) -> None:
+    output = SimpleNamespace(tensors={"hidden_states": torch.zeros(3, 2)})
+    model, stage = mock.Mock(return_value=output), Stage(number, 3)
+    call(model, config(stages=3, **flags), stage)
+    received = model.call_args.kwargs["intermediate_tensors"]
+    if number == 0:
+        assert received is None
+    else:
+        assert received["hidden_states"].tolist() == torch.ones(3, 2).tolist()
+    # Embeddings are the first stage's alone.
+    assert model.embed_input_ids.called == (number == 0 and bool(flags))
+    assert stage.sent == ([] if number == 2 else [output.tensors])
 
 
 @pytest.mark.parametrize("flag", ["supports_multimodal_inputs", "enable_prompt_embeds"])
@@ -104,20 +141,21 @@ def test_engine_without_adapters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "mode", "lora", "states", "can"),
+    ("device", "mode", "lora", "states", "stages", "can"),
     [
-        (CUDA, "FULL_AND_PIECEWISE", False, 0, True),
-        (CUDA, "NONE", False, 0, False),  # --enforce-eager
-        (CUDA, "FULL", True, 0, False),
-        (CUDA, "FULL", False, 3, False),
-        (CPU, "FULL", False, 0, False),
+        (CUDA, "FULL_AND_PIECEWISE", False, 0, 1, True),
+        (CUDA, "NONE", False, 0, 1, False),  # --enforce-eager
+        (CUDA, "FULL", True, 0, 1, False),
+        (CUDA, "FULL", False, 3, 1, False),
+        (CUDA, "FULL", False, 0, 2, False),
+        (CPU, "FULL", False, 0, 1, False),
     ],
 )
 def test_can_be_captured(
-    device: torch.device, mode: str, lora: bool, states: int, can: bool
+    device: torch.device, mode: str, lora: bool, states: int, stages: int, can: bool
 ) -> None:
     layers = NoStates(zip(range(states), "abc", strict=False))
-    model_call = RunnerModelCall(mock.Mock(), config(mode, lora), layers, device)
+    model_call = RunnerModelCall(mock.Mock(), config(mode, lora, stages), layers, device)
     assert model_call.can_be_captured == can
 
 

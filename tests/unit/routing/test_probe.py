@@ -83,13 +83,14 @@ def make(
 ) -> PromptProbe:
     router = LayerRouter(L, H, INPUTS.vectors).requires_grad_(False)
     layers = [
-        ProbedLayer(f"layer.{i}", i, i in ROUTED, True, Rotary(), (owners or {}).get(i))  # type: ignore[arg-type]
+        ProbedLayer(f"layer.{i}", i, True, Rotary(), (owners or {}).get(i))  # type: ignore[arg-type]
         for i in range(L)
     ]
+    routes = {i: (owners or {}).get(i, i) for i in ROUTED}
     torch.manual_seed(0)
     for parameter in router.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.3)
-    probe = PromptProbe(INPUTS, router, threshold, layers, model, reduce_mean, CPU)
+    probe = PromptProbe(INPUTS, router, threshold, layers, routes, model, reduce_mean, CPU)
     probe.router = router  # type: ignore[attr-defined]
     return probe
 

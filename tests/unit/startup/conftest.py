@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.startup.fakes import H
+from tests.unit.startup.fakes import ONE_STAGE, H
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +29,4 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "get_pp_group", lambda: ONE_STAGE)

@@ -11,6 +11,8 @@ from torch import nn
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 
 CPU = torch.device("cpu")
+ONE_STAGE = SimpleNamespace(world_size=1, is_first_rank=True, is_last_rank=True)
+"""vLLM's group of pipeline stages, without any."""
 L, H = 4, 32
 
 
@@ -49,7 +51,6 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         "device": SimpleNamespace(device_type="cpu"),
         "cache": SimpleNamespace(
             cache_dtype="auto",
-            kv_offloading_size=None,
             prefix_match_unit=None,
             kv_sharing_fast_prefill=False,
             block_size=32,
@@ -74,6 +75,15 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
         load_config=SimpleNamespace(download_dir=None),
         compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+
+
+def make_speculation(method: str, backend: str | None = None, is_gemma4: bool = False) -> Any:
+    """Make the part of a SpeculativeConfig that start-up reads."""
+    return SimpleNamespace(
+        method=method,
+        attention_backend=None if backend is None else SimpleNamespace(name=backend),
+        use_gemma4_mtp=lambda: is_gemma4,
     )
 
 

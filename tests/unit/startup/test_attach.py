@@ -6,6 +6,7 @@ Pinned: layers with a sliding window of their own stay unrouted, and attention o
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ class TestAttach:
         assert [d.is_shared for d in data] == [True, True, False, False]
         # The sharer's own queries decide nothing.
         assert [d.mean_query is not None for d in data] == [False, True, False, False]
-        assert runtime.probe._owners.tolist() == [0, 1, 0, 1]
+        assert runtime.probe._owners.tolist() == [0, 1, 2, 1]  # layer 2 has no route
         assert runtime.probe._is_routed.tolist() == [False, True, False, True]
 
     def test_fixed_routes_of_layers_that_share_a_kv_cache(self, tmp_path: Path, rope: Any) -> None:
@@ -312,3 +313,64 @@ def test_queries_scaled_after_rope_are_refused(rope: Any, monkeypatch) -> None:
     )
     monkeypatch.setattr(SometimesScaling, "do_scaling", False)
     assert len(probed(model)) == 1
+
+
+class TestStages:
+    """The first of two pipeline stages, which has half of the layers."""
+
+    STATIC = {"policy": "static", "sparse_layers": [1, 2], "sink_tokens": 1, "window_tokens": 2}
+
+    @pytest.fixture(autouse=True)
+    def _first_of_two(self, _one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        stage = SimpleNamespace(world_size=2, is_first_rank=True, cpu_group=None)
+        monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: stage)
+
+    def other_stage_says(self, monkeypatch: pytest.MonkeyPatch, *answers: list) -> None:
+        """Let the second stage answer what this one's calls gather."""
+        left = list(answers)
+
+        def gather(parts: list, own: list, group: None) -> None:
+            parts[:] = own, left.pop(0)
+
+        monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+
+    def model(self, rope: Any, rotating: bool = True) -> Model:
+        model = Model([make_attention(i) for i in range(2)], rope, RotatingWhereTold)
+        for layer in model.layers:
+            layer.self_attn.use_rope = rotating
+        return model
+
+    def test_routes_of_all_layers(self, tmp_path: Path, rope: Any, monkeypatch: Any) -> None:
+        write(tmp_path)
+        self.other_stage_says(monkeypatch, [True], [(3, 3)])
+        model = self.model(rope)
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (0, 1, 3)
+        assert runtime.probe._is_routed.tolist() == [True, True, False, True]
+        assert len(runtime.probe._metadata) == 2  # of the layers that are here
+        bindings = [layer.self_attn.attn.impl.binding.layer for layer in model.layers]
+        assert sorted(bindings) == [0, 1]
+
+    def test_sparse_layers_of_another_stage(
+        self, tmp_path: Path, rope: Any, monkeypatch: Any
+    ) -> None:
+        self.other_stage_says(monkeypatch, [(2, 2), (3, 3)])
+        config = make_config(tmp_path, self.STATIC)
+        runtime = attach(runner_of(self.model(rope)), config, CPU)
+        assert runtime.fixed_routes == [1, 0, 0, 1]
+
+    def test_sparse_layer_that_no_stage_has(
+        self, tmp_path: Path, rope: Any, monkeypatch: Any
+    ) -> None:
+        self.other_stage_says(monkeypatch, [(3, 3)])
+        with pytest.raises(FluxConfigError, match=r"found \[2\], which keep a sliding window"):
+            attach(runner_of(self.model(rope)), make_config(tmp_path, self.STATIC), CPU)
+
+    def test_layers_without_rope_beside_a_stage_with_it(
+        self, tmp_path: Path, rope: Any, monkeypatch: Any
+    ) -> None:
+        """One stage alone would take them for a model without any."""
+        write(tmp_path)
+        self.other_stage_says(monkeypatch, [True], [(2, 2), (3, 3)])
+        runtime = attach(runner_of(self.model(rope, rotating=False)), make_config(tmp_path), CPU)
+        assert runtime.routed_layers == (2, 3)

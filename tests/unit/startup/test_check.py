@@ -16,11 +16,11 @@ from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
 from flux_vllm.router.model import LayerRouter
-from flux_vllm.startup.attach import _mean_over_ranks, attach
+from flux_vllm.startup.attach import _over_ranks, attach
 from flux_vllm.startup.check import check_configuration, check_features
 from flux_vllm.startup.memory import reserve_buffers
 from flux_vllm.startup.router_file import read_router_for
-from tests.unit.startup.fakes import CPU, H, L, make_config, runner_of, write
+from tests.unit.startup.fakes import CPU, H, L, make_config, make_speculation, runner_of, write
 
 pytestmark = pytest.mark.vllm
 
@@ -34,18 +34,23 @@ def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 REFUSED = {
     "decode context parallel": {"parallel__decode_context_parallel_size": 2},
     "prefill context parallel": {"parallel__prefill_context_parallel_size": 2},
-    "pipeline parallel": {"parallel__pipeline_parallel_size": 2},
     "dual batch overlap": {"parallel__use_ubatching": True},
-    "a KV connector": {"root__kv_transfer_config": object()},
-    "KV cache offloading": {"cache__kv_offloading_size": 4.0},
     "a KV cache of dtype fp8": {"cache__cache_dtype": "fp8"},
     "a KV cache of bfloat16 for a model of torch.float32 on the CPU": {
         "cache__cache_dtype": "bfloat16"
     },
     "prefix_match_unit": {"cache__prefix_match_unit": 16},
     "kv_sharing_fast_prefill": {"cache__kv_sharing_fast_prefill": True},
-    "a draft model (speculative decoding other than ngram)": {
-        "root__speculative_config": SimpleNamespace(method="eagle")
+    "speculative decoding by medusa": {"root__speculative_config": make_speculation("medusa")},
+    "a drafter that reads the model's own KV cache (Gemma 4 MTP)": {
+        "root__speculative_config": make_speculation("mtp", is_gemma4=True)
+    },
+    "a drafter behind pipeline stages": {
+        "root__speculative_config": make_speculation("eagle3"),
+        "parallel__pipeline_parallel_size": 2,
+    },
+    "a drafter with --attention-backend flux": {
+        "root__speculative_config": make_speculation("eagle", backend="FLUX")
     },
     "multi-head latent attention (MLA)": {"model__use_mla": True},
     "an encoder-decoder model": {"model__is_encoder_decoder": True},
@@ -53,9 +58,9 @@ REFUSED = {
     "a model without attention": {"model__is_attention_free": True},
     "bidirectional attention over multimodal prefixes": {"model__is_mm_prefix_lm": True},
     "reference sliding window attention": {"model__rswa_window": 128},
-    "pipeline parallel, a KV connector": {
-        "parallel__pipeline_parallel_size": 2,
-        "root__kv_transfer_config": object(),
+    "prefill context parallel, dual batch overlap": {
+        "parallel__prefill_context_parallel_size": 2,
+        "parallel__use_ubatching": True,
     },
 }
 
@@ -90,11 +95,10 @@ class TestFeatures:
         config.device_config.device_type = "cuda"
         check_features(config)
 
-    def test_offloading_is_not_called_a_connector(self, tmp_path: Path) -> None:
+    def test_connectors_and_offloading_are_carried(self, tmp_path: Path) -> None:
         write(tmp_path)
-        changes = {"cache__kv_offloading_size": 4.0, "root__kv_transfer_config": object()}
-        with pytest.raises(UnsupportedConfigurationError, match="found KV cache offloading; "):
-            check_configuration(make_config(tmp_path, **changes))
+        """vLLM turns offloading into a connector."""
+        check_configuration(make_config(tmp_path, root__kv_transfer_config=object()))
 
     def test_kernels_are_for_cuda(self, tmp_path: Path) -> None:
         write(tmp_path)
@@ -115,9 +119,10 @@ class TestFeatures:
         )
         check_configuration(make_config(tmp_path, flux | {"sparse_pattern": "xattention"}))
 
-    def test_ngram_speculation_is_carried(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "eagle3", "mtp"])
+    def test_speculation_is_carried(self, tmp_path: Path, method: str) -> None:
         write(tmp_path)
-        speculative = SimpleNamespace(method="ngram")
+        speculative = make_speculation(method, backend="FLASH_ATTN")
         check_configuration(make_config(tmp_path, root__speculative_config=speculative))
 
 
@@ -263,18 +268,26 @@ class TestRouter:
             check_configuration(make_config(tmp_path, flux))
 
 
-class TestMeanOverRanks:
+class TestOverRanks:
+    @pytest.mark.parametrize("stages", [1, 2])
     @pytest.mark.parametrize("ranks", [1, 4])
-    def test_mean(self, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_mean_over_ranks_sum_over_stages(
+        self, ranks: int, stages: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from vllm import distributed
 
+        group = SimpleNamespace(world_size=stages, device_group="stages")
+        monkeypatch.setattr(distributed, "get_pp_group", lambda: group)
+        monkeypatch.setattr(
+            torch.distributed, "all_reduce", lambda t, group: t.add_(10 * (group == "stages"))
+        )
         monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: ranks)
         monkeypatch.setattr(
             distributed, "tensor_model_parallel_all_reduce", lambda t: t * ranks + ranks
         )
         tensor = torch.tensor([3.0, 5.0])
-        expected = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
-        assert _mean_over_ranks(tensor).tolist() == expected
+        mean = [3.0, 5.0] if ranks == 1 else [4.0, 6.0]
+        assert _over_ranks(tensor).tolist() == [x + 10 * (stages - 1) for x in mean]
 
 
 class TestProbe:

@@ -96,7 +96,7 @@ def test_pooling_model(model: Path) -> None:
     assert message == REFUSED.format("a pooling or encoder model")
 
 
-def test_kv_connector(model: Path) -> None:
+def test_kv_connector_beside_freed_blocks(model: Path) -> None:
     from vllm.config import KVTransferConfig
 
     connector = KVTransferConfig(
@@ -107,10 +107,14 @@ def test_kv_connector(model: Path) -> None:
     message = fails(
         model,
         UnsupportedConfigurationError,
-        {"policy": "full"},
+        {"policy": "sparse", "sink_tokens": 16, "window_tokens": 64, "free_kv": True},
         kv_transfer_config=connector,
     )
-    assert message == REFUSED.format("a KV connector")
+    assert message == (
+        'flux config: expected KV blocks that stay on their device with "free_kv", found a KV '
+        "connector or offloading, which moves blocks that were given back; switch it off, or drop "
+        '"free_kv"'
+    )
 
 
 def test_fp8_kv_cache(model: Path) -> None:

@@ -4,11 +4,15 @@ Oracle: the labels and messages written down by hand.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from flux_vllm.batch import Batch
 from flux_vllm.metrics import directory
+from flux_vllm.routing.decode_counts import DecodeKeys
 from flux_vllm.startup import report
 from flux_vllm.startup.attach import attach
 from tests.unit.startup.fakes import CPU, L, Model, make_attention, make_config, runner_of, write
@@ -96,3 +100,34 @@ class TestReport:
         runtime = attach(runner_of(model), make_config(tmp_path), CPU)
         assert runtime.reporter is None
         assert not runtime.reads_back
+
+    def test_later_stages_count_what_their_kernels_read(
+        self, tmp_path: Path, model: Model, monkeypatch
+    ) -> None:
+        """The first one counts the requests and all that the host knows."""
+        from vllm import distributed
+
+        monkeypatch.setenv("FLUX_METRICS_DIR", str(tmp_path))
+        monkeypatch.setenv("VLLM_PLUGINS", "flux_live")
+        stage = SimpleNamespace(world_size=1, is_first_rank=False)
+        monkeypatch.setattr(distributed, "get_pp_group", lambda: stage)
+        runtime = attach(runner_of(model), make_config(tmp_path), CPU)
+        assert runtime.reads_back
+        assert runtime.journal is None
+        reporter = runtime.reporter
+        one = np.ones(1, dtype=np.int64)
+        batch = Batch(("a",), 400 * one, 0 * one, 400 * one, one == 1)
+        reporter.record(batch, np.ones((1, L), dtype=np.int8), one == 1)
+        reporter.record_probes(np.full((1, L), np.nan), 1)
+        reporter.record_decode(DecodeKeys(3, 7, 0))
+        reporter.flush()
+        counted = {
+            (sample.name, sample.labels.get("phase")): sample.value
+            for metric in directory.FluxCollector(str(tmp_path)).collect()
+            for sample in metric.samples
+            if sample.value and sample.name != "flux_router_info"
+        }
+        assert counted == {
+            ("flux_attended_tokens_total", "decode"): 3,
+            ("flux_context_tokens_total", "decode"): 7,
+        }
