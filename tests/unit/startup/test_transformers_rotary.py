@@ -1,7 +1,7 @@
 """Queries that transformers' own code rotated are rotated back.
 
 Oracle: transformers' models of each family: the query that its attention gets, from queries drawn
-here and its own cos and sin.
+here and its own cos and sin. That vLLM runs them so: its source, of both versions.
 """
 
 import sys
@@ -25,6 +25,9 @@ from transformers import (
 
 from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.startup.transformers_rotary import transformers_rotary
+from tests.unit.hooks.test_sources import VERSIONS, package
+
+BY_TRANSFORMERS = ("Arcee", "Glm", "HunYuanDenseV1", "Olmo2", "Olmo3", "Phi", "SeedOss", "SmolLM3")
 
 SIZES = {
     "vocab_size": 64,
@@ -126,3 +129,15 @@ def test_tables_are_told_apart_by_the_kind_of_layer() -> None:
 )
 def test_others_are_not_found(config: PreTrainedConfig) -> None:
     assert transformers_rotary(*attention_of(config, 0), 16) is None
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("version", VERSIONS)
+def test_vllm_runs_them_by_transformers_own_code(version: str) -> None:
+    models = package(version) / "model_executor/models"
+    registry = (models / "registry.py").read_text()
+    for name in BY_TRANSFORMERS:
+        assert f'"{name}ForCausalLM": ("transformers", "TransformersForCausalLM")' in registry
+    base = (models / "transformers/base.py").read_text()
+    assert 'VLLM_ATTN_ATTR = "attn"' in base
+    assert "setattr(attn_module, VLLM_ATTN_ATTR, attn_instance)" in base
