@@ -244,8 +244,9 @@ def _score_offline(
         SystemSettings(dtype=args.dtype),
         world,
     )
+    router, inputs = routed.layers.narrow(router, info)
     pattern = make_pattern(info.sparse_pattern, info.sink_tokens, info.window_tokens)
-    scorer = Scorer(routed, pattern, info.inputs, OFFLINE_TOKENS, world)
+    scorer = Scorer(routed, pattern, inputs, OFFLINE_TOKENS, world)
     policies = {
         "flux offline": ThresholdPolicy(router.to(world.device), args.threshold),
         "baseline offline": StaticPolicy.all_full(routed.num_layers),

@@ -52,14 +52,13 @@ def add_order(config: OrderConfig) -> tuple[Path, tuple[int, ...]]:
     router, info = read_router(Path(config.router))
     world = start_world(config.system.device)
     routed = load_routed(config.model, info.sink_tokens, info.window_tokens, config.system, world)
-    limit = routed.model.config.max_position_embeddings
+    narrow, inputs = routed.layers.narrow(router, info)
+    limit = routed.config.max_position_embeddings
     stream = FilePrompts(config.data, load_tokenizer(config.model), "train", config.seed, limit)
     prompts = [stream[index] for index in range(min(config.prompts, len(stream)))]
-    cut = collate_probes([p.token_ids[: p.prompt_len] for p in prompts], info.inputs)
-    parts = [
-        routed.probe(part.to(world.device), info.inputs) for part in cut.split(_PROBES_AT_ONCE)
-    ]
-    order = freeing_order(router, torch.cat(parts, dim=1))
+    cut = collate_probes([p.token_ids[: p.prompt_len] for p in prompts], inputs)
+    parts = [routed.probe(part.to(world.device), inputs) for part in cut.split(_PROBES_AT_ONCE)]
+    order = routed.layers.order(freeing_order(narrow, torch.cat(parts, dim=1)))
     # The stored tensors, whatever their dtypes.
     tensors = load_file(locate_router(Path(config.router)))
     out = Path(config.out) / ROUTER_FILE_NAME

@@ -151,7 +151,7 @@ def _trainer(
             time_limit_s=0.0,
         ),
     )
-    stream = MadeUpPrompts(routed.model.config.vocab_size, case.length)
+    stream = MadeUpPrompts(routed.config.vocab_size, case.length)
     return Trainer(config, routed, stream, world)  # type: ignore[arg-type]
 
 

@@ -294,22 +294,22 @@ class Trainer:
 
     def write(self) -> Path:
         """Write the router file."""
-        router = self.config.router
+        router, layers = self.config.router, self.routed.layers
         dtypes = stored_dtypes(self.router.router)
         folded = round_for_storage(self.router.fold(dtypes["features.0"]), dtypes)
         info = RouterInfo(
             base_model=model_name(self.config.model),
-            num_layers=self.routed.num_layers,
+            num_layers=layers.total,
             head_dim=self.routed.head_dim,
             pool_tokens=max(pool.tokens for pool in self.inputs.pools),
             probe=router.probe,
             pools=router.pools,
-            context_layers=self.inputs.context_layers,
+            context_layers=tuple(layers.number(self.inputs.context_layers)),
             widths=router.widths,
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
             sparse_pattern=router.sparse_pattern,
-            freeing_order=freeing_order(folded, self._features()),
+            freeing_order=layers.order(freeing_order(folded, self._features())),
             provenance=provenance(self.world.device, *self.config.data.sources)
             | {
                 "config": self.config.to_dict(),
@@ -319,7 +319,7 @@ class Trainer:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.world.is_main:
-            write_router(self.folder, folded, info, dtypes)
+            write_router(self.folder, layers.widen(folded), info, dtypes)
         self.world.wait()
         return self.folder / "flux_router.safetensors"
 
@@ -347,7 +347,7 @@ def _open_stream(
     config: TrainConfig, tokenizer: Any, routed: RoutedModel
 ) -> PromptStream | FilePrompts:
     """Open the training prompts: files, or task families."""
-    limit = routed.model.config.max_position_embeddings
+    limit = routed.config.max_position_embeddings
     if bool(config.data.files) == bool(config.data.tasks):
         raise ValueError(
             f"expected prompts from --data.files or made by --data.tasks, found "

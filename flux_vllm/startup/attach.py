@@ -128,16 +128,16 @@ def _probed_layers(
     device: torch.device,
 ) -> list[ProbedLayer]:
     """Say what a probe needs of each layer: its rotation where a router looks at its queries."""
-    rotaries: dict[int, RotaryInverse] = {}
+    rotaries: dict[Any, RotaryInverse] = {}
     probed = []
     for layer in layers:
         inverse, has_own = None, layer.owner == layer.index
         is_pooled = (layer in routed and has_own) or layer.index in inputs.context_layers
         rotary = rotary_of(layer) if is_pooled else None
         if rotary is not None:
-            if id(rotary) not in rotaries:
-                rotaries[id(rotary)] = RotaryInverse(rotary, layer.attention.head_size, device)
-            inverse = rotaries[id(rotary)]
+            if rotary not in rotaries:
+                rotaries[rotary] = RotaryInverse(rotary, layer.attention.head_size, device)
+            inverse = rotaries[rotary]
         name, owner = layer.attention.layer_name, None if has_own else layer.owner
         probed.append(ProbedLayer(name, layer.index, is_pooled, inverse, owner))
     return probed

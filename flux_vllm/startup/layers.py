@@ -10,6 +10,7 @@ from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.routing.stages import gather_over_stages
 from flux_vllm.selection import BACKEND_NAME
 from flux_vllm.startup.rope_use import change_after_rope, rotates
+from flux_vllm.startup.transformers_rotary import transformers_rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,9 @@ class AttentionLayer:
     attention: Any
     """vLLM's Attention."""
     parent: Any
-    """The model's module that holds it, and its rotary embedding."""
+    """The model's module that holds it."""
+    rotary: Any
+    """The rotary embedding of its queries; None where none is found."""
 
     @property
     def owner(self) -> int:
@@ -62,7 +65,10 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
                     "without --attention-backend flux"
                 )
             index = extract_layer_index(attention.layer_name)
-            layers.append(AttentionLayer(index, attention, parent))
+            rotary = getattr(parent, "rotary_emb", None)
+            if type(parent).__module__.startswith("transformers."):
+                rotary = transformers_rotary(model, parent, attention.head_size)
+            layers.append(AttentionLayer(index, attention, parent, rotary))
     if not any(layer.has_full_attention for layer in layers):
         raise UnsupportedConfigurationError(
             f"--attention-backend flux: expected layers with full attention in "
@@ -108,15 +114,12 @@ def rotary_of(layer: AttentionLayer) -> Any:
     Raises: UnsupportedConfigurationError: what it does to queries cannot be undone.
     """
     parent, attention = layer.parent, layer.attention
-    rotary, kind = getattr(parent, "rotary_emb", None), type(parent).__name__
+    rotary, kind = layer.rotary, type(parent).__name__
     turned, change = rotates(parent), change_after_rope(parent)
     expected, found = "", ""
-    if type(parent).__module__.startswith("transformers."):
-        expected = "attention layers of a model that vLLM implements itself"
-        found = f"transformers' {kind}, whose queries before RoPE are out of reach"
-    elif turned is False:
+    if turned is False:
         return None
-    elif rotary is None:
+    if rotary is None:
         expected = "rotary position embeddings (RoPE) as `rotary_emb` of a layer, or none at all"
         found = f"others in {attention.layer_name} ({kind})"
     elif turned is None:

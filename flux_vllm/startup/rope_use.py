@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flux_vllm.startup.transformers_rotary import ROTATION
+
 _RESHAPES = {"contiguous", "flatten", "reshape", "squeeze", "to", "unflatten", "unsqueeze", "view"}
 _FACTS = {"device", "dtype", "shape"}
 """Attributes of a tensor that may be read without touching its values."""
@@ -21,6 +23,10 @@ _CONSTANT = (
 """What a condition may be made of that is the same whenever the module is called."""
 _ROPE = re.compile("rope|rotar|rotat|freqs|sin_?cos|cos_?sin", re.IGNORECASE)
 """What code that rotates calls its parts."""
+_ROTATIONS = ("self.rotary_emb", ROTATION)
+"""What rotates queries, in vLLM's own models and in transformers'."""
+_ATTENTION = {"self.attn": 0, "attention_interface": 1}
+"""What attends, in these, and at which place it takes the queries."""
 _BRANCHES = (ast.IfExp, ast.For, ast.Match, ast.Try, ast.While, ast.With)
 """What may run a part of itself or not; `if` is looked into."""
 
@@ -169,7 +175,7 @@ def _is_call(node: ast.AST, name: str) -> bool:
 
 
 def _is_rotation(node: ast.AST) -> bool:
-    return _is_call(node, "self.rotary_emb")
+    return any(_is_call(node, name) for name in _ROTATIONS)
 
 
 def _rotates_within(node: ast.AST) -> bool:
@@ -236,8 +242,9 @@ def _uses(node: ast.AST, names: set[str]) -> int:
 def _hands_on(node: ast.AST, names: set[str]) -> bool:
     """Say whether a statement calls attention with the queries, and uses them nowhere else."""
     for call in ast.walk(node):
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.attn" and call.args:
-            query = call.args[0]
+        place = _ATTENTION.get(ast.unparse(call.func)) if isinstance(call, ast.Call) else None
+        if isinstance(call, ast.Call) and place is not None and len(call.args) > place:
+            query = call.args[place]
             return _is_reshape(query, names) and _uses(node, names) == _uses(query, names)
     return False
 

@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 from transformers import (
+    ArceeConfig,
     Cohere2Config,
     CohereConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     MixtralConfig,
+    Olmo2Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     StableLmConfig,
 )
 
@@ -28,6 +32,7 @@ from tests.helpers.engine import Engine
 from tests.helpers.models import random_prompt, write_random_router, write_tiny_model
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import assert_routed, assert_same, replay
+from tests.helpers.training_side import check_training_decides_alike, check_training_runs
 
 pytestmark = pytest.mark.vllm
 
@@ -63,6 +68,11 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3-moe": (Qwen3MoeConfig, EXPERTS | {"moe_intermediate_size": 64}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 4}),
     "cohere": (CohereConfig, COHERE),
+    # These vLLM runs by transformers' own code.
+    "arcee": (ArceeConfig, {}),
+    "seed-oss": (SeedOssConfig, {}),
+    "glm-partial-interleaved": (GlmConfig, {"rope_parameters": PARTIAL}),
+    "olmo2-qk-norm": (Olmo2Config, {}),
     "cohere-qk-norm": (CohereConfig, COHERE | {"use_qk_norm": True}),
 }
 STATIC = {
@@ -95,11 +105,20 @@ def test_routes_and_outputs(name: str, lengths: list[int], tmp_path: Path) -> No
     prompts = [random_prompt(length, seed=length) for length in lengths]
     with Engine(tmp_path, {}, block_size=BLOCK_SIZE, max_num_batched_tokens=512) as engine:
         answers = [engine.generate([p], 16, prompt_logprobs=True)[0] for p in prompts]
+        check_training_decides_alike(engine, answers, tmp_path, router, range(4))
     reference, reference_router = ReferenceModel(tmp_path), ReferenceRouter.load(router)
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
     for answer in answers:
         assert_routed(answer, reference, reference_router, pattern)
     assert len({tuple(answer.routes or ()) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training(name: str, tmp_path: Path) -> None:
+    config_class, config = FAMILIES[name]
+    write_tiny_model(tmp_path, config_class, **config)
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
+    check_training_runs(tmp_path, range(4), [0, 2], pattern)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +158,11 @@ def test_rope_beside_sliding_windows_alone_is_refused(tmp_path: Path) -> None:
         Engine(tmp_path, {})
 
 
-def test_transformers_own_code_is_refused(tmp_path: Path) -> None:
-    """vLLM has no Glm of its own and runs transformers', where RoPE cannot be seen."""
-    write_tiny_model(tmp_path, GlmConfig, layers=2)
+def test_queries_normalized_after_rope_are_refused(tmp_path: Path) -> None:
+    """vLLM runs HunYuan by transformers' own code."""
+    write_tiny_model(tmp_path, HunYuanDenseV1Config, layers=2)
     write_random_router(tmp_path, num_layers=2, head_dim=32)
-    with pytest.raises(UnsupportedConfigurationError, match="found transformers' GlmAttention"):
+    with pytest.raises(
+        UnsupportedConfigurationError, match=r"found `.*query_layernorm.*` after it"
+    ):
         Engine(tmp_path, {})

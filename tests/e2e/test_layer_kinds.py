@@ -19,8 +19,10 @@ from transformers import (
     GraniteMoeHybridConfig,
     LlamaConfig,
     NemotronHConfig,
+    Olmo3Config,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
+    SmolLM3Config,
 )
 
 from flux_vllm.errors import UnsupportedConfigurationError
@@ -30,6 +32,7 @@ from tests.helpers.families import (
     Family,
     check_fixed_routes,
     check_router,
+    check_training,
     make_case,
     start,
 )
@@ -45,6 +48,21 @@ DELTA_NET = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+
+
+def _quantized(form: str) -> Family:
+    """Make a model whose weights are stored in a format of `tests/helpers/quantized.py`."""
+    return Family(
+        LlamaConfig,
+        {},
+        routed=(0, 1, 2, 3),
+        sparse=(0, 3),
+        dtype="bfloat16",
+        head_dim=64,
+        quantized=form,
+    )
+
+
 FAMILIES = {
     # Attention and a state space side by side in every layer.
     "falcon-h1": Family(
@@ -90,8 +108,22 @@ FAMILIES = {
         dtype="bfloat16",
         lengths=(100, 161, 333, 1300),  # its KV blocks are of 1,152 tokens
     ),
-    "llama-gptq-4-bit": Family(
-        LlamaConfig, {}, routed=(0, 1, 2, 3), sparse=(0, 3), dtype="bfloat16", is_quantized=True
+    "llama-gptq": _quantized("gptq"),
+    "llama-awq": _quantized("awq"),
+    "llama-w4a16": _quantized("w4a16"),
+    "llama-w8a8-int8": _quantized("w8a8-int8"),
+    "llama-fp8-blocks": _quantized("fp8-blocks"),
+    # Run by transformers' own code, one layer without RoPE; rotary tables by the kind of layer.
+    "smollm3": Family(
+        SmolLM3Config,
+        {"no_rope_layers": [1, 1, 0, 1]},
+        routed=(0, 1, 3),
+        unrotated=(2,),
+        sparse=(0, 3),
+    ),
+    "olmo3": Family(
+        Olmo3Config,
+        {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64},
     ),
     # Layers with a sliding window of their own between those that see everything.
     "gemma3": Family(
@@ -159,6 +191,10 @@ def test_router(case: Case) -> None:
     check_router(case)
 
 
+def test_training(case: Case) -> None:
+    check_training(case)
+
+
 def test_memory_of_sparse_layers_is_not_given_back(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, NemotronHConfig, **FAMILIES["nemotron-h"].config)
     with pytest.raises(UnsupportedConfigurationError, match="attention layers alone"):
@@ -169,6 +205,7 @@ def _check_all(family: Family, folder: Path) -> None:
     case = make_case(family, folder)
     check_fixed_routes(case)
     check_router(case)
+    check_training(case)
 
 
 def test_several_position_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,11 @@ CPU: the server probes prompts one by one, training all in one padded batch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from flux_vllm.router.checkpoint import RouterInfo, read_router
 from flux_vllm.router.model import LayerRouter
@@ -28,11 +25,10 @@ from tests.helpers.models import (
     write_tiny_qwen3,
 )
 from tests.helpers.replay import P_FULL_MARGIN
+from tests.helpers.training_side import load_for_training, write_tokenizer
 from training.attach import RoutedModel
-from training.config import SystemSettings
 from training.data.prompt_files import prompt_ids
-from training.distributed import World
-from training.model_loading import load_routed, load_tokenizer
+from training.model_loading import load_tokenizer
 from training.policies import ThresholdPolicy
 from training.probe import collate_probes
 
@@ -67,19 +63,6 @@ class Sides:
         return self.routed.probe(collate_probes(arrays, self.info.inputs), self.info.inputs)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of 512 words, and a chat template, beside a model."""
-    words = ["<unk>", "system", "user", "assistant", *(f"w{number}" for number in range(508))]
-    tokenizer = Tokenizer(models.WordLevel({w: at for at, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    fast.chat_template = (
-        "system w7 w8 {% for message in messages %}{{ message.role }} {{ message.content }} "
-        "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-    )
-    fast.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module", params=["paper", "several"])
 def sides(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[Sides]:
     write, inputs = {
@@ -98,9 +81,7 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[Sides]:
         **inputs,
     )
     router, info = read_router(path)
-    system = SystemSettings(device="cpu", dtype="float32")
-    world = World(0, 1, torch.device("cpu"))
-    routed = load_routed(str(folder), SINK_TOKENS, WINDOW_TOKENS, system, world)
+    routed = load_for_training(folder, SINK_TOKENS, WINDOW_TOKENS)
     with Engine(folder, {}, block_size=32, skip_tokenizer_init=False) as engine:
         yield Sides(request.param, engine, routed, router, info, load_tokenizer(str(folder)))
 

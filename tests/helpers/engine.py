@@ -87,6 +87,7 @@ class Engine:
             defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
         self.has_flux = flux is not None
         _override_kernels_once()
+        _keep_transformers_classes()
         gc.freeze()  # vLLM collects garbage eight times an engine, half a second each over all else
         try:
             self.llm = LLM(model=str(model), **(defaults | arguments))
@@ -294,3 +295,14 @@ def _override_kernels_once() -> None:
     register = platform.register_triton_kernel_overrides
     if not hasattr(register, "cache_info"):
         platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))
+
+
+def _keep_transformers_classes() -> None:
+    """Leave the classes of transformers' own models as they are, for references to be made of.
+
+    vLLM prepares those that it runs for torch.compile, in place and for the whole process, and they
+    then ask for its configuration. Engines here are eager.
+    """
+    from vllm.model_executor.models.transformers import base
+
+    base.support_torch_compile = lambda **_: lambda kind: kind

@@ -26,9 +26,10 @@ from flux_vllm.router.place import beside_weights
 from .engine import Answer, Engine
 from .metrics import parse
 from .models import random_prompt, round_to_bfloat16, write_random_router, write_tiny_model
-from .quantized import quantize_to_gptq
+from .quantized import quantize
 from .reference import FULL, SPARSE, ReferenceRouter, SparsePattern
 from .replay import P_FULL_MARGIN, check_routes
+from .training_side import check_training_decides_alike, check_training_runs
 from .whole_reference import WholeModel
 
 SINK_TOKENS, WINDOW_TOKENS = 32, 128
@@ -59,10 +60,19 @@ class Family:
     lengths: tuple[int, ...] = LENGTHS
     """Of the prompts; one is longer than a KV block."""
     head_dim: int = 32
-    is_quantized: bool = False
-    """Whether its projections are of four bits."""
+    unrotated: tuple[int, ...] = ()
+    """Layers of full attention without RoPE beside others: they have a route, but no router."""
+    quantized: str = ""
+    """The format of its projections, of `quantized.FORMS`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further ones of its engines."""
     owners: Mapping[int, int] = field(default_factory=dict)
     """Of layers that share another's KV cache, and take its route: whose."""
+
+    @property
+    def deciding(self) -> list[int]:
+        """Layers whose own router decides."""
+        return [layer for layer in self.routed if layer not in self.owners]
 
 
 @dataclass
@@ -70,6 +80,8 @@ class Case:
     """A family's model, its reference and router, and what stock vLLM answers."""
 
     folder: Path
+    exact: Path
+    """The model with the weights that are meant: `folder`, if they are not quantized."""
     family: Family
     reference: WholeModel
     router: ReferenceRouter
@@ -108,9 +120,9 @@ def make_case(family: Family, folder: Path) -> Case:
     )
     if family.dtype == "bfloat16":
         round_to_bfloat16(folder)
-    exact = folder / "exact" if family.is_quantized else folder
-    if family.is_quantized:
-        quantize_to_gptq(folder, exact)
+    exact = folder / "exact" if family.quantized else folder
+    if family.quantized:
+        quantize(folder, exact, family.quantized)
     reference = WholeModel(exact)
     assert set(family.routed) <= set(reference.attention_layers)
     write_random_router(
@@ -127,7 +139,7 @@ def make_case(family: Family, folder: Path) -> Case:
     with start(folder, family, None) as engine:
         stock = list(answer_all(engine, family))
         block_size = engine.worker.vllm_config.cache_config.block_size
-    return Case(folder, family, reference, router, stock, block_size)
+    return Case(folder, exact, family, reference, router, stock, block_size)
 
 
 def start(folder: Path, family: Family, flux: dict[str, Any] | None, **arguments: Any) -> Engine:
@@ -153,7 +165,7 @@ def start(folder: Path, family: Family, flux: dict[str, Any] | None, **arguments
             max_num_seqs=4,
             enable_prefix_caching=True,
             served_model_name=f"family-{next(_names)}",
-            **arguments,
+            **(family.arguments | arguments),
         )
 
 
@@ -196,7 +208,7 @@ def check_fixed_routes(case: Case) -> None:
     assert case.error(sparse, routes) < case.allowed
     assert case.error(full, routes) > 2 * case.allowed, "the routes make no difference"
     assert max(answer.cached_tokens for answer in sparse) > 0
-    assert decided == set(case.family.routed)
+    assert decided == {*case.family.routed, *case.family.unrotated}
 
 
 def check_router(case: Case, kernels: str | None = None, **arguments: Any) -> None:
@@ -211,6 +223,14 @@ def check_router(case: Case, kernels: str | None = None, **arguments: Any) -> No
     with start(case.folder, case.family, flux, **arguments) as engine:
         answers = list(answer_all(engine, case.family))
         decided = _decided_layers(engine)
+        check_training_decides_alike(
+            engine,
+            answers,
+            case.exact,
+            beside_weights(case.folder),
+            case.family.deciding,
+            case.family.dtype,
+        )
     assert case.error(answers, [_routes(case, answer) for answer in answers]) < case.allowed
     bits = [
         {str((answer.routes, answer.p_full)) for answer in answers if len(answer.prompt) == length}
@@ -219,6 +239,11 @@ def check_router(case: Case, kernels: str | None = None, **arguments: Any) -> No
     assert [len(seen) for seen in bits] == [1] * len(bits)
     assert len(set(map(str, bits))) > 2
     assert decided == set(case.family.routed)
+
+
+def check_training(case: Case) -> None:
+    """Check that routers are trained for the model."""
+    check_training_runs(case.exact, case.family.deciding, case.family.sparse, case.pattern)
 
 
 def _routes(case: Case, answer: Answer) -> list[int]:

@@ -43,3 +43,13 @@ def test_every_family_is_named(module: str) -> None:
     rows = [names for path, names in _named() if path == f"tests/e2e/{module}.py"]
     named = {name for names in rows for name in names if not name.startswith("test_")}
     assert named == set(families)
+
+
+def test_trained_families_are_those_whose_tests_train() -> None:
+    rows = [row for row in PAGE.split("## Features")[0].splitlines() if "`tests/" in row]
+    for row in rows:
+        *_, trained, tests, _ = row.split("|")
+        paths = re.findall(r"`(tests/e2e/[^`]+\.py)`", tests)
+        texts = [(REPOSITORY / path).read_text(encoding="utf-8") for path in paths]
+        trains = any("def test_training(" in t or "load_for_training(" in t for t in texts)
+        assert trained.strip() == ("yes" if trains else "no"), row

@@ -17,12 +17,13 @@ from training.config import TrainConfig
 from training.costs.fit import assemble, describe, fit_router
 from training.costs.measure import Measurer, PlacedPrompt, measure_into
 from training.costs.measurements import Measurements, join, open_folder, read_folder
-from training.costs.quadratic import fit_costs, nested_patterns
+from training.costs.quadratic import QuadraticCosts, fit_costs, nested_patterns
 from training.data.prompt_files import encode_prompt, read_prompt_files
 from training.distributed import World, start_world
 from training.freeing import freeing_order
 from training.model_loading import load_routed, load_tokenizer, model_limit
 from training.provenance import digest, model_name, provenance
+from training.routed_layers import RoutedLayers
 from training.storage import round_for_storage, stored_dtypes
 
 _SHARES = (0.5, 0.6, 0.75, 0.85)
@@ -54,21 +55,22 @@ def train_by_costs(config: TrainConfig) -> Path:
     out = Path(config.out)
     world = start_world(config.system.device)
     measured = _measure(config, out / "measurements", world)
-    _, layers, _, head_dim = measured.pooled.shape
+    _, count, _, head_dim = measured.pooled.shape
+    layers = RoutedLayers.load(out / "measurements", count)
     measuring_s = time.monotonic() - began
     if not world.is_main:
         return out / "flux_router.safetensors"
     fitted_to, held_out = measured.take(~measured.held_out), measured.take(measured.held_out)
-    inputs = config.router.inputs(layers)
+    inputs = config.router.inputs(count)
     costs = fit_costs(fitted_to)
     router, state = fit_router(fitted_to, costs, inputs, config)
     dtypes = stored_dtypes(router.router)
     folded = round_for_storage(router.fold(dtypes["features.0"]), dtypes)
-    report = _report(folded, held_out if len(held_out) > 1 else fitted_to, config, layers)
+    report = _report(folded, held_out if len(held_out) > 1 else fitted_to, config, count)
     report |= {
         "prompts": len(fitted_to),
         "prompts_held_out": len(held_out),
-        "static_layers": nested_patterns(costs, [round(share * layers) for share in _SHARES]),
+        "static_layers": _static_layers(costs, layers),
         "training": state,
         "seconds": {
             "measuring": round(measuring_s, 1),
@@ -81,22 +83,29 @@ def train_by_costs(config: TrainConfig) -> Path:
     settings = config.router
     info = RouterInfo(
         base_model=model_name(config.model),
-        num_layers=layers,
+        num_layers=layers.total,
         head_dim=head_dim,
         pool_tokens=max(1, *(pool.tokens for pool in inputs.pools)),
         probe=settings.probe,
         pools=settings.pools,
-        context_layers=inputs.context_layers,
+        context_layers=tuple(layers.number(inputs.context_layers)),
         widths=settings.widths,
         sink_tokens=settings.sink_tokens,
         window_tokens=settings.window_tokens,
         sparse_pattern=settings.sparse_pattern,
-        freeing_order=freeing_order(folded, assemble(fitted_to, inputs)),
+        freeing_order=layers.order(freeing_order(folded, assemble(fitted_to, inputs))),
         provenance=provenance(world.device, *config.data.sources)
         | {"config": config.to_dict(), "prompts": len(fitted_to), "seconds": report["seconds"]},
     )
-    write_router(out, folded, info, dtypes)
+    write_router(out, layers.widen(folded), info, dtypes)
     return out / "flux_router.safetensors"
+
+
+def _static_layers(costs: QuadraticCosts, layers: RoutedLayers) -> dict[int, list[int]]:
+    """Give the best static patterns that greedy choice finds, by their number of SPARSE layers."""
+    counts = [round(share * len(layers)) for share in _SHARES]
+    found = nested_patterns(costs, counts)
+    return {count: layers.number(places) for count, places in found.items()}
 
 
 def _measure(config: TrainConfig, folder: Path, world: World) -> Measurements:
@@ -121,6 +130,8 @@ def _measure(config: TrainConfig, folder: Path, world: World) -> Measurements:
         routed = load_routed(
             config.model, router.sink_tokens, router.window_tokens, config.system, world
         )
+        if world.is_main:
+            routed.layers.save(folder)
         measurer = Measurer(
             routed,
             router.inputs(routed.num_layers),

@@ -203,23 +203,26 @@ def _exchange(chosen: frozenset[int], every: set[int], rng: random.Random) -> fr
 def compare(config: DivergenceConfig) -> dict[str, Any]:
     """Compare as a config says, and write `divergence.json` and `divergence.npz`.
 
-    Returns: the contents of the former: a row a policy; static layers by their number; the rank
-        correlation, over prompts, of the router's FULL layers with what all SPARSE would cost.
+    Returns: the contents of the former: a row a policy; the layers that have a route; static layers
+        by how many they are; the rank correlation, over prompts, of the router's FULL layers with
+        what all SPARSE would cost.
     """
     world: World = start_world(config.system.device)
     router, info = read_router(Path(config.router))
     routed = load_routed(config.model, info.sink_tokens, info.window_tokens, config.system, world)
+    router, inputs = routed.layers.narrow(router, info)
     tokenizer = load_tokenizer(config.model)
-    limit = routed.model.config.max_position_embeddings
+    limit = routed.config.max_position_embeddings
     meter = DivergenceMeter(
         routed,
-        info.inputs,
+        inputs,
         make_pattern(info.sparse_pattern, info.sink_tokens, info.window_tokens),
         config.answer_tokens,
         config.micro_batch_tokens,
     )
     began, layers = time.monotonic(), routed.num_layers
     statics: dict[int, list[int]] = {}
+    numbered: dict[int, list[int]] = {}
     if config.search_prompts:
         train = FilePrompts(config.data, tokenizer, "train", config.seed, limit)
         counts = [round(share * layers) for share in config.shares]
@@ -230,7 +233,8 @@ def compare(config: DivergenceConfig) -> dict[str, Any]:
             config.random_patterns,
             config.seed,
         )
-        sys.stderr.write(f"[{time.monotonic() - began:.0f} s] static patterns {statics}\n")
+        numbered = {count: routed.layers.number(places) for count, places in statics.items()}
+        sys.stderr.write(f"[{time.monotonic() - began:.0f} s] static patterns {numbered}\n")
     router = router.to(world.device)
     policies: dict[str, Policy] = {"sparse": StaticPolicy.with_sparse(layers, range(layers))}
     policies |= {f"router@{at:g}": ThresholdPolicy(router, at) for at in config.thresholds}
@@ -242,7 +246,8 @@ def compare(config: DivergenceConfig) -> dict[str, Any]:
     measured = meter.measure(test.sample(config.prompts), policies)
     report = {
         "rows": [{"policy": name} | found.summary() for name, found in measured.items()],
-        "static_layers": statics,
+        "layers": list(routed.layers.numbers),
+        "static_layers": numbered,
         "need_correlation": {
             name: rank_correlation((1 - found.sparse).sum(axis=1), measured["sparse"].nats)
             for name, found in measured.items()

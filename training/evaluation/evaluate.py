@@ -46,28 +46,23 @@ class Evaluation:
         self.world = world
         self.variants = [read_variant(name) for name in config.variants]
         router, self.info = read_router(Path(config.router))
-        self.router: LayerRouter = router.to(world.device)
         self.tokenizer = load_tokenizer(config.model)
         self.routed = load_routed(
             config.model, self.info.sink_tokens, self.info.window_tokens, config.system, world
         )
+        narrow, self.inputs = self.routed.layers.narrow(router, self.info)
+        self.router: LayerRouter = narrow.to(world.device)
+        self.static_layers = self.routed.layers.place(config.static_layers, "static_layers")
         self.scorers = {
             name: self._scorer(name)
             for name in dict.fromkeys((self.info.sparse_pattern, *config.patterns))
         }
         # Of the router's own pattern.
         self.scorer = self.scorers[self.info.sparse_pattern]
-        self.limit: int = self.routed.model.config.max_position_embeddings
+        self.limit: int = self.routed.config.max_position_embeddings
         self.started = time.monotonic()
         self.report: dict[str, Any] = {}
         self.by_prompt: dict[str, np.ndarray] = {}
-        last = self.routed.num_layers - 1
-        unknown = sorted(layer for layer in config.static_layers if not 0 <= layer <= last)
-        if unknown:
-            raise ValueError(
-                f"expected static_layers from 0 to {last}, the model's, found {unknown}; "
-                "correct --static_layers"
-            )
         self.test = self._prompts("test", config.prompts, config.lengths)
 
     def _scorer(self, name: str) -> StoredScorer:
@@ -78,7 +73,7 @@ class Evaluation:
             Scorer(
                 self.routed,
                 sparse,
-                info.inputs,
+                self.inputs,
                 config.micro_batch_tokens,
                 self.world,
             ),
@@ -115,6 +110,7 @@ class Evaluation:
             share_retrieval=share.get("retrieval"),
             default={"threshold": _DEFAULT_THRESHOLD} | compare(cells, full, default),
             tasks=self._by_task(cells, {"full": full, "all_sparse": sparse, "router": default}),
+            layers=list(self.routed.layers.numbers),
             heat_map=heat_map(self.test, default),
             points=[],
         )
@@ -126,7 +122,7 @@ class Evaluation:
             "routes": default.sparse.astype(np.uint8),
         }
         self._keep(_DEFAULT_THRESHOLD, default)
-        if self.config.static_layers:
+        if self.static_layers:
             self._static_layers(full)
         self._patterns(full)
         if self.config.shares or self.config.score_thresholds:
@@ -165,11 +161,13 @@ class Evaluation:
 
     def _static_layers(self, full: Scores) -> None:
         """Score the config's own static pattern."""
-        layers = sorted(set(self.config.static_layers))
+        layers = sorted(set(self.static_layers))
         static = self.scorer.score(self.test.prompts, pattern(self.routed.num_layers, layers))
         self.by_prompt["static"] = static.score
         found = compare(self.test.cells, full, static, "static")
-        self.store("static layers scored", static={"layers": layers} | found)
+        self.store(
+            "static layers scored", static={"layers": self.routed.layers.number(layers)} | found
+        )
 
     def _patterns(self, full: Scores) -> None:
         """Score the default threshold and all SPARSE under the config's patterns."""
@@ -208,7 +206,8 @@ class Evaluation:
             tried[threshold] = (share, cells.overall(scores.score))
         train = self._prompts("train", count, lengths)
         order = layers_by_sensitivity(self.scorer, train.prompts, train.cells)
-        statics: dict[str, Any] = {"order": order, "validation_thresholds": tried}
+        number = self.routed.layers.number
+        statics: dict[str, Any] = {"order": number(order), "validation_thresholds": tried}
         self.store("thresholds and layers tried", static_patterns=statics)
         scored: dict[int, Scores] = {}
         chosen = choose_thresholds(tried, config.shares, config.score_thresholds)
@@ -225,7 +224,7 @@ class Evaluation:
                     layers,
                     config.random_patterns,
                 )
-                statics[str(layers)] = found | {"layers": best}
+                statics[str(layers)] = found | {"layers": number(best)}
                 scored[layers] = self.scorer.score(
                     self.test.prompts, pattern(self.routed.num_layers, best)
                 )

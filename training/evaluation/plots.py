@@ -73,6 +73,7 @@ def plot_heat_map(path: Path, report: dict[str, Any]) -> None:
         [report["heat_map"][task] for task in tasks], aspect="auto", vmin=0, vmax=1, cmap="viridis"
     )
     axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(report["layers"])), report["layers"], fontsize=6)
     axes.set_xlabel("layer")
     figure.colorbar(image, label="share of SPARSE")
     figure.tight_layout()

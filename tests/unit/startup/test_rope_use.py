@@ -45,11 +45,40 @@ FULL_NOPE = {"sliding_window": None, "apply_rope_all_layers": False}
 def test_rotates_on_vllms_models(
     module: str, name: str, attributes: dict, expected: bool | None
 ) -> None:
-    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
-    attention = kind.__new__(kind)
+    attention = blank(f"vllm.model_executor.models.{module}", name, attributes)
+    assert rotates(attention) is expected
+
+
+def blank(module: str, name: str, attributes: dict[str, Any]) -> nn.Module:
+    """Make a module of a class without its __init__."""
+    kind = getattr(importlib.import_module(module), name)
+    attention: nn.Module = kind.__new__(kind)
     nn.Module.__init__(attention)
     vars(attention).update(attributes)
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "attributes", "expected", "change"),
+    [
+        ("arcee", "ArceeAttention", {}, True, None),
+        ("seed_oss", "SeedOssAttention", {}, True, None),
+        ("olmo3", "Olmo3Attention", {}, True, None),
+        ("smollm3", "SmolLM3Attention", {"use_rope": 1}, True, None),
+        ("smollm3", "SmolLM3Attention", {"use_rope": 0}, False, None),
+        ("gpt_neox", "GPTNeoXAttention", {}, True, None),
+        ("gpt_bigcode", "GPTBigCodeAttention", {}, False, None),
+        ("phi", "PhiAttention", {"qk_layernorm": False}, True, "torch.cat"),
+        ("hunyuan_v1_dense", "HunYuanDenseV1Attention", {}, True, "self.query_layernorm"),
+    ],
+)
+def test_transformers_own_models(
+    module: str, name: str, attributes: dict, expected: bool, change: str | None
+) -> None:
+    attention = blank(f"transformers.models.{module}.modeling_{module}", name, attributes)
     assert rotates(attention) is expected
+    found = change_after_rope(attention) if expected else None
+    assert found is None if change is None else change in str(found)
 
 
 class Attention(nn.Module):

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.patterns import make_pattern, triangle
@@ -251,20 +250,3 @@ def test_a_model_called_by_itself_is_refused(tiny_model: Callable[..., Any]) -> 
     routed = RoutedModel(tiny_model(), SINK, WINDOW)
     with pytest.raises(RuntimeError, match=r"expected RoutedModel\.forward to call the model"):
         routed.model(prompts())
-
-
-def test_an_unsupported_model_is_refused_by_name() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
-    with pytest.raises(UnsupportedConfigurationError, match="found GPT2LMHeadModel"):
-        RoutedModel(model, SINK, WINDOW)
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_sliding_windows_are_refused(family: str, tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model(
-        family,
-        sliding_window=32,
-        **({"use_sliding_window": True, "max_window_layers": 0} if family == "qwen2" else {}),
-    )
-    with pytest.raises(UnsupportedConfigurationError, match="sliding_window"):
-        RoutedModel(model, SINK, WINDOW)
