@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from flux_vllm.kv.register import register
 from tests.conftest import REPOSITORY
 from tests.unit.kv.pools import BLOCK_SIZE, FULL, sparse_spec
 
@@ -74,6 +75,7 @@ def test_copies_are_equal():
 
 def test_reading_process_registers_it(tmp_path):
     """The scheduler's process gets specs from its workers and knows nothing else of flux."""
+    register()  # as a worker does before it makes specs
     file = tmp_path / "spec.pickle"
     file.write_bytes(pickle.dumps(sparse_spec()))
     code = (
