@@ -80,7 +80,9 @@ def _measure(
                 saved[case.context] = _most_saved(shape, base, flux, case.context, kernels)
             _measure_prefill(shape, base, flux, case, keep, in_time, saved.get(case.context))
         else:
-            _measure_decode(args, shape, base, flux, case, keep, in_time, shortest, kernels)
+            _measure_decode(
+                args, shape, base, flux, case, keep, in_time, shortest=shortest, kernels=kernels
+            )
 
 
 def _possible(case: Prefill | Decode, shape: Shape) -> Prefill | Decode:

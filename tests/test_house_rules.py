@@ -146,6 +146,30 @@ def test_functions_are_short() -> None:
     assert not long, f"functions of more than {MAX_FUNCTION_LINES} lines: {long}"
 
 
+def test_calls_name_their_arguments() -> None:
+    """From nine on; but for vLLM's own functions and kernels of Triton, which take no fewer."""
+    theirs = {"torch.ops._vllm_fa3_C.fwd", "super().forward"}
+
+    def unnamed(file: Path) -> list[int]:
+        kernels = [
+            range(function.lineno, (function.end_lineno or 0) + 1)
+            for function in _functions(file)
+            if any("triton.jit" in ast.unparse(by) for by in function.decorator_list)
+        ]
+        return [
+            call.lineno
+            for call in ast.walk(_tree(file))
+            if isinstance(call, ast.Call)
+            and sum(not isinstance(argument, ast.Starred) for argument in call.args) >= 9
+            and not isinstance(call.func, ast.Subscript)  # kernel[grid](...)
+            and ast.unparse(call.func) not in theirs
+            and not any(call.lineno in kernel for kernel in kernels)
+        ]
+
+    found = _offences(CHECKOUT, unnamed)
+    assert not found, f"calls of nine or more arguments by place, to be named: {found}"
+
+
 def test_library_does_not_print() -> None:
     def prints(file: Path) -> list[int]:
         return [

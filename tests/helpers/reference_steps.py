@@ -118,8 +118,8 @@ def _attend(
         step.record.routes[layer],
         step.record.phase,
         step.pattern,
-        step.prompt_len,
-        step.record.margins,
+        prompt_len=step.prompt_len,
+        margins=step.record.margins,
     )
     return output[None].to(query.dtype), None
 

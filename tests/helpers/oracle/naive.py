@@ -120,6 +120,7 @@ def attend_batch(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    *,
     query_lens: list[int],
     seq_lens: list[int],
     block_table: torch.Tensor,
