@@ -198,6 +198,7 @@ def table(files: Sequence[Path], out: Path) -> None:
             f"{row['tokens_per_second'] / max(other['tokens_per_second'], 1e-9):.2f}x; decode "
             f"{row['decode_tokens_per_second'] / max(other['decode_tokens_per_second'], 1e-9):.2f}x"
         )
+    # The rows' own provenance, not that of this table.
     out.write_text(json.dumps(written, indent=1) + "\n")
 
 

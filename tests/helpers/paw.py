@@ -1,7 +1,7 @@
 """Published Flux-Attention checkpoints, made by hand from models that transformers makes.
 
 Names, fields and sizes are those of the authors' `PawLlamaForCausalLM` and `PawQwen3ForCausalLM`
-(DESIGN.md, section 1); nothing here comes from `flux_vllm`.
+(docs/ROUTE_STATE.md); nothing here comes from `flux_vllm`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The operator's configuration: what is accepted, and every error by its message.
 
-Oracle: the keys and ranges of DESIGN.md, section 2. Pinned: a bool is no whole number (Python
+Oracle: the keys and ranges of docs/CONFIGURATION.md. Pinned: a bool is no whole number (Python
 says `isinstance(True, int)`), and `sparse_layers` belongs to policy `static` and to no other.
 """
 

@@ -196,7 +196,7 @@ class TestWarmup:
     @pytest.mark.parametrize("is_warmup", [False, True])
     def test_is_what_the_worker_says(self, is_warmup: bool) -> None:
         runner = RunnerV2()
-        req = Req("a", 40, 0, 40)
+        req = Req("_warmup_0", 40, 0, 40)  # vLLM's own begin so, and so may a client's
         runner.add(req)
         assert runner.step([req], is_warmup=is_warmup).is_warmup == is_warmup
 

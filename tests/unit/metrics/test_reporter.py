@@ -1,6 +1,6 @@
 """The numbers that operators see, against counting every query and every key.
 
-Oracle: loops over rows, layers, queries and keys, deciding for each pair by DESIGN.md, section 2,
+Oracle: loops over rows, layers, queries and keys, deciding for each pair by docs/CONFIGURATION.md,
 whether it is attended: exactly in prefill, edges widened to whole blocks in decode, and (several
 queries in a decode row) the first query's window for all of them. Read from the text of a scrape.
 """

@@ -1,4 +1,4 @@
-"""Router files written by safetensors alone, with names and shapes of DESIGN.md, section 2."""
+"""Router files written by safetensors alone, with names and shapes of the file format."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Router files: what is written comes back bit for bit.
 
 Oracle: safetensors' own reader and writer, with tensor names and shapes spelled out from
-DESIGN.md, section 2. Pinned: a failed write leaves the old file and no temporary one. Broken files
+docs/CONFIGURATION.md. Pinned: a failed write leaves the old file and no temporary one. Broken files
 are in test_checkpoint_refusals.py.
 """
 

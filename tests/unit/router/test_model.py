@@ -1,6 +1,6 @@
 """The router's network against torch.nn.Sequential, and the rule from logits to a route.
 
-Oracle: `torch.nn.Sequential` with the same weights, built from DESIGN.md, section 1. Pinned: no
+Oracle: `torch.nn.Sequential` with the same weights, built from the paper. Pinned: no
 SiLU between `features.2` and `head.0`; at a tie of P(FULL) and the threshold the route is FULL.
 """
 

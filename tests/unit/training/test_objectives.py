@@ -1,4 +1,4 @@
-"""Oracles: the formulas of DESIGN.md, section 1, and of a budget's multiplier, by hand."""
+"""Oracles: the formulas of arXiv 2604.07394 and of a budget's multiplier, by hand."""
 
 import math
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Compacted block tables against the set of keys that SPARSE decode is defined to see.
 
-Oracle: DESIGN.md, section 2, as a loop over positions: keys before S and from p - W + 1 on, each
+Oracle: docs/VOCABULARY.md as a loop over positions: keys before S and from p - W + 1 on, each
 edge widened to its whole block. Table tails hold block ids that no cache has, so that reading one
 within a row's length is an error, as it would be in vLLM's kernel.
 """
