@@ -165,7 +165,7 @@ def bench(length: int, sweep: bool, write: Callable[[], None]) -> None:
 
     def score(layer: int) -> None:
         score_blocks(
-            batch.query, batch.caches[layer].keys, rows, lists.tasks, lists.lse, scale=SCALE,
+            batch.query, batch.caches[layer], rows, lists.tasks, lists.lse, scale=SCALE,
             stride=STRIDE, **lists.sizes,
         )  # fmt: skip
 

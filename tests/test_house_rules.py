@@ -26,6 +26,8 @@ IMPORTS_VLLM = (
     "flux_vllm/attention_backend/cuda/calls.py",
     "flux_vllm/attention_backend/cuda/choose.py",
     "flux_vllm/attention_backend/cuda/fa3_calls.py",
+    "flux_vllm/attention_backend/cuda/float8.py",
+    "flux_vllm/attention_backend/cuda/memory.py",
     "flux_vllm/attention_backend/cuda/triton_calls.py",
     "flux_vllm/attention_backend/cuda/warm_up.py",
     "flux_vllm/attention_backend/kernels/fa3.py",

@@ -5,11 +5,11 @@
 #   tools/gpu_tests.sh FOLDER     PYTHON=python3 names the interpreter that has vLLM
 #
 # On one GPU: serving by head size, the sample model, freeing KV, the probe, drafters, offloading,
-# families and formats of weights, what is compiled after the start, learned sinks, the backend's
-# batches with the benchmarks' head split, and the kernels. Where two GPUs are visible, pipeline and
-# tensor parallel 2 beside them: small models, for tensor parallel by head size, and Llama 3.1 8B's
-# widths (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two H200s with 64 cores the
-# tensor-parallel ones took under 3 minutes. The summary names what did not run.
+# families and formats of weights, what is compiled after the start, learned sinks, float8 KV
+# caches, the backend's batches with the benchmarks' head split, and the kernels. Where two GPUs are
+# visible, pipeline and tensor parallel 2 beside them: small models, for tensor parallel by head
+# size, and Llama 3.1 8B's widths (benchmarks/shapes, or FLUX_TEST_8B_SHAPE=FOLDER). On two H200s
+# with 64 cores the tensor-parallel ones took under 3 minutes. The summary names what did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: tools/gpu_tests.sh FOLDER}" && cd "$1" && pwd)
 [[ -z ${FLUX_TEST_8B_SHAPE:-} ]] || FLUX_TEST_8B_SHAPE=$(realpath "$FLUX_TEST_8B_SHAPE")
@@ -58,6 +58,7 @@ part connectors tests/gpu/test_connectors.py &
 part families tests/gpu/test_families.py &
 part no_compiling tests/gpu/test_no_compiling.py &
 part learned_sinks tests/gpu/test_learned_sinks.py &
+part float8_cache tests/gpu/test_float8_cache.py &
 part batches tests/gpu/test_backend_batches.py tests/gpu/test_head_split.py &
 part attention $kernels/test_kernels_fa3.py $kernels/test_kernels_prefill.py &
 # Data needs the package datasets, and no GPU.

@@ -21,7 +21,8 @@ from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.startup.drafter import refused_speculation
 from flux_vllm.startup.router_file import read_router_for
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+_FLOAT8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", *_FLOAT8)
 
 
 def check_configuration(vllm_config: Any) -> None:
@@ -71,13 +72,22 @@ def check_features(vllm_config: Any) -> None:
         vllm_config.parallel_config,
         vllm_config.cache_config,
     )
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    is_float8 = cache.cache_dtype in _FLOAT8
     refused = {
         "decode context parallel": parallel.decode_context_parallel_size > 1,
         "prefill context parallel": parallel.prefill_context_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
         f"a KV cache of dtype {cache.cache_dtype}": cache.cache_dtype not in _KV_CACHE_DTYPES,
         f"a KV cache of {cache.cache_dtype} for a model of {model.dtype} on the CPU": (
-            vllm_config.device_config.device_type == "cpu" and not _as_wide(cache, model)
+            on_cpu and not _as_wide(cache, model)
+        ),
+        # FlashAttention-3 writes bfloat16 there.
+        f"a KV cache of {cache.cache_dtype} for a model of {model.dtype} on a GPU": (
+            is_float8 and not on_cpu and model.dtype != torch.bfloat16
+        ),
+        "layers left out of a float8 KV cache (--kv-cache-dtype-skip-layers)": (
+            is_float8 and bool(cache.kv_cache_dtype_skip_layers)
         ),
         "prefix_match_unit": cache.prefix_match_unit is not None,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
@@ -125,6 +135,8 @@ def _as_wide(cache: Any, model: Any) -> bool:
     vLLM's CPU kernels write the model's elements whatever the cache was made for; wider ones
     overwrite each other there, narrower ones are read from where they are not.
     """
+    if cache.cache_dtype in _FLOAT8:  # which they do convert to
+        return True
     dtype: torch.dtype = getattr(torch, cache.cache_dtype, model.dtype)
     return dtype.itemsize == model.dtype.itemsize
 

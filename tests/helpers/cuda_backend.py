@@ -21,6 +21,9 @@ from flux_vllm.config import FluxConfig
 from flux_vllm.router.checkpoint import RouterInfo
 from flux_vllm.routing.runtime import FluxRuntime
 from tests.unit.attention_backend.test_kernels_cases import (
+    KEY_SCALE,
+    QUERY_SCALE,
+    VALUE_SCALE,
     PagedBatch,
     Row,
     Shape,
@@ -32,13 +35,15 @@ LAYERS, MAX_ROWS, MAX_LEN = 2, 64, 8192
 
 def stand_for_gpu(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 4) -> None:
     """Let the backend take this machine for a GPU without FlashAttention-3, until a test's end."""
+    from vllm import _custom_ops
     from vllm.v1.attention.backends import flash_attn
 
     for name in (
         *("get_flash_attn_version", "flash_attn_supports_quant_query_input"),
-        "flash_attn_supports_sinks",
+        *("flash_attn_supports_sinks", "flash_attn_supports_kv_cache_dtype"),
     ):
         monkeypatch.setattr(flash_attn, name, lambda *args, **kwargs: 2, raising=False)
+    monkeypatch.setattr(_custom_ops, "scaled_fp8_quant", _quantize)
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
@@ -89,6 +94,24 @@ def _runtime(shape: Shape, kernels: str, device: torch.device, **pattern: Any) -
     )
 
 
+def _quantize(numbers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what vLLM's operator does on a GPU."""
+    assert numbers.ndim == 2
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scaled = (numbers.float() / scale).clamp(-largest, largest)
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def _scales(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Give what a layer of vLLM's says of its scales."""
+    values = (QUERY_SCALE, KEY_SCALE, VALUE_SCALE) if shape.float8 else (1.0, 1.0, 1.0)
+    scales: dict[str, Any] = {}
+    for part, value in zip("qkv", values, strict=True):
+        scales[f"_{part}_scale"] = torch.full((), value, device=device)
+        scales[f"_{part}_scale_float"] = value
+    return scales
+
+
 class BackendWorker:
     """A builder and its layers over one KV cache.
 
@@ -111,16 +134,18 @@ class BackendWorker:
             for index in range(LAYERS):
                 impl = FluxCUDABackend.get_impl_cls()(
                     *(shape.heads, shape.head_dim, batch.scale, shape.kv_heads),
-                    *(None, None, "auto"),
+                    *(None, None, "fp8" if shape.float8 else "auto"),
                     sinks=batch.sink_logits,
                 )
                 impl.binding = LayerBinding(self.runtime, index)
-                scale = torch.ones((), device=device)  # what vLLM's own forward reads
-                scales = dict.fromkeys(("_q_scale", "_k_scale", "_v_scale"), scale)
+                scales = _scales(shape, device)
                 self.layers.append(
                     SimpleNamespace(
                         impl=impl,
-                        kv_cache=batch.kv_cache,
+                        # As vLLM makes it: bytes, where it is float8.
+                        kv_cache=(
+                            batch.kv_cache.view(torch.uint8) if shape.float8 else batch.kv_cache
+                        ),
                         sliding_window=None,
                         num_kv_heads=shape.kv_heads,
                         head_size=shape.head_dim,
@@ -202,4 +227,6 @@ class BackendWorker:
                 if row.query_len:
                     part = routed.tokens_of(index)
                     what = f"layer {layer} row {index} {row}"
-                    assert_as_exact_as_torch(out[part], exact[part], low[part], what)
+                    assert_as_exact_as_torch(
+                        out[part], exact[part], low[part], what, batch.rounding
+                    )

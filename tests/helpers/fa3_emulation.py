@@ -6,6 +6,7 @@ checks (hopper/flash_api.cpp), and reads no table entry and no key that the oper
 
 import torch
 
+from flux_vllm.attention_backend.kernels.fa3 import Float8Operands
 from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 
 
@@ -22,11 +23,12 @@ def attend(
     scheduler_metadata: torch.Tensor | None = None,
     num_splits: int = 0,
     sink_logits: torch.Tensor | None = None,
+    float8: Float8Operands | None = None,
 ) -> torch.Tensor:
     """Attend as `fa3.attend` says; no window, no work plan."""
     assert window_tokens is None
     assert scheduler_metadata is None
-    key_cache, value_cache = cache
+    key_cache, value_cache = cache[:2]
     block_table, kv_batch_idx, query_start_loc, seqused_k, seqused_q = paged
     rows, (tokens, heads, head_dim) = len(query_start_loc) - 1, query.shape
     pages, page_tokens, kv_heads, _ = key_cache.shape
@@ -34,8 +36,18 @@ def attend(
     assert page_tokens % 16 == 0
     assert head_dim % 8 == 0
     assert out.shape == query.shape
-    assert query.dtype == key_cache.dtype == value_cache.dtype == out.dtype
-    assert query.dtype in (torch.float16, torch.bfloat16)
+    descales = torch.ones(3, rows, kv_heads)
+    if float8 is None:
+        assert query.dtype == out.dtype
+        assert query.dtype in (torch.float16, torch.bfloat16)
+    else:
+        query = float8.query
+        assert query.dtype == torch.float8_e4m3fn
+        assert out.dtype == torch.bfloat16
+        assert out.shape == query.shape
+        descales = torch.stack(float8.descales(rows, kv_heads))
+        assert descales.shape == (3, rows, kv_heads)
+    assert query.dtype == key_cache.dtype == value_cache.dtype
     assert all(t.stride(-1) == 1 for t in (query, key_cache, value_cache, out, block_table))
     assert kv_batch_idx is not None or len(block_table) == rows
     if sink_logits is not None:
@@ -59,8 +71,12 @@ def attend(
         mine = block_table[row if kv_batch_idx is None else int(kv_batch_idx[row])]
         used = mine[: -(-keys // page_tokens)].long()
         assert ((used >= 0) & (used < pages)).all(), f"row {row}: a page outside the cache"
-        k, v = (cache[used].flatten(0, 1)[:keys].float() for cache in (key_cache, value_cache))
+        k, v = (
+            part[used].flatten(0, 1)[:keys].float() * descale[row][:, None]
+            for part, descale in zip((key_cache, value_cache), descales[1:], strict=True)
+        )
         q = query[start : start + queries].float()
+        q = q * descales[0, row].repeat_interleave(heads // kv_heads)[:, None]
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
         scores = torch.einsum("qnh,knh->nqk", q, k) * scale
         later = torch.arange(keys) > torch.arange(keys - queries, keys)[:, None]

@@ -6,7 +6,7 @@ read before RoPE by hooks, so that a layer is routed before it attends, as on th
 Dimension legend: N query heads, K key-value heads, H head dim, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ def _attend(
             enable_gqa=True,
         )
         return attended.transpose(1, 2).to(query.dtype), None
-    history = step.history
-    history.keys[layer] = torch.cat([history.keys[layer], key[0]], dim=1)
-    history.values[layer] = torch.cat([history.values[layer], value[0]], dim=1)
+    history, keep = step.history, module.reference_model.keep
+    history.keys[layer] = torch.cat([history.keys[layer], keep(key[0], layer, "k")], dim=1)
+    history.values[layer] = torch.cat([history.values[layer], keep(value[0], layer, "v")], dim=1)
     output = masked_attention(
         query[0].float(),
         history.keys[layer],
@@ -137,9 +137,16 @@ class StepModel:
         model_folder: a Hugging Face model.
         dtype: of weights and activations. Below float32 it tells what error any server of that
             dtype makes: attention alone is still computed in float32, and rounded afterwards.
+        keep: what a KV cache makes of keys or values of a layer ("k" or "v"); as they are.
     """
 
-    def __init__(self, model_folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model_folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        keep: Callable[[torch.Tensor, int, str], torch.Tensor] = lambda given, *_: given,
+    ) -> None:
+        self.keep = keep
         self.model = AutoModelForCausalLM.from_pretrained(
             model_folder, dtype=dtype, attn_implementation=_ATTENTION_NAME
         ).eval()

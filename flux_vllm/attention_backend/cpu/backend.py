@@ -65,8 +65,12 @@ class FluxCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         context = self.vllm_config.compilation_config.static_forward_context
         self._layers = bound_layers(context, self.layer_names)
         for layer in self._layers:
-            layer.impl.page_layout = learn_page_layout(
-                self.isa, self.block_size, self.head_dim, self.dtype
+            kv_cache_dtype = layer.impl.kv_cache_dtype
+            layout = learn_page_layout(
+                self.isa, self.block_size, self.head_dim, self.dtype, kv_cache_dtype
+            )
+            layer.impl.page_layout = layout.of_layer(
+                kv_cache_dtype, self.dtype, layer._k_scale_float, layer._v_scale_float
             )
 
     def build(
@@ -128,14 +132,12 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
             "ALiBi slopes": self.alibi_slopes is not None,
             "attention logits softcap": bool(self.logits_soft_cap),
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
-            f"KV cache dtype {self.kv_cache_dtype}": self.is_fp8_kv_cache,
         }
         found = [what for what, present in refused.items() if present]
         if found:
             raise UnsupportedConfigurationError(
-                "layer routes on the CPU: expected plain causal attention over a KV cache in the "
-                f"model's dtype, found {', '.join(found)}; serve with "
-                "--attention-backend CPU_ATTN, or change the model or --kv-cache-dtype"
+                "layer routes on the CPU: expected plain causal attention over a KV cache, found "
+                f"{', '.join(found)}; serve with --attention-backend CPU_ATTN"
             )
 
     def forward(
@@ -171,7 +173,7 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
                 output[plan.tokens] = part
         shape = (-1, self.num_heads, self.head_size)
         # vLLM's CPU kernels keep the model's dtype in a cache of any other as wide.
-        pages = kv_cache.view(query.dtype)
+        pages = kv_cache if self.is_fp8_kv_cache else kv_cache.view(query.dtype)
         for rows, prefill in plan.sparse_prefills:
             part = output[rows].view(shape)
             prefill.attend(query[rows], pages, self.page_layout, self.scale, self.sinks, part)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionType,
@@ -39,12 +40,14 @@ from flux_vllm.attention_backend.cuda.calls import (
     split_cache,
 )
 from flux_vllm.attention_backend.cuda.choose import choose_kernels
+from flux_vllm.attention_backend.cuda.float8 import float8_operands, quantize_queries
 from flux_vllm.attention_backend.cuda.memory import most_rows
 from flux_vllm.attention_backend.cuda.passes import LayerPasses
 from flux_vllm.attention_backend.cuda.patterns import plan_batch
 from flux_vllm.attention_backend.cuda.share import join_views, kind_of
 from flux_vllm.attention_backend.cuda.views import GroupViews
 from flux_vllm.attention_backend.cuda.warm_up import warm_up
+from flux_vllm.attention_backend.kernels.paged import KVCache
 from flux_vllm.attention_backend.kernels.tiles import MOST_QUERY_HEADS
 from flux_vllm.attention_backend.layer import LayerBinding, bound_layers
 from flux_vllm.batch import Batch
@@ -93,9 +96,9 @@ class FluxCUDABackend(FlashAttentionBackend):
         return False
 
     @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """The router must see queries before vLLM quantizes them, so no float8 KV cache."""
-        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
+    def supports_per_head_quant_scales(cls) -> bool:
+        """A float8 KV cache has one scale a layer."""
+        return False
 
 
 @dataclass(slots=True)
@@ -198,6 +201,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
+        self.is_float8 = is_quantized_kv_cache(self.kv_cache_dtype)
         refused = {
             "ALiBi slopes": self.alibi_slopes is not None,
             "attention logits softcap": bool(self.logits_soft_cap),
@@ -245,6 +249,8 @@ class FluxCUDAImpl(FlashAttentionImpl):
         if attn_metadata is not None and self.binding is not None:
             routes = attn_metadata.flux
         if routes is None:
+            if self.is_float8 and self.supports_quant_query_input and attn_metadata is not None:
+                query = quantize_queries(query, layer)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
@@ -260,7 +266,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
         tokens = attn_metadata.num_actual_tokens
         if query.shape[0] != tokens:  # a slice costs the host more than the question
             query, output = query[:tokens], output[:tokens]
-        cache = split_cache(kv_cache, self.head_size)
+        cache = self._split(kv_cache, layer)
         index = self.group_index
         of_views = group.first_layer + index
         rows = views.layer_rows(attn_metadata.seq_lens.shape[0])[of_views]
@@ -269,6 +275,8 @@ class FluxCUDAImpl(FlashAttentionImpl):
         call = LayerCall(
             query, cache, out, attn_metadata, group.table, views.layer_views, of_views, rows
         )
+        if self.is_float8 and self.kernels.name == "fa3":
+            call.float8 = float8_operands(query, layer)
         if passes is None:
             if views.plans is not None:
                 call.plan = views.plans[of_views]
@@ -281,6 +289,13 @@ class FluxCUDAImpl(FlashAttentionImpl):
             assert routes.sparse_prefill is not None
             routes.sparse_prefill.attend(call, self.kernels)
         return output
+
+    def _split(self, kv_cache: torch.Tensor, layer: Any) -> KVCache:
+        """View vLLM's cache of a layer as keys and values, with their scales."""
+        if not self.is_float8:
+            return split_cache(kv_cache, self.head_size)
+        cache = split_cache(kv_cache.view(torch.float8_e4m3fn), self.head_size)
+        return cache._replace(key_scale=layer._k_scale_float, value_scale=layer._v_scale_float)
 
     def _attend_probe(
         self,

@@ -8,6 +8,7 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
 from flux_vllm.attention_backend.kernels.decode_views import LayerViews
+from flux_vllm.attention_backend.kernels.fa3 import Float8Operands
 from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class LayerCall:
     """The layer's part of the views, each [R]."""
     plan: torch.Tensor | None = None
     """[size]: the layer's part of what `Kernels.plan` returned for the batch."""
+    float8: Float8Operands | None = None
+    """Of FlashAttention-3 over a float8 cache."""
 
     def paged_rows(
         self,

@@ -30,21 +30,30 @@ class FA3Kernels:
     def __init__(self, impl: "FlashAttentionImpl", sizes: Sizes) -> None:
         self.scale = impl.scale
         self.sink_logits = impl.sinks
+        self._is_float8 = impl.is_float8
         self._shape = CallShape(impl.num_heads, impl.num_kv_heads, impl.head_size, sizes.num_sms)
         self._sink_tokens = sizes.sink_tokens
         self._window_tokens = sizes.window_tokens
 
     def variants(self, limits: Limits) -> Variants:
         """Return plans by rows and queries, and tiles of the sinks by tokens."""
+        tiles = tokens_by_tile(limits.tokens, MANY_TOKENS)
+        if self._is_float8:
+            return Variants([DecodeCase(1, 1, 1)], tiles)
         decode: dict[tuple | None, DecodeCase] = {}
         for queries in range(1, limits.step_tokens + 1):
             for rows in range(1, limits.rows + 1):
                 variant = plan_variant(self._shape, rows, queries)
                 decode.setdefault(variant, DecodeCase(rows, queries, queries))
-        return Variants([*decode.values()], tokens_by_tile(limits.tokens, MANY_TOKENS))
+        return Variants([*decode.values()], tiles)
 
     def plan(self, views: ViewBuffers, metadata: "FlashAttentionMetadata") -> torch.Tensor | None:
-        """Write balanced plans, where FA3 would make its own before each call."""
+        """Write balanced plans, where FA3 would make its own before each call.
+
+        It does over a float8 cache: its tiles are others there, and what they take was not timed.
+        """
+        if self._is_float8:
+            return None
         if metadata.max_num_splits == 0:  # FA3 chooses, so no graph replays the calls
             return None
         return views.plan(
@@ -86,6 +95,7 @@ class FA3Kernels:
             scheduler_metadata=call.plan,
             num_splits=metadata.max_num_splits,
             sink_logits=self.sink_logits,
+            float8=call.float8,
         )
 
     def sink_window_pass(self, call: LayerCall) -> None:
@@ -102,4 +112,5 @@ class FA3Kernels:
             sink_tokens=self._sink_tokens,
             window_tokens=self._window_tokens,
             sink_logits=self.sink_logits,
+            float8=call.float8,
         )

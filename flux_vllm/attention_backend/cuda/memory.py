@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
 from flux_vllm.attention_backend.cuda.choose import workspace_nbytes
 from flux_vllm.attention_backend.cuda.patterns import prefill_nbytes
 from flux_vllm.attention_backend.cuda.views import ViewBuffers
@@ -28,14 +30,18 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> i
         vllm_config: of the engine.
         groups: vLLM's KVCacheGroupSpec of each group.
     """
-    if runtime.config.policy == "full":
-        return 0
     rows, model = most_rows(vllm_config), vllm_config.model_config
     heads = model.get_num_attention_heads(vllm_config.parallel_config)
-    total = prefill_nbytes(
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    queries = 0
+    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+        queries = tokens * heads * model.get_head_size()  # a layer's, quantized
+    if runtime.config.policy == "full":
+        return queries
+    total = queries + prefill_nbytes(
         runtime.pattern,
         heads,
-        vllm_config.scheduler_config.max_num_batched_tokens,
+        tokens,
         model.max_model_len,
         model.get_head_size() * model.dtype.itemsize,
     )

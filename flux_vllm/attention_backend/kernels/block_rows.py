@@ -37,9 +37,9 @@ class BlockRows(NamedTuple):
     order: torch.Tensor
     """[P] int32: tasks, longest first; row h * P + p is the p-th of them in the slice's head h."""
     query: torch.Tensor
-    """[S * P * 128, 1, H]: row r's queries from 128 r on."""
+    """[S * P * 128, 1, H]: row r's queries from 128 r on; float8 where the cache is."""
     out: torch.Tensor
-    """Likewise."""
+    """Likewise, in the dtype of the model."""
     table: torch.Tensor
     """[S * P, entries] int32: pages."""
     starts: torch.Tensor
@@ -76,7 +76,11 @@ def slice_nbytes(heads: int, num_tasks: int, most_blocks: int, head_nbytes: int)
 
 
 def make_block_rows(
-    tasks: np.ndarray, query: torch.Tensor, block_size: int, most_blocks: int
+    tasks: np.ndarray,
+    query: torch.Tensor,
+    block_size: int,
+    most_blocks: int,
+    query_dtype: torch.dtype | None = None,
 ) -> BlockRows:
     """Allocate a step's rows.
 
@@ -85,6 +89,7 @@ def make_block_rows(
         query: [T, N, H], for its sizes.
         block_size: tokens a KV block.
         most_blocks: key blocks of the longest row.
+        query_dtype: of the rows' queries, if not that of `query`.
 
     Host sync: none.
     """
@@ -97,7 +102,7 @@ def make_block_rows(
     packed = (rows * BLOCK_TOKENS, 1, head_dim)
     return BlockRows(
         to_device(order, device),
-        torch.empty(packed, dtype=query.dtype, device=device),
+        torch.empty(packed, dtype=query_dtype or query.dtype, device=device),
         torch.empty(packed, dtype=query.dtype, device=device),
         torch.empty(rows, width, dtype=torch.int32, device=device),
         torch.arange(rows + 1, dtype=torch.int32, device=device) * BLOCK_TOKENS,
@@ -115,39 +120,57 @@ def attend_block_rows(
     *,
     scale: float,
     sink_logits: torch.Tensor | None = None,
+    float8: fa3.Float8Operands | None = None,
 ) -> None:
     """Attend the rows whose `seqused_q` is not 0; the output of others stays as it is.
 
     Args:
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
-        cache: of the same dtype, keys and values of the same strides, block_size a multiple of 16.
+        cache: of the same dtype or of float8_e4m3fn, keys and values of the same strides,
+            block_size a multiple of 16.
         out: [T, N, H], written for attended rows only.
         lists: of the layer.
         rows: of the step, from `make_block_rows`.
         scale: softmax scale.
         sink_logits: [N] of the heads' learned sinks; None for heads without.
+        float8: of a float8 cache, whose queries are read instead.
 
     Host sync: none.
     """
-    pages = head_pages(*cache)
+    pages = head_pages(cache.keys, cache.values)
+    attended = query if float8 is None else float8.query
     for first_head in range(0, query.shape[1], rows.heads):
         heads = range(first_head, min(first_head + rows.heads, query.shape[1]))
         write_tables(cache.keys, pages, lists, rows, heads, query.shape[1])
-        gather_queries(query, lists, rows, heads)
-        lse = attend_rows(pages, rows, heads, scale)
+        gather_queries(attended, lists, rows, heads)
+        lse = attend_rows(pages, rows, heads, scale, float8)
         scatter_outputs(out, lists, rows, heads, lse, sink_logits)
 
 
-def attend_rows(pages: HeadPages, rows: BlockRows, heads: range, scale: float) -> torch.Tensor:
+def attend_rows(
+    pages: HeadPages,
+    rows: BlockRows,
+    heads: range,
+    scale: float,
+    float8: fa3.Float8Operands | None = None,
+) -> torch.Tensor:
     """Make the call: from `rows.query` to `rows.out`.
+
+    Args:
+        pages: of the layer.
+        rows: of the step, a slice's queries gathered.
+        heads: of the slice.
+        scale: softmax scale.
+        float8: of a float8 cache, for its scales.
 
     Returns: lse [1, queries] float32, natural logarithm; without learned sinks, of which a call
         takes one a head, and here all heads are one.
     """
     number = len(heads) * len(rows.order)
     queries = slice(number * BLOCK_TOKENS)
+    query = rows.query[queries]
     return fa3.attend(
-        rows.query[queries],
+        query,
         KVCache(pages.keys, pages.values),
         rows.out[queries],
         PagedRows(
@@ -162,6 +185,7 @@ def attend_rows(pages: HeadPages, rows: BlockRows, heads: range, scale: float) -
         max_seq_len=rows.table.shape[1] * pages.keys.shape[1],
         scale=scale,
         num_splits=1,
+        float8=None if float8 is None else float8._replace(query=query),
     )
 
 

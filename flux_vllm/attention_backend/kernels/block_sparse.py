@@ -58,7 +58,7 @@ def attend_blocks(
 
     Args:
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
-        cache: of the same dtype.
+        cache: of the same dtype, or of float8.
         out: [T, N, H], written for attended rows only.
         lists: of the layer; within a task's own block a query sees keys up to itself.
         scale: softmax scale.
@@ -72,11 +72,13 @@ def attend_blocks(
     tile = tile or default_tile(head_dim)
     _sparse_kernel[(len(lists.tasks), heads)](
         query,
-        *cache,
+        cache.keys,
+        cache.values,
         out,
         *lists,
         sink_logits,
-        scale * LOG2_E,
+        scale * cache.key_scale * LOG2_E,
+        cache.value_scale,
         *query.stride()[:2],
         *cache.keys.stride()[:3],
         *cache.values.stride()[:3],
@@ -111,6 +113,7 @@ def _sparse_kernel(
     counts,
     sink_logits,
     scale_log2,
+    value_scale,
     stride_qt,
     stride_qn,
     stride_kb,
@@ -165,13 +168,14 @@ def _sparse_kernel(
         page = tl.load(table + n // BLOCK_SIZE, mask=n < keys, other=0).to(tl.int64)
         k_offset = page * stride_kb + (n % BLOCK_SIZE) * stride_kt
         k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+        scores = dot(q, tl.trans(k.to(q.dtype)), None, INTERPRET) * scale_log2
         if key_block == block:
             scores = tl.where(n[None, :] <= position[:, None], scores, float("-inf"))
         weights, largest, total, acc = softmax_step(scores, largest, total, acc)
         v_offset = page * stride_vb + (n % BLOCK_SIZE) * stride_vt
         v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
+        acc = dot(weights.to(q.dtype), v.to(q.dtype), acc, INTERPRET)
 
     o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
-    tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    attended = acc / total[:, None] * value_scale
+    tl.store(o_pointers, attended.to(out.dtype.element_ty), mask=stored)

@@ -15,6 +15,10 @@ class KVCache(NamedTuple):
     """[B, block_size, K, H], last dimension contiguous, any other strides."""
     values: torch.Tensor
     """Likewise."""
+    key_scale: float = 1.0
+    """What float8 keys are multiplied by to be what they stand for."""
+    value_scale: float = 1.0
+    """Likewise."""
 
 
 class PagedRows(NamedTuple):

@@ -68,7 +68,7 @@ def merge_sinks(
 
     Args:
         query: [T, N, H] float16 or bfloat16, last dimension contiguous.
-        cache: of the same dtype.
+        cache: of the same dtype, or of float8.
         out: [T, N, H], in and out: attention over the window.
         lse: [N, T] float32, its log-sum-exp (natural logarithm), without learned sinks.
         rows: of the batch, with `seqused_q`; table entries past the sinks are never read.
@@ -93,13 +93,15 @@ def merge_sinks(
     grid = (tokens // (block_q * tile.num_tiles) + num_rows, kv_heads)
     _sink_kernel[grid](
         query,
-        *cache,
+        cache.keys,
+        cache.values,
         out,
         lse,
         *rows,
         sink_logits,
         num_rows,
-        scale * LOG2_E,
+        scale * cache.key_scale * LOG2_E,
+        cache.value_scale,
         *query.stride()[:2],
         *cache.keys.stride()[:3],
         *cache.values.stride()[:3],
@@ -146,11 +148,11 @@ def _absorb(
     SINK_TOKENS: tl.constexpr, WINDOW_TOKENS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Take a tile of sinks into the running softmax, but those within a query's window."""
-    scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+    scores = dot(q, tl.trans(k.to(q.dtype)), None, INTERPRET) * scale_log2
     outside = n[None, :] <= (position - WINDOW_TOKENS)[:, None]
     scores = tl.where((n < SINK_TOKENS)[None, :] & outside, scores, float("-inf"))
     weights, largest, total, acc = softmax_step(scores, largest, total, acc)
-    return largest, total, dot(weights.to(v.dtype), v, acc, INTERPRET)
+    return largest, total, dot(weights.to(q.dtype), v.to(q.dtype), acc, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_lse"])
@@ -168,6 +170,7 @@ def _sink_kernel(
     sink_logits,
     num_rows,
     scale_log2,
+    value_scale,
     stride_qt,
     stride_qn,
     stride_kb,
@@ -228,7 +231,7 @@ def _sink_kernel(
         o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
         q = tl.load(q_pointers, mask=stored, other=0.0)
         # The window is the first share of the softmax: its sum is 1 at a maximum of its lse.
-        acc = tl.load(o_pointers, mask=stored, other=0.0).to(tl.float32)
+        acc = tl.load(o_pointers, mask=stored, other=0.0).to(tl.float32) / value_scale
         largest = tl.load(lse + head * stride_lse + token, mask=valid, other=0.0) * LOG2_E
         total = tl.full([BLOCK_M], 1.0, tl.float32)
         if sink_logits is not None:
@@ -246,4 +249,5 @@ def _sink_kernel(
                     q, k, v, start + n, position, largest, total, acc, scale_log2, SINK_TOKENS,
                     WINDOW_TOKENS, INTERPRET,
                 )  # fmt: skip
-        tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
+        attended = acc / total[:, None] * value_scale
+        tl.store(o_pointers, attended.to(out.dtype.element_ty), mask=stored)

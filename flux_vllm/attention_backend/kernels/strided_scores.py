@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from flux_vllm.attention_backend.kernels.block_tasks import BLOCK_TOKENS
-from flux_vllm.attention_backend.kernels.paged import PagedRows
+from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.tiles import (
     INTERPRETED,
     LOG2_E,
@@ -59,7 +59,7 @@ def default_tile(head_dim: int, element_size: int, queries_per_kv: int, stride: 
 
 def score_blocks(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
+    cache: KVCache,
     rows: PagedRows,
     tasks: torch.Tensor,
     lse: torch.Tensor,
@@ -75,7 +75,7 @@ def score_blocks(
 
     Args:
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
-        key_cache: [B, block_size, K, H] of the same dtype, any strides but the last.
+        cache: of the same dtype, or of float8; its keys are read.
         rows: of the batch, row r's blocks in row r of the table; `seqused_q` is all of a row's
             queries, or 0 to skip it.
         tasks: [Q, 3] int32, see BlockTasks, in groups of `tasks_a_program`.
@@ -89,6 +89,7 @@ def score_blocks(
     Host sync: none; allocates nothing.
     """
     heads, head_dim = query.shape[1:]
+    key_cache = cache.keys
     kv_heads, block_size = key_cache.shape[2], key_cache.shape[1]
     group = heads // kv_heads
     assert block_size % stride == 0, f"block_size {block_size}, a multiple of stride {stride}"
@@ -107,7 +108,7 @@ def score_blocks(
         rows.seqused_k,
         tasks,
         lse,
-        scale * LOG2_E / stride,
+        scale * cache.key_scale * LOG2_E / stride,
         *query.stride()[:2],
         *key_cache.stride()[:3],
         rows.block_table.stride(0),
@@ -194,7 +195,7 @@ def _score_kernel(
             mask=(n * STRIDE + i < keys)[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
         )
-        scores = dot(q, tl.trans(k), scores, INTERPRET)
+        scores = dot(q, tl.trans(k.to(q.dtype)), scores, INTERPRET)
     scores = tl.where(n[None, :] <= strided[:, None], scores * scale_log2, NO_SCORE)
 
     by_block = tl.reshape(scores, [BLOCK_M, BLOCK_N // ROWS, ROWS])

@@ -97,7 +97,7 @@ def attend_decode(
 
     Args:
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
-        cache: of the same dtype.
+        cache: of the same dtype, or of float8.
         out: [T, N, H]; rows without queries or keys are left as they are.
         rows: views of `write_views`, with `kv_batch_idx`.
         workspace: for at least T tokens in its P shares.
@@ -131,13 +131,15 @@ def attend_decode(
     }
     _share_kernel[(num_rows, kv_heads, splits)](
         query,
-        *cache,
+        cache.keys,
+        cache.values,
         out,
         workspace.out,
         workspace.lse,
         *rows,
         sink_logits,
-        scale * LOG2_E,
+        scale * cache.key_scale * LOG2_E,
+        cache.value_scale,
         heads,
         *query.stride()[:2],
         *cache.keys.stride()[:3],
@@ -193,6 +195,7 @@ def _share_kernel(
     seqused_q,
     sink_logits,
     scale_log2,
+    value_scale,
     heads,
     stride_qt,
     stride_qn,
@@ -248,14 +251,14 @@ def _share_kernel(
         k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
         v_offset = block * stride_vb + (n % BLOCK_SIZE) * stride_vt
         v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+        scores = dot(q, tl.trans(k.to(q.dtype)), None, INTERPRET) * scale_log2
         visible = (n < end)[None, :] & (n[None, :] <= position[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         weights, largest, total, acc = softmax_step(scores, largest, total, acc)
-        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
+        acc = dot(weights.to(q.dtype), v.to(q.dtype), acc, INTERPRET)
 
     # The last queries' keys may begin in the last share: an earlier query then has none here.
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    result = acc / tl.where(total > 0, total, 1.0)[:, None] * value_scale
     if end - begin == keys:
         o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
         tl.store(o_pointers, result.to(out.dtype.element_ty), mask=stored)

@@ -77,7 +77,7 @@ def attend_prefill(
 
     Args:
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
-        cache: of the same dtype.
+        cache: of the same dtype, or of float8.
         out: [T, N, H], written for attended rows only.
         rows: of the batch, with `seqused_q`.
         scale: softmax scale.
@@ -103,12 +103,14 @@ def attend_prefill(
     grid = (tokens // block_q + num_rows, kv_heads)
     _prefill_kernel[grid](
         query,
-        *cache,
+        cache.keys,
+        cache.values,
         out,
         *rows,
         sink_logits,
         num_rows,
-        scale * LOG2_E,
+        scale * cache.key_scale * LOG2_E,
+        cache.value_scale,
         *query.stride()[:2],
         *cache.keys.stride()[:3],
         *cache.values.stride()[:3],
@@ -156,6 +158,7 @@ def _prefill_kernel(
     sink_logits,
     num_rows,
     scale_log2,
+    value_scale,
     stride_qt,
     stride_qn,
     stride_kb,
@@ -220,7 +223,7 @@ def _prefill_kernel(
         block = tl.load(table + n // BLOCK_SIZE, mask=n < keys, other=0).to(tl.int64)
         k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
         k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        scores = dot(q, tl.trans(k), None, INTERPRET) * scale_log2
+        scores = dot(q, tl.trans(k.to(q.dtype)), None, INTERPRET) * scale_log2
         edge = start + BLOCK_N > first + 1
         if SPARSE:
             edge |= (start <= last - WINDOW_TOKENS) & (start + BLOCK_N > SINK_TOKENS)
@@ -233,7 +236,8 @@ def _prefill_kernel(
         weights, largest, total, acc = softmax_step(scores, largest, total, acc)
         v_offset = block * stride_vb + (n % BLOCK_SIZE) * stride_vt
         v = tl.load(value_base + v_offset[:, None] + d[None, :], mask=loaded, other=0.0)
-        acc = dot(weights.to(v.dtype), v, acc, INTERPRET)
+        acc = dot(weights.to(q.dtype), v.to(q.dtype), acc, INTERPRET)
 
     o_pointers = out + (token * stride_ot + head * stride_on)[:, None] + d[None, :]
-    tl.store(o_pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    attended = acc / total[:, None] * value_scale
+    tl.store(o_pointers, attended.to(out.dtype.element_ty), mask=stored)

@@ -58,6 +58,9 @@ SHAPES = [
     (Shape(learned_sinks=True), AWKWARD, 1),
     (Shape(heads=16, kv_heads=2, dtype=torch.bfloat16, learned_sinks=True), AWKWARD, 4),
     (Shape(heads=9, kv_heads=3, dtype=torch.float32, learned_sinks=True), SPECULATIVE, 4),
+    (Shape(float8=True), AWKWARD, 4),
+    (Shape(heads=8, kv_heads=1, head_dim=128, dtype=torch.bfloat16, float8=True), SPECULATIVE, 2),
+    (Shape(heads=9, kv_heads=3, head_dim=96, learned_sinks=True, float8=True), SPECULATIVE, 1),
 ]
 IDS = [f"{shape}-R{len(rows)}-P{splits}" for shape, rows, splits in SHAPES]
 

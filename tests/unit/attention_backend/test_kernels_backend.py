@@ -42,7 +42,11 @@ def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_for_gpu(monkeypatch)
 
 
-@pytest.mark.parametrize("shape", [Shape(), Shape(learned_sinks=True)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(), Shape(learned_sinks=True), Shape(dtype=torch.bfloat16, float8=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", BATCHES)
 def test_batch(name: str, shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> None:
     from tests.helpers.cuda_backend import BackendWorker
@@ -51,6 +55,30 @@ def test_batch(name: str, shape: Shape, tmp_path_factory: pytest.TempPathFactory
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
     for _ in range(2):  # the second step finds the buffers of the first
         worker.check(batch, worker.step(batch))
+
+
+def test_vllms_own_call_over_a_float8_cache_gets_float8_queries(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantized by the layer's scale; the probe's and our kernels' queries are the model's."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    from tests.helpers.cuda_backend import BackendWorker
+
+    shape = Shape(dtype=torch.bfloat16, float8=True)
+    batch = make_batch(BATCHES["decode"], shape, "cpu")
+    worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, "triton")
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        FlashAttentionImpl, "forward", lambda self, layer, query, *_: seen.append(query)
+    )
+    outputs = [batch.poisoned_output() for _ in worker.layers]
+    worker.forward(batch, SimpleNamespace(flux=None), outputs)
+    assert batch.float8 is not None
+    for query in seen:
+        assert query.dtype == torch.float8_e4m3fn
+        assert torch.equal(query.float(), batch.float8.query.float())
+    assert len(seen) == len(worker.layers)
 
 
 def _decode_rows(count: int) -> list[Row]:

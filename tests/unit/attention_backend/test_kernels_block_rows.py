@@ -52,6 +52,7 @@ SHAPES = [
     Shape(heads=4, kv_heads=2, head_dim=128, block_size=128, dtype=BF16),
     Shape(heads=2, kv_heads=2, head_dim=256, block_size=256, dtype=BF16),
     Shape(heads=6, kv_heads=2, dtype=BF16, learned_sinks=True),
+    Shape(heads=4, kv_heads=2, head_dim=96, block_size=48, dtype=BF16, float8=True),
 ]
 
 
@@ -110,7 +111,9 @@ def visible_by(
 
 def make_rows(batch: PagedBatch, tasks: np.ndarray) -> BlockRows:
     most_blocks = max(-(-row.seq_len // 128) for row in batch.rows)
-    rows = block_rows.make_block_rows(tasks, batch.query, batch.shape.block_size, most_blocks)
+    sizes = (batch.shape.block_size, most_blocks)
+    dtype = torch.float8_e4m3fn if batch.shape.float8 else None
+    rows = block_rows.make_block_rows(tasks, batch.query, *sizes, dtype)
     rows.table.fill_(-7)
     return rows
 
@@ -136,11 +139,12 @@ def test_attend_block_rows(
     use_fa3_of(device, monkeypatch)
     slices_of(heads, monkeypatch)
     batch = make_batch(ROWS, shape, device)
+    batch.by_fa3 = device == "cuda"
     lists, tasks, kept = make_lists(batch, ACTIVE, 0.4)
     batch.mask = visible_by(kept, batch)
     out, rows = batch.poisoned_output(), make_rows(batch, tasks)
     caches = (batch.query, batch.cache, out)
-    options = {"scale": batch.scale, "sink_logits": batch.sink_logits}
+    options = {"scale": batch.scale, "sink_logits": batch.sink_logits, "float8": batch.float8}
     block_rows.attend_block_rows(*caches, lists, rows, **options)
     check_rows(batch, out, ACTIVE)
 
@@ -185,7 +189,7 @@ def test_rows_switched_by_the_device_in_a_graph(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "shape", [*SHAPES[:5], SHAPES[6], Shape(head_dim=96, block_size=32)], ids=str
+    "shape", [*SHAPES[:5], *SHAPES[6:], Shape(head_dim=96, block_size=32)], ids=str
 )
 def test_attend_blocks(shape: Shape, device: str) -> None:
     """Triton's kernel, over the same lists."""

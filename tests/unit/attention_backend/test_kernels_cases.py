@@ -2,7 +2,8 @@
 
 Oracle: `tests.helpers.oracle.naive`. Everything that a kernel must not read is NaN: block
 0, blocks of no row, slots past a row's length; stale ends of the block table point at such blocks.
-Outputs start as NaN, so what was left unwritten shows.
+Outputs start as NaN, so what was left unwritten shows. Of a float8 cache the oracle reads what its
+elements stand for.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from flux_vllm.attention_backend.kernels.fa3 import Float8Operands
 from flux_vllm.attention_backend.kernels.paged import KVCache
 from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.patterns.base import SparsePattern
@@ -26,6 +28,8 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 """Where kernels run: in Triton's interpreter, or on a GPU."""
+QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.25, 0.375, 1.75
+"""Of a float8 cache and of the queries that meet it; exact in any dtype."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,16 @@ class Shape:
     sink_tokens: int = 20
     window_tokens: int = 24
     learned_sinks: bool = False
+    float8: bool = False
+    """Whether the cache is float8_e4m3fn; `dtype` is the model's."""
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"N{self.heads}-K{self.kv_heads}-H{self.head_dim}-B{self.block_size}-{dtype}"
-            f"-S{self.sink_tokens}-W{self.window_tokens}" + "-sinks" * self.learned_sinks
+            f"-S{self.sink_tokens}-W{self.window_tokens}"
+            + "-sinks" * self.learned_sinks
+            + "-float8" * self.float8
         )
 
 
@@ -79,6 +87,8 @@ class PagedBatch:
     """Of SPARSE prefill; None for sinks and window."""
     mask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     """In the place of a pattern's: of a row's query and key, to [N, Q, S] bool."""
+    by_fa3: bool = False
+    """Whether FlashAttention-3 attends, and not its emulation."""
 
     @property
     def key_cache(self) -> torch.Tensor:
@@ -94,7 +104,30 @@ class PagedBatch:
 
     @property
     def cache(self) -> KVCache:
-        return KVCache(self.key_cache, self.value_cache)
+        if not self.shape.float8:
+            return KVCache(self.key_cache, self.value_cache)
+        return KVCache(self.key_cache, self.value_cache, KEY_SCALE, VALUE_SCALE)
+
+    @property
+    def meant(self) -> KVCache:
+        """What keys and values stand for, for oracles."""
+        if not self.shape.float8:
+            return self.cache
+        return KVCache(self.key_cache.float() * KEY_SCALE, self.value_cache.float() * VALUE_SCALE)
+
+    @property
+    def rounding(self) -> float:
+        """FlashAttention-3 rounds weights to three bits where the cache is float8."""
+        return 2**-4 if self.by_fa3 and self.shape.float8 else 0.0
+
+    @property
+    def float8(self) -> Float8Operands | None:
+        """What FlashAttention-3 takes over a float8 cache."""
+        if not self.shape.float8:
+            return None
+        query = (self.query.float() / QUERY_SCALE).to(torch.float8_e4m3fn)
+        scales = (QUERY_SCALE, KEY_SCALE, VALUE_SCALE)
+        return Float8Operands(query, *(torch.tensor(x, device=query.device) for x in scales))
 
     def poisoned_output(self) -> torch.Tensor:
         return torch.full_like(self.query, float("nan"))
@@ -112,8 +145,7 @@ class PagedBatch:
         exact = torch.float64 if self.shape.dtype == torch.float32 else torch.float32
         return naive.attend_batch(
             self.query,
-            self.key_cache,
-            self.value_cache,
+            *self.meant[:2],
             query_lens=[r.query_len for r in self.rows],
             seq_lens=[r.seq_len for r in self.rows],
             block_table=self.block_table,
@@ -169,6 +201,8 @@ def make_batch(
     total = int(query_lens.sum())
     query = torch.empty(total, shape.heads, shape.head_dim, device=device)
     query.normal_(generator=on_device)
+    if shape.float8:  # exact in float8, so that those who quantize it read the same
+        query = (query / QUERY_SCALE).to(torch.float8_e4m3fn).float() * QUERY_SCALE
     sink_logits = None
     if shape.learned_sinks:  # some weigh more than all keys, some next to nothing
         sink_logits = torch.randn(shape.heads, generator=generator) * 4
@@ -178,7 +212,7 @@ def make_batch(
         rows=rows,
         shape=shape,
         query=query.to(shape.dtype),
-        kv_cache=packed.transpose(1, 2),
+        kv_cache=(packed.to(torch.float8_e4m3fn) if shape.float8 else packed).transpose(1, 2),
         block_table=table.int().to(device),
         query_start_loc=query_lens.cumsum(0).int().to(device),
         seq_lens=torch.tensor([row.seq_len for row in rows], dtype=torch.int32, device=device),
@@ -188,13 +222,20 @@ def make_batch(
 
 
 def assert_as_exact_as_torch(
-    result: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, what: str = ""
+    result: torch.Tensor,
+    exact: torch.Tensor,
+    low: torch.Tensor,
+    what: str = "",
+    rounding: float = 0.0,
 ) -> None:
-    """Hold a result to twice the error of plain torch in its dtype, plus its last bit."""
+    """Hold a result to twice the error of plain torch in its dtype, plus its last bit.
+
+    `rounding` is what a kernel's own rounding may cost besides, by the largest result.
+    """
     assert result.isfinite().all(), f"{what}: not finite"
     error = (result.to(exact.dtype) - exact).abs().max().item()
     allowed = (low.to(exact.dtype) - exact).abs().max().item()
-    last_bit = exact.abs().max().item() * torch.finfo(result.dtype).eps
+    last_bit = exact.abs().max().item() * (torch.finfo(result.dtype).eps + rounding)
     assert error <= 2 * allowed + last_bit, f"{what}: error {error:.3g}, torch's {allowed:.3g}"
 
 
@@ -204,7 +245,8 @@ def check_rows(batch: PagedBatch, out: torch.Tensor, attended: list[bool]) -> No
     for index, row in enumerate(batch.rows):
         tokens = batch.tokens_of(index)
         if attended[index] and row.query_len:
-            assert_as_exact_as_torch(out[tokens], exact[tokens], low[tokens], f"row {index} {row}")
+            what = f"row {index} {row}"
+            assert_as_exact_as_torch(out[tokens], exact[tokens], low[tokens], what, batch.rounding)
         else:
             assert out[tokens].isnan().all(), f"row {index} {row} was written"
 

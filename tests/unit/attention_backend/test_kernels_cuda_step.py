@@ -108,7 +108,7 @@ class _Server:
             impl = FluxCUDAImpl.__new__(FluxCUDAImpl)
             impl.num_heads, impl.num_kv_heads, impl.head_size = HEADS, KV_HEADS, HEAD_DIM
             impl.scale, impl.vllm_flash_attn_version = HEAD_DIM**-0.5, 2
-            impl.sinks = None
+            impl.sinks, impl.is_float8 = None, False
             impl.binding = LayerBinding(self.runtime, index)
             self.layers.append(SimpleNamespace(impl=impl, kv_cache=cache))
         self.builder.block_size, self.builder.device = BLOCK_SIZE, torch.device("cpu")

@@ -46,6 +46,8 @@ SHAPES = [
     Shape(dtype=BF16, heads=4, kv_heads=4, head_dim=256),
     Shape(dtype=BF16, heads=16, kv_heads=1, block_size=64),
     Shape(dtype=BF16, heads=64, kv_heads=8, learned_sinks=True),
+    Shape(dtype=BF16, heads=32, kv_heads=8, head_dim=128, float8=True),
+    Shape(dtype=BF16, heads=8, kv_heads=1, block_size=64, float8=True),
 ]
 
 
@@ -56,6 +58,7 @@ def attend(
     seqused_q: torch.Tensor | None = None,
     **extra: object,
 ) -> torch.Tensor:
+    batch.by_fa3 = True
     return fa3.attend(
         batch.query,
         batch.cache,
@@ -65,6 +68,7 @@ def attend(
         max_seq_len=max(row.seq_len for row in batch.rows),
         scale=batch.scale,
         sink_logits=batch.sink_logits,
+        float8=batch.float8,
         **extra,
     )
 
@@ -84,6 +88,7 @@ def two_passes(batch: PagedBatch, views: Views, out: torch.Tensor) -> None:
         sink_tokens=batch.shape.sink_tokens,
         window_tokens=batch.shape.window_tokens,
         sink_logits=batch.sink_logits,
+        float8=batch.float8,
     )
 
 

@@ -81,6 +81,7 @@ def check(
     # FA3 reads whole blocks where its tiles divide them, and masks by scores: NaN would spread.
     whole_blocks = kernels == "fa3" and shape.block_size >= 64
     batch = make_batch(rows, shape, device, poison=3e4 if whole_blocks else float("nan"))
+    batch.by_fa3 = kernels == "fa3" and device == "cuda"
     sizes = (shape.sink_tokens, shape.window_tokens)
     batch.pattern = make_pattern(pattern["sparse_pattern"], *sizes, pattern["pattern_options"])
     worker = BackendWorker(tmp_path_factory.getbasetemp(), batch, kernels, **pattern)
@@ -152,11 +153,14 @@ XATTENTION_SHAPES = [
     Shape(heads=8, kv_heads=1, head_dim=128, block_size=32),
     Shape(head_dim=96, block_size=32),
     Shape(heads=6, kv_heads=2, dtype=torch.bfloat16, learned_sinks=True),
+    Shape(heads=6, kv_heads=2, dtype=torch.bfloat16, float8=True),
 ]
 # Of whole layers; scores and choices are tested on all of them below.
 LAYER_SHAPES = [
     pytest.param(shape, id=str(shape), marks=[pytest.mark.long] if is_long else [])
-    for shape, is_long in zip(XATTENTION_SHAPES[1:], (True, False, False, True, False), strict=True)
+    for shape, is_long in zip(
+        XATTENTION_SHAPES[1:], (True, False, False, True, False, False), strict=True
+    )
 ]
 FEW = [Row(70, 450, SPARSE), Row(300, 300, FULL), Row(5, 700, SPARSE)]
 LONG = [
@@ -271,7 +275,7 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
     counts = torch.full((shape.heads, len(tasks)), -7, dtype=torch.int32, device=device)
     seqused_q, sizes = batch.seqused_q(active), {"most_blocks": packed.most_blocks}
     score_blocks(
-        batch.query, batch.key_cache,
+        batch.query, batch.cache,
         PagedRows(batch.block_table, None, batch.query_start_loc, batch.seq_lens, seqused_q),
         tasks, lse, scale=scale, stride=stride, **sizes,
     )  # fmt: skip
@@ -281,7 +285,7 @@ def test_blocks_chosen(shape: Shape, threshold: float, stride: int, device: str)
     )  # fmt: skip
     heads = range(shape.heads)
     for index, row in enumerate(rows):
-        key = gather_pages(batch.key_cache, batch.block_table[index], row.seq_len).float().cpu()
+        key = gather_pages(batch.meant.keys, batch.block_table[index], row.seq_len).float().cpu()
         query = batch.query[batch.tokens_of(index)].float().cpu()
         mine = [task for task in range(len(tasks)) if packed.tasks[task, 0] == index]
         assert len(mine) == (row.seq_len - 1) // 128 - (row.seq_len - row.query_len) // 128 + 1
@@ -314,7 +318,7 @@ def test_memory_is_bounded_before_it_is_needed(
     pattern = make_pattern("xattention", 32, 128, {"stride": stride})
     query = torch.empty(tokens, heads, 64, dtype=torch.float16)
     keys = torch.empty(1, 16, heads, 64, dtype=torch.float16)
-    call = SimpleNamespace(query=query, cache=KVCache(keys, keys))
+    call = SimpleNamespace(query=query, cache=KVCache(keys, keys), float8=None)
     reserved = prefill_nbytes(pattern, heads, tokens, length, 2 * 64)
     for rows in (1, tokens):
         lengths = [np.full(rows, n) for n in (length, length - tokens // rows, tokens // rows)]
@@ -345,6 +349,9 @@ def test_memory_is_taken_before_the_cache_is_sized(
     tokens = config.scheduler_config.max_num_batched_tokens
     stated = prefill_nbytes(runtime.pattern, 6, tokens, MAX_LEN, 2 * 128)
     total = memory.fixed_nbytes(runtime, config, groups)
+    with monkeypatch.context() as float8:
+        float8.setattr(config.cache_config, "cache_dtype", "fp8")
+        assert memory.fixed_nbytes(runtime, config, groups) - total == tokens * 6 * 128
     monkeypatch.setattr(memory, "prefill_nbytes", lambda *_: 0)
     assert memory.fixed_nbytes(runtime, config, groups) == total - stated < total
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from flux_vllm.attention_backend.kernels import fa3
 from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.sink_merge import merge_sinks
+from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.attention_backend.kernels.triton_prefill import PrefillTile, attend_prefill
 from tests.helpers.oracle import naive
 from tests.unit.attention_backend.test_kernels_cases import (
@@ -59,6 +61,10 @@ SHAPES = [
     (Shape(heads=3, kv_heads=3, dtype=torch.float32, learned_sinks=True), FEW),
     (Shape(heads=9, kv_heads=3, sink_tokens=0, window_tokens=5, learned_sinks=True), FEW),
     (Shape(sink_tokens=40, window_tokens=3, learned_sinks=True), FEW),
+    (Shape(float8=True), AWKWARD),
+    (Shape(heads=16, kv_heads=2, dtype=torch.bfloat16, learned_sinks=True, float8=True), FEW),
+    (Shape(head_dim=96, sink_tokens=40, window_tokens=3, float8=True), FEW),
+    (Shape(heads=3, kv_heads=3, dtype=torch.float32, block_size=48, float8=True), FEW),
 ]
 IDS = [f"{shape}-R{len(rows)}" for shape, rows in SHAPES]
 
@@ -115,7 +121,7 @@ def window_pass(batch: PagedBatch, seqused_q: list[bool]) -> tuple[torch.Tensor,
             continue
         key, value = (
             naive.gather_pages(cache, batch.block_table[index], row.seq_len).float()
-            for cache in (batch.key_cache, batch.value_cache)
+            for cache in batch.meant[:2]
         )
         positions = range(row.seq_len - row.query_len, row.seq_len)
         mask = naive.prefill_mask(positions, SPARSE, 0, batch.shape.window_tokens)
@@ -145,6 +151,39 @@ def test_merge_sinks_completes_the_window(device: str, shape: Shape, rows: list[
         sink_tokens=shape.sink_tokens,
         window_tokens=shape.window_tokens,
         sink_logits=batch.sink_logits,
+    )
+    check_rows(batch, out, sparse_rows)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here")
+def test_sparse_prefill_gives_fa3_float8_queries_and_the_sinks_the_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FlashAttention-3 stood in for by `window_pass`; the merge reads the queries themselves."""
+    batch = make_batch(FEW, Shape(dtype=torch.bfloat16, float8=True), "cpu")
+    sparse_rows = [row.route == SPARSE for row in FEW]
+    float8, out = batch.float8, batch.poisoned_output()
+    assert float8 is not None
+
+    def attend(*args: object, **given: object) -> torch.Tensor:
+        assert given["float8"] is float8
+        assert given["window_tokens"] == batch.shape.window_tokens
+        window, lse = window_pass(batch, sparse_rows)
+        out.copy_(window)
+        return lse
+
+    monkeypatch.setattr(fa3, "attend", attend)
+    fa3.attend_sparse_prefill(
+        batch.query,
+        batch.cache,
+        out,
+        rows_of(batch, batch.seqused_q(sparse_rows)),
+        max_query_len=50,
+        max_seq_len=91,
+        scale=batch.scale,
+        sink_tokens=batch.shape.sink_tokens,
+        window_tokens=batch.shape.window_tokens,
+        float8=float8,
     )
     check_rows(batch, out, sparse_rows)
 
@@ -278,7 +317,7 @@ def _by_torch(batch: PagedBatch, index: int, dtype: torch.dtype) -> torch.Tensor
     device = batch.query.device
     key, value = (
         naive.gather_pages(cache, batch.block_table[index], row.seq_len)
-        for cache in (batch.key_cache, batch.value_cache)
+        for cache in batch.meant[:2]
     )
     position = torch.arange(row.seq_len - row.query_len, row.seq_len, device=device)[:, None]
     keys = torch.arange(row.seq_len, device=device)[None, :]

@@ -219,7 +219,10 @@ MEMBERS = {
     ("config/model_arch.py", "ModelArchitectureConfig"): {"__getitem__", "head_size"},
     ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): {"sinks"},
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"): {"sinks"},
-    ("model_executor/layers/attention/attention.py", "Attention"): {"kv_sharing_target_layer_name"},
+    ("model_executor/layers/attention/attention.py", "Attention"): {
+        "kv_sharing_target_layer_name",
+        "query_quant",
+    },
 }
 
 

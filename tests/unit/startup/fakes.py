@@ -51,6 +51,7 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         "device": SimpleNamespace(device_type="cpu"),
         "cache": SimpleNamespace(
             cache_dtype="auto",
+            kv_cache_dtype_skip_layers=[],
             prefix_match_unit=None,
             kv_sharing_fast_prefill=False,
             block_size=32,
@@ -123,6 +124,7 @@ def make_attention(
     attention.kv_sharing_target_layer_name = (
         None if owner is None else f"model.layers.{owner}.self_attn.attn"
     )
+    attention.query_quant = nn.Identity()
     attention.impl = SimpleNamespace(binding=None, kernels_name="cpu")
     return attention
 

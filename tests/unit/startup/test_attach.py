@@ -55,6 +55,7 @@ class TestAttach:
             binding = attention.impl.binding
             assert binding.layer == index
             assert binding.runtime is runtime
+            assert attention.query_quant is None
         assert (runtime.sink_tokens, runtime.window_tokens) == (64, 256)
         assert len(runtime.probe._rotations) == 1  # one table for all
         assert len(runtime.table.settled_prompt_len) == 8

@@ -35,7 +35,11 @@ REFUSED = {
     "decode context parallel": {"parallel__decode_context_parallel_size": 2},
     "prefill context parallel": {"parallel__prefill_context_parallel_size": 2},
     "dual batch overlap": {"parallel__use_ubatching": True},
-    "a KV cache of dtype fp8": {"cache__cache_dtype": "fp8"},
+    "a KV cache of dtype fp8_per_token_head": {"cache__cache_dtype": "fp8_per_token_head"},
+    "layers left out of a float8 KV cache (--kv-cache-dtype-skip-layers)": {
+        "cache__cache_dtype": "fp8",
+        "cache__kv_cache_dtype_skip_layers": ["0"],
+    },
     "a KV cache of bfloat16 for a model of torch.float32 on the CPU": {
         "cache__cache_dtype": "bfloat16"
     },
@@ -88,6 +92,23 @@ class TestFeatures:
         dtype, cache = pair.split()
         changes = {"model__dtype": getattr(torch, dtype), "cache__cache_dtype": cache}
         check_configuration(make_config(tmp_path, **changes))
+
+    @pytest.mark.parametrize("cache", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+    def test_float8_kv_cache(self, tmp_path: Path, cache: str) -> None:
+        write(tmp_path)
+        check_configuration(make_config(tmp_path, cache__cache_dtype=cache))
+
+    def test_float8_kv_cache_on_a_gpu_is_for_bfloat16(self, tmp_path: Path) -> None:
+        changes = {"cache__cache_dtype": "fp8", "model__dtype": torch.bfloat16}
+        config = make_config(tmp_path, **changes)
+        config.device_config.device_type = "cuda"
+        check_features(config)
+        config.model_config.dtype = torch.float16
+        with pytest.raises(
+            UnsupportedConfigurationError,
+            match=r"found a KV cache of fp8 for a model of torch.float16 on a GPU; ",
+        ):
+            check_features(config)
 
     def test_kv_cache_of_another_width_on_a_gpu(self, tmp_path: Path) -> None:
         """Is vLLM's to judge."""

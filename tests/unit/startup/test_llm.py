@@ -117,8 +117,11 @@ def test_kv_connector_beside_freed_blocks(model: Path) -> None:
     )
 
 
-def test_fp8_kv_cache(model: Path) -> None:
+def test_float8_kv_cache_by_token_and_head(model: Path) -> None:
     message = fails(
-        model, UnsupportedConfigurationError, {"policy": "full"}, kv_cache_dtype="fp8_e4m3"
+        model,
+        UnsupportedConfigurationError,
+        {"policy": "full"},
+        kv_cache_dtype="fp8_per_token_head",
     )
-    assert message == REFUSED.format("a KV cache of dtype fp8_e4m3")
+    assert message == REFUSED.format("a KV cache of dtype fp8_per_token_head")

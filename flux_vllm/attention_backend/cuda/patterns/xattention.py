@@ -20,7 +20,7 @@ from flux_vllm.attention_backend.kernels.block_rows import (
 )
 from flux_vllm.attention_backend.kernels.block_sparse import attend_blocks
 from flux_vllm.attention_backend.kernels.block_tasks import pack_block_tasks
-from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
+from flux_vllm.attention_backend.kernels.paged import PagedRows
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.batch import Batch
 from flux_vllm.patterns import xattention
@@ -87,13 +87,15 @@ class BlockPrefill:
             of_kv = slice(first, min(first + buffers.kv_heads, kv_heads))
             of_query = slice(of_kv.start * group, of_kv.stop * group)
             query, out = call.query[:, of_query], call.out[:, of_query]
-            cache = KVCache(call.cache.keys[:, :, of_kv], call.cache.values[:, :, of_kv])
+            cache = call.cache._replace(
+                keys=call.cache.keys[:, :, of_kv], values=call.cache.values[:, :, of_kv]
+            )
             by_head = (buffers.lse, buffers.chosen, buffers.counts)
             lse, chosen, counts = (buffer[: query.shape[1]] for buffer in by_head)
             sinks = None if kernels.sink_logits is None else kernels.sink_logits[of_query]
             score_blocks(
                 query,
-                cache.keys,
+                cache,
                 rows,
                 buffers.tasks,
                 lse,
@@ -123,7 +125,10 @@ class BlockPrefill:
             )
             attend: Callable[..., None] = attend_blocks
             if buffers.rows is not None:
-                attend = partial(attend_block_rows, rows=buffers.rows)
+                float8 = call.float8
+                if float8 is not None:
+                    float8 = float8._replace(query=float8.query[:, of_query])
+                attend = partial(attend_block_rows, rows=buffers.rows, float8=float8)
             attend(query, cache, out, lists, scale=kernels.scale, sink_logits=sinks)
 
     def _make_buffers(self, call: LayerCall, by_fa3: bool) -> "_Buffers":
@@ -138,6 +143,10 @@ class BlockPrefill:
         kv_heads = max(1, min(kv_heads, block_rows.SLICE_NBYTES // of_kv_head))
         heads = kv_heads * group
         query = call.query[:, :heads]
+        rows_of_fa3 = None
+        if by_fa3:
+            dtype = None if call.float8 is None else call.float8.query.dtype
+            rows_of_fa3 = make_block_rows(packed.tasks, query, block_size, most_blocks, dtype)
         return _Buffers(
             kv_heads,
             to_device(packed.tasks, self._device),
@@ -145,7 +154,7 @@ class BlockPrefill:
             torch.empty(heads, entries, dtype=torch.int32, device=self._device),
             torch.empty(heads, len(packed.tasks), dtype=torch.int32, device=self._device),
             most_blocks,
-            make_block_rows(packed.tasks, query, block_size, most_blocks) if by_fa3 else None,
+            rows_of_fa3,
         )
 
 

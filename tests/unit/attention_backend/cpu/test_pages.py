@@ -1,6 +1,7 @@
 """Reading blocks back from vLLM's CPU KV cache, whatever order its writer keeps them in.
 
-Oracle: the keys and values that went through vLLM's own `cpu_attn_reshape_and_cache`, bit for bit.
+Oracle: the keys and values that went through vLLM's own `cpu_attn_reshape_and_cache`, bit for bit;
+of a float8 cache, numbers that float8 can say, times a scale.
 Packings of instruction sets that this machine lacks (AMX, NEON) are stood in for by fake writers
 that permute; a writer that loses numbers must be refused, not read wrongly.
 """
@@ -13,6 +14,7 @@ import torch
 
 from flux_vllm.attention_backend.cpu import pages
 from flux_vllm.errors import UnsupportedConfigurationError
+from tests.helpers.float8 import KINDS
 
 pytestmark = pytest.mark.vllm
 
@@ -103,6 +105,40 @@ class TestVllmsWriter:
     def test_gather_gives_what_was_written(self, isa, block_size, head_dim, dtype) -> None:
         layout = learn(isa, block_size, head_dim, dtype)
         check_gather(layout, isa, block_size, head_dim, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+    @pytest.mark.parametrize(("block_size", "head_dim"), [(32, 32), (128, 64), (64, 256)])
+    def test_float8_is_given_as_what_it_stands_for(
+        self, kind: str, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        try:
+            isa = _get_attn_isa(dtype, block_size, head_dim, kind)
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        scales = 0.25, 8.0
+        layout = learn(isa, block_size, head_dim, dtype, kind).of_layer(kind, dtype, *scales)
+        tokens = 2 * block_size + 5
+        said = torch.arange(256, dtype=torch.uint8).view(KINDS[kind]).float()
+        said = said[said.isfinite() & (said.abs() >= 2**-6)]  # vLLM may drop the smallest
+        index = torch.randint(len(said), (2, tokens, KV_HEADS, head_dim))
+        key, value = (said[part] * scale for part, scale in zip(index, scales, strict=True))
+        shape = (BLOCKS, KV_HEADS, 2 * block_size, head_dim)
+        cache = torch.full(shape, 0x7F, dtype=torch.uint8)
+        order = torch.tensor([5, 2, 6])
+        positions = torch.arange(tokens)
+        slots = order[positions // block_size] * block_size + positions % block_size
+        halves, names = cache.chunk(2, dim=2), {"k_scale": scales[0], "v_scale": scales[1]}
+        pages.ops.cpu_attn_reshape_and_cache(
+            key.to(dtype), value.to(dtype), *halves, slots, isa, kv_cache_dtype=kind, **names
+        )
+        pages_of = cache.view(BLOCKS, KV_HEADS, block_size, -1)
+        keys, values = layout.gather(pages_of, order)
+        assert keys.dtype == values.dtype == dtype
+        assert torch.equal(keys[:, :tokens].float(), key.transpose(0, 1))
+        assert torch.equal(values[:, :tokens].float(), value.transpose(0, 1))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_this_machines_instruction_set(self, dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ def name_of(kernels: str | None = None, version: int = 3, head_size: int = 128) 
         num_heads=4,
         num_kv_heads=2,
         sinks=None,
+        is_float8=False,
     )
     runtime = Mock(config=FluxConfig(kernels=kernels), sink_tokens=16, window_tokens=32)
     runtime.table.device = torch.device("cpu")

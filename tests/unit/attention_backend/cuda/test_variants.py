@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux_vllm.attention_backend.cuda.calls import Limits, Sizes
+from flux_vllm.attention_backend.cuda.calls import DecodeCase, Limits, Sizes
 from flux_vllm.attention_backend.cuda.fa3_calls import FA3Kernels
 from flux_vllm.attention_backend.cuda.patterns import long_contexts
 from flux_vllm.attention_backend.cuda.triton_calls import SharedWorkspace, TritonKernels
@@ -40,7 +40,7 @@ def _a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def layer(heads: int, kv_heads: int, head_dim: int) -> Any:
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": head_dim}
-    return SimpleNamespace(**sizes, scale=1.0, sinks=None)
+    return SimpleNamespace(**sizes, scale=1.0, sinks=None, is_float8=False)
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
@@ -57,6 +57,21 @@ def test_fa3(shape: tuple[int, int, int], limits: Limits) -> None:
         tiles = [sink_merge.default_tile(shape[2], sinks, tokens) for tokens in variants.prefill]
         for tokens in range(1, limits.tokens + 1):
             assert sink_merge.default_tile(shape[2], sinks, tokens) in tiles
+
+
+def test_fa3_over_a_float8_cache_has_no_plans() -> None:
+    """So one decode batch calls all there is, and no step is planned for."""
+    of_float8 = layer(32, 8, 128)
+    of_float8.is_float8 = True
+    kernels = FA3Kernels(of_float8, Sizes(64, 1024, NUM_SMS))
+    variants = kernels.variants(LIMITS[1])
+    assert variants.decode == [DecodeCase(1, 1, 1)]
+    assert (
+        variants.prefill
+        == FA3Kernels(layer(32, 8, 128), Sizes(64, 1024, NUM_SMS)).variants(LIMITS[1]).prefill
+    )
+    metadata: Any = SimpleNamespace(max_num_splits=32)
+    assert kernels.plan(None, metadata) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
