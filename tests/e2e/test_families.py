@@ -113,7 +113,17 @@ def test_routes_and_outputs(name: str, lengths: list[int], tmp_path: Path) -> No
     assert len({tuple(answer.routes or ()) for answer in answers}) > 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One of each kind of RoPE, norm and feed-forward in `make test`; all in `make test-all`.
+TRAINED = ("qwen2-bias", "glm4-partial-interleaved", "qwen3-moe", "cohere-qk-norm", "arcee")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in TRAINED else pytest.mark.long, id=name)
+        for name in FAMILIES
+    ],
+)
 def test_training(name: str, tmp_path: Path) -> None:
     config_class, config = FAMILIES[name]
     write_tiny_model(tmp_path, config_class, **config)

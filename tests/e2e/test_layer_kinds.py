@@ -178,7 +178,17 @@ QWEN3_5 = Family(
 )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Others say the same of another format.
+RARER = ("llama-awq", "llama-w4a16", "llama-fp8-blocks")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.long if name in RARER else (), id=name)
+        for name in FAMILIES
+    ],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(FAMILIES[request.param], tmp_path_factory.mktemp(request.param))
 

@@ -49,7 +49,10 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flux", [STATIC, {}], ids=["static", "router"])
+@pytest.mark.parametrize(
+    "flux",
+    [pytest.param(STATIC, marks=pytest.mark.long, id="static"), pytest.param({}, id="router")],
+)
 def test_two_stages(model, flux):
     prompts = [random_prompt(length, seed=length) for length in LENGTHS]
     setups = [Setup(model, flux, 1, ARGUMENTS | extra) for extra in ({}, STAGES)]
