@@ -21,7 +21,7 @@ from tests.helpers.models import random_prompt
 from tests.helpers.reference import SparsePattern
 from tests.helpers.replay import P_FULL_MARGIN
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.long]
 
 OUTPUT, BLOCK_SIZE = 8, 32
 LENGTHS = [17, 40, 100, 250, 333, 410, 500, 640]

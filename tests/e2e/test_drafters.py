@@ -28,7 +28,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 BLOCK_SIZE = 32
 PATTERN = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
-METHODS = ["draft_model", "eagle", "eagle3", "mtp"]
+METHODS = [
+    pytest.param("draft_model", marks=pytest.mark.long),
+    pytest.param("eagle", marks=pytest.mark.long),
+    "eagle3",
+    "mtp",
+]
 
 
 @pytest.fixture(scope="module", params=METHODS)

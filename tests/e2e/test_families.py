@@ -88,8 +88,18 @@ LENGTHS = [17, 97, 333, 640, 1000]
 LONG = pytest.param([333, 640, 2100], marks=pytest.mark.long, id="long")
 
 
+RARER = ("seed-oss", "olmo2-qk-norm", "mixtral", "cohere", "qwen3-qk-norm")
+"""Others in `make test` are of the same kind."""
+
+
 @pytest.mark.parametrize("lengths", [pytest.param(LENGTHS, id="short"), LONG])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in RARER else (), id=name)
+        for name in FAMILIES
+    ],
+)
 def test_routes_and_outputs(name: str, lengths: list[int], tmp_path: Path) -> None:
     config_class, config = FAMILIES[name]
     write_tiny_model(tmp_path, config_class, **config)
@@ -134,7 +144,7 @@ def test_training(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "granite",
+        pytest.param("granite", marks=pytest.mark.long),
         "cohere2-without-rope",
         pytest.param("cohere", marks=pytest.mark.long),
         pytest.param("cohere-qk-norm", marks=pytest.mark.long),

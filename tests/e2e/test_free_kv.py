@@ -66,9 +66,9 @@ def _schedule_ahead(monkeypatch):
 @pytest.mark.parametrize(
     ("pattern", "chunk", "is_async"),
     [
-        ("streaming", 97, False),
+        pytest.param("streaming", 97, False, marks=pytest.mark.long),
         ("streaming", 256, True),
-        ("triangle", 256, True),
+        pytest.param("triangle", 256, True, marks=pytest.mark.long),
         ("xattention", 256, False),
     ],
 )
@@ -119,7 +119,7 @@ def test_an_owners_blocks_are_its_sharers_too(tmp_path):
         assert len(engine.freed) == sum(max(end - 1, 0) for end in ends)
 
 
-@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+@pytest.mark.parametrize("pattern", ["streaming", pytest.param("triangle", marks=pytest.mark.long)])
 def test_follow_ups_of_freed_prompts(tiny_model, pattern):
     """Hits need what a follow-up reads; what was evicted and overwritten is computed again."""
     prompt = PROMPTS[0]
@@ -199,6 +199,7 @@ def _speculate(model, flux):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ngram_speculation(tiny_model):
     """Rows of several queries, drafts refused: what is freed counts verified tokens alone."""
     (freeing, drafted, freed), (plain, _, none) = (
@@ -209,6 +210,7 @@ def test_ngram_speculation(tiny_model):
     assert freed > none == 0
 
 
+@pytest.mark.long
 def test_all_layers_sparse_is_one_group(tiny_model):
     flux = {key: value for key, value in FLUX.items() if key != "sparse_layers"}
     flux["policy"] = "sparse"
@@ -237,7 +239,7 @@ ROUTED_PROMPTS = [random_prompt(length, seed=length) for length in ROUTED_LENGTH
     ("pattern", "chunk", "is_async", "always_sparse"),
     [
         ("streaming", 97, False, ()),
-        ("streaming", 256, True, (0, 3)),
+        pytest.param("streaming", 256, True, (0, 3), marks=pytest.mark.long),
         ("triangle", 256, True, ()),
     ],
 )

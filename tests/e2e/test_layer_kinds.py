@@ -178,8 +178,11 @@ QWEN3_5 = Family(
 )
 
 
-# Others say the same of another format.
-RARER = ("llama-awq", "llama-w4a16", "llama-fp8-blocks")
+# Others in `make test` are of the same kind.
+RARER = (
+    "falcon-h1", "granite-hybrid-rope", "gemma3", "olmo3",
+    "llama-awq", "llama-w4a16", "llama-w8a8-int8", "llama-fp8-blocks",
+)  # fmt: skip
 
 
 @pytest.fixture(
@@ -218,6 +221,7 @@ def _check_all(family: Family, folder: Path) -> None:
     check_training(case)
 
 
+@pytest.mark.long
 def test_several_position_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen3.5 on text. In a process of its own, where torchvision may be a stand-in.
 

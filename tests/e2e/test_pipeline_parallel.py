@@ -14,7 +14,7 @@ from tests.helpers.replay import assert_same, replay
 from tests.helpers.side_by_side import Setup, serve_side_by_side
 from tests.helpers.tensor_parallel import assert_ranks_alike, compare_routes
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.long]
 
 LENGTHS = [1, 17, 159, 160, 161, 320, 500, 900]
 BLOCK_SIZE = 32

@@ -217,6 +217,7 @@ def test_rule_has_data(requests, prometheus, rule):
     assert prometheus.query(unbounded), unbounded
 
 
+@pytest.mark.long
 def test_second_server_is_apart_and_its_death_changes_nothing(
     requests, prometheus, server, sample_model, tmp_path, monkeypatch
 ):

@@ -119,17 +119,19 @@ class TestOtherVersions:
                 "vllm.__version__ = '0.34.0'",
                 "expected vLLM 0.32 or later, before 0.34, found 0.34.0",
             ),
-            (
+            pytest.param(
                 "del CpuPlatform.get_attn_backend_cls",
                 "expected a function get_attn_backend_cls of CpuPlatform in vLLM, found none",
+                marks=pytest.mark.long,
             ),
             (
                 "del plugins.load_general_plugins",
                 "expected a function load_general_plugins of vllm.plugins in vLLM, found none",
             ),
-            (
+            pytest.param(
                 "from vllm.engine import arg_utils\ndel arg_utils.EngineArgs",
                 "expected a function create_engine_config of vllm.engine.arg_utils in vLLM",
+                marks=pytest.mark.long,
             ),
             (
                 "from vllm.engine import arg_utils\ndel arg_utils.EngineArgs.create_engine_config",

@@ -99,7 +99,7 @@ def attend_decode(
         query: [T, N, H] float32, float16 or bfloat16, last dimension contiguous.
         cache: of the same dtype, or of float8.
         out: [T, N, H]; rows without queries or keys are left as they are.
-        rows: views of `write_views`, with `kv_batch_idx`.
+        rows: views of `write_views`, with `kv_batch_idx` and without `seqused_q`.
         workspace: for at least T tokens in its P shares.
         max_query_len: most queries a row has.
         scale: softmax scale.
@@ -116,6 +116,7 @@ def attend_decode(
     assert splits & (splits - 1) == 0, f"{splits} splits, expected a power of two"
     assert query.stride(2) == out.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
     assert rows.kv_batch_idx is not None
+    assert rows.seqused_q is None
     if tokens == 0 or num_rows == 0:
         return
     if block_n is None:
@@ -136,7 +137,7 @@ def attend_decode(
         out,
         workspace.out,
         workspace.lse,
-        *rows,
+        *rows[:4],
         sink_logits,
         scale * cache.key_scale * LOG2_E,
         cache.value_scale,
@@ -160,7 +161,6 @@ def attend_decode(
             workspace.lse,
             rows.query_start_loc,
             rows.seqused_k,
-            rows.seqused_q,
             heads,
             *out.stride()[:2],
             **shared,
@@ -169,12 +169,10 @@ def attend_decode(
 
 
 @triton.jit
-def _row(query_start_loc, seqused_q, seqused_k, row, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+def _row(query_start_loc, seqused_k, row, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     """Return a row's first token, queries, keys, and tiles of keys a split."""
     start = tl.load(query_start_loc + row)
     queries = tl.load(query_start_loc + row + 1) - start
-    if seqused_q is not None:
-        queries = tl.minimum(queries, tl.load(seqused_q + row))
     keys = tl.load(seqused_k + row)
     tiles = (keys + BLOCK_N - 1) // BLOCK_N
     return start, queries, keys, (tiles + SPLITS - 1) // SPLITS
@@ -192,7 +190,6 @@ def _share_kernel(
     kv_batch_idx,
     query_start_loc,
     seqused_k,
-    seqused_q,
     sink_logits,
     scale_log2,
     value_scale,
@@ -220,9 +217,7 @@ def _share_kernel(
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    start, queries, keys, split_tiles = _row(
-        query_start_loc, seqused_q, seqused_k, row, BLOCK_N, SPLITS
-    )
+    start, queries, keys, split_tiles = _row(query_start_loc, seqused_k, row, BLOCK_N, SPLITS)
     begin = split * split_tiles * BLOCK_N
     if (queries <= 0) | (begin >= keys):
         return
@@ -276,7 +271,6 @@ def _join_kernel(
     share_lse,
     query_start_loc,
     seqused_k,
-    seqused_q,
     heads,
     stride_ot,
     stride_on,
@@ -288,9 +282,7 @@ def _join_kernel(
 ):
     row = tl.program_id(0)
     head = tl.program_id(1)
-    start, queries, keys, split_tiles = _row(
-        query_start_loc, seqused_q, seqused_k, row, BLOCK_N, SPLITS
-    )
+    start, queries, keys, split_tiles = _row(query_start_loc, seqused_k, row, BLOCK_N, SPLITS)
     if (queries <= 0) | (keys <= split_tiles * BLOCK_N):
         return  # padding, or one share: written in place
     p = tl.arange(0, SPLITS)

@@ -37,7 +37,6 @@ def run_decode(
     views: Views,
     splits: int,
     workspace: DecodeWorkspace | None = None,
-    seqused_q: torch.Tensor | None = None,
     **extra: object,
 ) -> torch.Tensor:
     out = batch.poisoned_output()
@@ -50,7 +49,7 @@ def run_decode(
         batch.query,
         batch.cache,
         out,
-        views.rows_of(batch, seqused_q),
+        views.rows_of(batch),
         workspace,
         max_query_len=max(row.query_len for row in batch.rows),
         scale=batch.scale,
@@ -68,14 +67,6 @@ def test_attend_decode_matches_the_oracle(
     batch = make_batch(rows, shape, device)
     out = run_decode(batch, views_of(batch), splits)
     check_rows(batch, out, [True] * len(rows))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_attend_decode_skips_rows(device: str) -> None:
-    batch = make_batch(SPECULATIVE, Shape(), device)
-    chosen = [True, False, True, True, False, True]
-    out = run_decode(batch, views_of(batch), 2, seqused_q=batch.seqused_q(chosen))
-    check_rows(batch, out, chosen)
 
 
 def test_choose_num_splits_fills_the_gpu_and_no_more() -> None:

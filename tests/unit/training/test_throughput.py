@@ -27,6 +27,7 @@ def measure(out: Path, *flags: str) -> int:
     return main([*common, "--tokens", "600", "--steps", "2", *flags])
 
 
+@pytest.mark.long
 def test_every_length_is_measured_with_each_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +107,7 @@ def test_what_cannot_be_timed_is_refused(
     assert "correct --lengths or --steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wanted", [None, "true", "false"])
+@pytest.mark.parametrize("wanted", [None, "true", pytest.param("false", marks=pytest.mark.long)])
 def test_compilation_can_be_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str | None
 ) -> None:
