@@ -17,7 +17,6 @@ from transformers import (
     Gemma4TextConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
-    LlamaConfig,
     NemotronHConfig,
     Olmo3Config,
     Qwen3_5TextConfig,
@@ -34,6 +33,7 @@ from tests.helpers.families import (
     check_router,
     check_training,
     make_case,
+    quantized_family,
     start,
 )
 from tests.helpers.models import write_tiny_model
@@ -48,19 +48,6 @@ DELTA_NET = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
-
-
-def _quantized(form: str) -> Family:
-    """Make a model whose weights are stored in a format of `tests/helpers/quantized.py`."""
-    return Family(
-        LlamaConfig,
-        {},
-        routed=(0, 1, 2, 3),
-        sparse=(0, 3),
-        dtype="bfloat16",
-        head_dim=64,
-        quantized=form,
-    )
 
 
 FAMILIES = {
@@ -108,11 +95,11 @@ FAMILIES = {
         dtype="bfloat16",
         lengths=(100, 161, 333, 1300),  # its KV blocks are of 1,152 tokens
     ),
-    "llama-gptq": _quantized("gptq"),
-    "llama-awq": _quantized("awq"),
-    "llama-w4a16": _quantized("w4a16"),
-    "llama-w8a8-int8": _quantized("w8a8-int8"),
-    "llama-fp8-blocks": _quantized("fp8-blocks"),
+    "llama-gptq": quantized_family("gptq"),
+    "llama-awq": quantized_family("awq"),
+    "llama-w4a16": quantized_family("w4a16"),
+    "llama-w8a8-int8": quantized_family("w8a8-int8"),
+    "llama-fp8-blocks": quantized_family("fp8-blocks"),
     # Run by transformers' own code, one layer without RoPE; rotary tables by the kind of layer.
     "smollm3": Family(
         SmolLM3Config,

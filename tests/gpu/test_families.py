@@ -6,9 +6,15 @@ Oracles: see tests/helpers/families.py.
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, SmolLM3Config
+from transformers import SmolLM3Config
 
-from tests.helpers.families import Family, check_fixed_routes, check_router, make_case
+from tests.helpers.families import (
+    Family,
+    check_fixed_routes,
+    check_router,
+    make_case,
+    quantized_family,
+)
 from tests.helpers.quantized import FORMS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
@@ -26,19 +32,7 @@ FAMILIES = {
         head_dim=64,
         arguments=SHARED,
     ),
-} | {
-    f"llama-{form}": Family(
-        LlamaConfig,
-        {},
-        routed=(0, 1, 2, 3),
-        sparse=(0, 3),
-        dtype="bfloat16",
-        head_dim=64,
-        quantized=form,
-        arguments=SHARED,
-    )
-    for form in FORMS
-}
+} | {f"llama-{form}": quantized_family(form, SHARED) for form in FORMS}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

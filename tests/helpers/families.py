@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from prometheus_client import generate_latest
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from flux_vllm.router.place import beside_weights
 
@@ -73,6 +73,20 @@ class Family:
     def deciding(self) -> list[int]:
         """Layers whose own router decides."""
         return [layer for layer in self.routed if layer not in self.owners]
+
+
+def quantized_family(form: str, arguments: dict[str, Any] | None = None) -> Family:
+    """Make a Llama whose weights are stored in a format of `quantized.py`."""
+    return Family(
+        LlamaConfig,
+        {},
+        routed=(0, 1, 2, 3),
+        sparse=(0, 3),
+        dtype="bfloat16",
+        head_dim=64,
+        quantized=form,
+        arguments=arguments or {},
+    )
 
 
 @dataclass
