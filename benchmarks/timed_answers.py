@@ -31,7 +31,12 @@ Arrivals = list[tuple[float, int]]
 
 
 def time_answers(
-    url: str, bodies: Sequence[dict[str, Any]], warm_up: int, at_once: int, title: str
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    warm_up: int,
+    at_once: int,
+    title: str,
+    in_waves: bool = False,
 ) -> list[Arrivals]:
     """Stream completions, so many at once.
 
@@ -41,6 +46,8 @@ def time_answers(
         warm_up: how many do; all of them end before the timed ones begin.
         at_once: processes, each with one request in flight.
         title: of the progress bar.
+        in_waves: whether `at_once` timed requests begin together, and the next ones when all of
+            these have ended; else each begins as soon as a process is free.
 
     Returns: what arrived for each timed request.
     Raises: RuntimeError: a request failed.
@@ -50,7 +57,10 @@ def time_answers(
         bar = stack.enter_context(tqdm(total=len(texts), desc=title, mininterval=1.0))
         askers = [stack.enter_context(_Asker(url)) for _ in range(at_once)]
         _share_out(askers, texts[:warm_up], bar)
-        return _share_out(askers, texts[warm_up:], bar)
+        timed = texts[warm_up:]
+        wave = at_once if in_waves else max(1, len(timed))
+        starts = range(0, len(timed), wave)
+        return [one for at in starts for one in _share_out(askers, timed[at : at + wave], bar)]
 
 
 def _share_out(askers: Sequence["_Asker"], texts: Sequence[str], bar: Any) -> list[Arrivals]:

@@ -12,14 +12,16 @@ docs/REAL_TASKS.md explains what is measured.
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +195,20 @@ def _answer(args: argparse.Namespace) -> int:
         folder = args.teacher or args.out / args.baseline_label
         answering.agree(engine, compared, folder, args.teacher_seconds)
         if speeds is not None:
-            answering.measure_speed(engine, speeds, encoder)
+            with _held(args.speed_lock):
+                answering.measure_speed(engine, speeds, encoder)
     return 0
+
+
+@contextmanager
+def _held(path: Path | None) -> Iterator[None]:
+    """Hold a file's lock alone, once whoever holds it lets go."""
+    if path is None:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _speeds(args: argparse.Namespace) -> SpeedCases | None:
@@ -328,6 +342,8 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> list[str]:
     add("--speed-tokens", type=int, nargs="+", default=[16384, 31000], help="of timed prompts")
     add("--speed-at-once", type=int, nargs="+", default=[1, 16], help="timed requests in flight")
     add("--speed-prompts", type=int, default=8, help="timed at each, at least (default 8)")
+    add("--speed-lock", type=Path,
+        help="file to lock while timing: engines of one GPU are timed in turn")  # fmt: skip
     add("--seconds", type=float, help="begin no measure after so many seconds")
     add("--agreement", choices=("yes", "no"), default="yes", help="with full attention's answers")
     return names

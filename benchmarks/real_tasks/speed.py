@@ -1,6 +1,8 @@
 """Time to the first token and time a token, of the server that also answers the tasks."""
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,11 +12,11 @@ from benchmarks.real_tasks.engine import ServedEngine
 from benchmarks.real_tasks.needles import hay
 from benchmarks.real_tasks.samples import Encoder
 from benchmarks.real_tasks.variants import SERVED_NAME
-from benchmarks.timed_answers import came_in_a_burst, first_and_next_ms, time_answers
+from benchmarks.timed_answers import Arrivals, came_in_a_burst, first_and_next_ms, time_answers
 
 OUTPUT_TOKENS: Final = 128
-ROUNDS: Final = 2
-"""Of as many requests as run at once, at least."""
+WAVES: Final = 2
+"""At least, of as many requests as run at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,17 @@ class SpeedCases:
     concurrency: tuple[int, ...]
     """Requests in flight."""
     prompts: int
-    """Timed ones of each combination; `ROUNDS` times those in flight at least."""
+    """Timed ones of each combination at least, in whole waves."""
 
 
 def time_engine(
     engine: ServedEngine, encoder: Encoder, cases: SpeedCases, title: str
 ) -> list[dict[str, Any]]:
     """Stream answers to real text of each length, so many at once, after as many untimed ones.
+
+    Requests come in waves: all of one begin together, so that every first token is one of a burst
+    of that size. (Were each to begin when another ends, a faster engine's would wait behind more
+    prefills, and its median first token would say nothing of its speed.)
 
     Args:
         engine: nothing else may ask it, nor use its GPU.
@@ -45,11 +51,12 @@ def time_engine(
     text = encoder.text_tokens(hay())
     rows = []
     for length, at_once in itertools.product(cases.lengths, cases.concurrency):
-        count = max(cases.prompts, ROUNDS * at_once)
+        waves = max(WAVES, math.ceil(cases.prompts / at_once))
+        count = waves * at_once
         starts = np.linspace(0, len(text) - length, at_once + count).astype(int).tolist()
         bodies = [_body(text[start : start + length]) for start in starts]
         name = f"{title}, {length} tokens, {at_once} at once"
-        arrived = time_answers(f"{engine.url}/v1", bodies, at_once, at_once, name)
+        arrived = time_answers(f"{engine.url}/v1", bodies, at_once, at_once, name, in_waves=True)
         times = [first_and_next_ms(answer, OUTPUT_TOKENS) for answer in arrived]
         rows.append(
             {
@@ -59,6 +66,12 @@ def time_engine(
                 "output_tokens": OUTPUT_TOKENS,
                 "ttft_ms": _spread([first for first, _ in times]),
                 "token_ms": _spread([next_ for _, next_ in times]),
+                "requests_s": _spread(
+                    [
+                        1e3 * at_once / _last_ms(arrived[at : at + at_once])
+                        for at in range(0, count, at_once)
+                    ]
+                ),
                 "bursts": sum(came_in_a_burst(answer) for answer in arrived),
             }
         )
@@ -75,6 +88,11 @@ def _body(token_ids: list[int]) -> dict[str, Any]:
         "return_token_ids": True,
         "stream": True,
     }
+
+
+def _last_ms(wave: Sequence[Arrivals]) -> float:
+    """Return when the last token of a wave came."""
+    return max(arrived[-1][0] for arrived in wave)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -29,9 +29,12 @@ class _Server(ThreadingHTTPServer):
         self.running, self.most_running = 0, 0
         self.clients: set[tuple[str, int]] = set()
         self.asked: list[str] = []
+        self.running_at_start: list[int] = []
 
     def count(self, change: int) -> None:
         with self.lock:
+            if change > 0:
+                self.running_at_start.append(self.running)
             self.running += change
             self.most_running = max(self.most_running, self.running)
 
@@ -97,6 +100,14 @@ def test_answers_are_timed_at_once_each_by_a_process(server: _Server) -> None:
         else:
             assert first >= 1e3 * (FIRST_S + 8 * GAP_S)
             assert following < 0.9e3 * GAP_S
+
+
+def test_a_wave_begins_when_the_one_before_has_ended(server: _Server) -> None:
+    lengths = [2, 8, 2, 8, 2]
+    bodies = [_body("paced", tokens) for tokens in lengths]
+    found = time_answers(server.url, bodies, 0, at_once=2, title="timing", in_waves=True)
+    assert [sum(count for _, count in one) for one in found] == lengths, "expected their order"
+    assert server.running_at_start == [0, 1, 0, 1, 0]
 
 
 def test_a_failed_request_ends_all_with_its_error(server: _Server) -> None:

@@ -3,10 +3,12 @@
 Oracle: the commands' own parsers.
 """
 
+import fcntl
 import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,22 @@ def test_needles_writes_a_file_that_reads_back(tmp_path: Path) -> None:
     assert [one.id for one in found][:2] == ["hidden_value-0", "hidden_values-1"]
     assert found[0].answers[0] in found[0].prompt
     assert json.loads(file.read_text().split("\n")[0])["chat"] is True
+
+
+def test_engines_that_share_a_gpu_are_timed_in_turn(tmp_path: Path) -> None:
+    lock = tmp_path / "turn"
+    timing = threading.Event()
+
+    def time_engine() -> None:
+        with cli._held(lock):
+            timing.set()
+
+    with lock.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=time_engine)
+        thread.start()
+        assert not timing.wait(0.2), "timed while another engine held the lock"
+    thread.join(5)
+    assert timing.is_set()
+    with cli._held(None):
+        pass

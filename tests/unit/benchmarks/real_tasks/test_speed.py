@@ -23,8 +23,14 @@ def test_every_case_is_timed_with_its_own_text(monkeypatch: pytest.MonkeyPatch) 
     asked: list[tuple[Any, ...]] = []
 
     def time_answers(
-        url: str, bodies: list[dict[str, Any]], warm_up: int, at_once: int, title: str
+        url: str,
+        bodies: list[dict[str, Any]],
+        warm_up: int,
+        at_once: int,
+        title: str,
+        in_waves: bool,
     ) -> list[list[tuple[float, int]]]:
+        assert in_waves
         asked.append((url, bodies, warm_up, at_once, title))
         count = len(bodies) - warm_up
         # The first token after 10, 20, ... ms, the others 2 ms apart.
@@ -45,6 +51,8 @@ def test_every_case_is_timed_with_its_own_text(monkeypatch: pytest.MonkeyPatch) 
     assert rows[0]["ttft_ms"]["values"] == [10.0, 20.0, 30.0]
     assert rows[0]["token_ms"]["median"] == pytest.approx(2.0)
     assert rows[0]["bursts"] == 0
+    ends = [10.0 * (at + 1) + 2.0 * (OUTPUT_TOKENS - 1) for at in (3, 7)]  # the last of each wave
+    assert rows[1]["requests_s"]["values"] == [round(4e3 / end, 3) for end in ends]
     url, bodies, warm_up, at_once, _ = asked[1]
     assert (url, warm_up, at_once) == ("http://here/v1", 4, 4)
     assert len(bodies) == 4 + 8
