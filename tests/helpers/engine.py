@@ -192,7 +192,7 @@ class Engine:
 
         probe = self.runtime.probe
         probe.decide(Prompt("probed by a test", len(tokens), list(tokens)))
-        pooled = probe._weights @ probe._mean_query
+        pooled = probe._inputs.complete(probe._weights @ probe._mean_query, probe._told)
         return pooled, probe.full_probability.clone(), probe.routes.clone()
 
     def generate(
