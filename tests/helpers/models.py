@@ -150,7 +150,8 @@ def _calibrate(
         mean, deviation = features[:, layer].mean(dim=0), features[:, layer].std(dim=0)
         if not deviation.any():
             continue  # a layer without attention
-        weight = tensors[f"{prefix}.features.0.weight"] / deviation.where(deviation > 0, torch.ones(()))
+        deviation[deviation == 0] = 1  # what these prompts share is left as it is
+        weight = tensors[f"{prefix}.features.0.weight"] / deviation
         tensors[f"{prefix}.features.0.weight"] = weight
         tensors[f"{prefix}.features.0.bias"] -= weight @ mean
         logits = ReferenceRouter(tensors, {}).logits(layer, features[:, layer])
