@@ -1,5 +1,6 @@
 """What all tests share: marks, seeds, kernels without a GPU, NaN in new memory, a real model."""
 
+import gc
 import importlib
 import os
 import random
@@ -16,6 +17,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE_MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
 SEED = 20260404
 
+# What is imported stays: to look through all of it for garbage, again and again, takes longer than
+# importing it.
+gc.disable()
+
 # Engine processes inherit these: nothing may ask a hub, and nothing is reported anywhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -25,6 +30,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Drafts by n-grams would give all of the process's OpenMP regions numba's number of threads.
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# Interpreters that tests start read tests/helpers/startup/sitecustomize.py.
+_STARTUP = str(REPOSITORY / "tests" / "helpers" / "startup")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [_STARTUP, *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 def _missing_gpu() -> str:
@@ -51,6 +61,7 @@ def _interpret_kernels() -> None:
     triton.knobs.propagate_env = False
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+    importlib.import_module("tests.helpers.interpreter").patch_language_once()
 
 
 _interpret_kernels()
@@ -68,6 +79,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=gpu_reason))
         if item.get_closest_marker("vllm") is not None and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="needs vLLM; it is not installed here"))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, and never among what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

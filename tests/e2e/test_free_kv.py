@@ -315,16 +315,16 @@ def test_routed_follow_ups(tiny_model, tmp_path):
 
 def test_routed_preemption(tiny_model, tmp_path):
     """Few blocks: requests are preempted and resumed under the routes that they had."""
-    prompts = [random_prompt(300 + 40 * index, seed=index) for index in range(8)]
+    prompts = [random_prompt(300 + 40 * index, seed=index) for index in range(6)]
     flux = _routed(tmp_path, tiny_model)
     arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256, "max_model_len": 1024}
     with Engine(tiny_model, flux, **arguments) as engine:
-        expected = engine.generate(prompts, 200)
+        expected = engine.generate(prompts, 100)
     blocks = 4 * 32 + 1  # least: a FULL request of the longest length
     with PoisonedEngine(
         tiny_model, flux | {"free_kv": True}, num_gpu_blocks_override=blocks, **arguments
     ) as engine:
-        answers = engine.generate(prompts, 200)
+        answers = engine.generate(prompts, 100)
         assert engine.manager.block_pool.get_num_free_blocks() == blocks - 1
         assert engine.most_running > 1
     assert sum(answer.preemptions for answer in answers) > 0

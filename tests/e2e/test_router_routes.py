@@ -183,7 +183,7 @@ def test_preemption_and_resume(engine: Engine, reference, reference_router, skip
     blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in prompts) + 3
     engine.limit_steps(300)
     with engine.few_blocks(blocks):
-        answers = engine.generate(prompts, 100, skip_reading_prefix_cache=skips_cache)
+        answers = engine.generate(prompts, 70, skip_reading_prefix_cache=skips_cache)
     engine.forget_prefixes()
     # The short one needs no route before its text outgrows sinks and window.
     alone = [engine.generate([prompt], 70)[0] for prompt in prompts]

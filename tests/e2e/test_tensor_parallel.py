@@ -11,7 +11,7 @@ from tests.helpers.engine import Answer
 from tests.helpers.models import random_prompt
 from tests.helpers.reference import SparsePattern
 from tests.helpers.replay import LOGPROB_TOLERANCE, assert_same, replay
-from tests.helpers.side_by_side import Setup, serve_side_by_side
+from tests.helpers.side_by_side import Setup, serve
 from tests.helpers.tensor_parallel import (
     assert_ranks_alike,
     compare_routes,
@@ -29,7 +29,7 @@ ARGUMENTS = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256}
 def test_two_ranks(tiny_model, reference, reference_router):
     prompts = [random_prompt(length, seed=length) for length in LENGTHS]
     setups = [Setup(tiny_model, {}, ranks, ARGUMENTS) for ranks in (1, 2)]
-    served = serve_side_by_side(setups, prompts, OUTPUT)
+    served = [serve(setup, prompts, OUTPUT) for setup in setups]
     assert [each.unrouted for each in served] == [0, 0]
     one, two = (each.answers for each in served)
     logs = served[1].logs

@@ -3,7 +3,6 @@
 The log comes from vLLM's scheduler, not from flux: a test replays it in the reference.
 """
 
-import functools
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from .engine_process import no_freezing, prepare_process
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -90,11 +91,13 @@ class Engine:
         if flux is not None:
             defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
         self.has_flux = flux is not None
-        _override_kernels_once()
-        _keep_transformers_classes()
-        gc.freeze()  # vLLM collects garbage eight times an engine, half a second each over all else
+        prepare_process()
+        if Engine._open == 0:
+            gc.collect()
+            gc.freeze()  # what is left was imported; vLLM collects garbage eight times an engine
         try:
-            self.llm = LLM(model=str(model), **(defaults | arguments))
+            with no_freezing():
+                self.llm = LLM(model=str(model), **(defaults | arguments))
         except BaseException:
             self._forget()
             raise
@@ -262,7 +265,8 @@ class Engine:
 
     def close(self) -> None:
         """Take the engine down, so that another can start in this process."""
-        self.llm.llm_engine.engine_core.shutdown()
+        with no_freezing():
+            self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core
         Engine._open -= 1
         self._forget()
@@ -276,7 +280,8 @@ class Engine:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         if cls._open == 0:
-            cleanup_dist_env_and_memory()  # collects garbage too
+            with no_freezing():
+                cleanup_dist_env_and_memory()  # collects garbage too
         else:
             gc.collect()
 
@@ -285,28 +290,3 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _override_kernels_once() -> None:
-    """Let the process's first engine alone put C++ kernels in the place of Triton's.
-
-    vLLM 0.32 looks through all modules for them at each start, and falls over numba's, which
-    speculative decoding imports.
-    """
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    register = platform.register_triton_kernel_overrides
-    if not hasattr(register, "cache_info"):
-        platform.register_triton_kernel_overrides = staticmethod(functools.cache(register))
-
-
-def _keep_transformers_classes() -> None:
-    """Leave the classes of transformers' own models as they are, for references to be made of.
-
-    vLLM prepares those that it runs for torch.compile, in place and for the whole process, and they
-    then ask for its configuration. Engines here are eager.
-    """
-    from vllm.model_executor.models.transformers import base
-
-    base.support_torch_compile = lambda **_: lambda kind: kind

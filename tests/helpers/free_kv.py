@@ -23,6 +23,7 @@ class PoisonedEngine(Engine):
         super().__init__(model, flux, **arguments)
         self.freed: list[int] = []
         self.most_running = 0
+        self._poisoned: set[int] = set()
         self.manager = self.core.scheduler.kv_cache_manager
         self.managers = self.manager.coordinator.single_type_managers
         for manager in self.managers:
@@ -54,13 +55,15 @@ class PoisonedEngine(Engine):
         manager.free_middle = noted
 
     def _poison(self) -> None:
-        free = [
+        free = {
             block.block_id
             for block in self.manager.block_pool.blocks[1:]
             if block.ref_cnt == 0 and block.block_hash is None
-        ]
+        }
+        new = sorted(free - self._poisoned)  # the others are as they were left
+        self._poisoned = free
         for layer in self.worker.vllm_config.compilation_config.static_forward_context.values():
-            layer.kv_cache[free] = POISON
+            layer.kv_cache[new] = POISON
 
     def evict_freed(self) -> None:
         """Take what living requests gave back out of the prefix cache: it is overwritten then."""

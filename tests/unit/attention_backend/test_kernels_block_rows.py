@@ -36,7 +36,7 @@ ROWS = [
     Row(70, 450, SPARSE),
     Row(9, 300, SPARSE),
     Row(1, 92, SPARSE, False),
-    Row(300, 801, SPARSE),
+    Row(200, 801, SPARSE),
     Row(0, 0),
     Row(1, 257, SPARSE),
     Row(128, 640, SPARSE),

@@ -137,21 +137,21 @@ def test_routes_of_the_sample_model(sample_model: Path, tmp_path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_routes_refuses_a_prompt_that_does_not_fit(
-    chat: bool, sample_model: Path, tmp_path: Path
-) -> None:
-    """By itself or with its chat template, one line says so. Oracle: the model's own tokenizer."""
-    from transformers import AutoTokenizer
+def test_routes_refuses_a_prompt_that_does_not_fit(chat: bool, tmp_path: Path) -> None:
+    """By itself or with its chat template, one line says so."""
+    from tests.helpers.models import write_random_router, write_tiny_llama
+    from tests.helpers.training_side import write_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(sample_model)
-    most = 8191  # the sample model has 8,192 positions, and one token is generated
-    text = " ".join(["one"] * (most if chat else most + 2000))
-    found = len(tokenizer.encode(text))
-    assert (found <= most) == chat
+    model = write_tiny_llama(tmp_path / "model", layers=2, max_position_embeddings=512)
+    write_random_router(model, num_layers=2, head_dim=32)
+    write_tokenizer(model)
+    most = 511  # one token is generated
+    found = most if chat else most + 200
+    text = " ".join(["w1"] * found)
     (tmp_path / "prompt.txt").write_text(text)
     shown = subprocess.run(
         [
-            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(sample_model)),
+            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(model)),
             *("--prompt-file", str(tmp_path / "prompt.txt"), "--kv-cache-gib", "0.5"),
             *(["--chat"] if chat else []),
         ],
@@ -163,7 +163,7 @@ def test_routes_refuses_a_prompt_that_does_not_fit(
     last = shown.stderr.splitlines()[-1]
     assert (shown.returncode, shown.stdout, "Traceback" in shown.stderr) == (1, "", False), last
     expected = (
-        "vLLM cannot take the prompt: This model's maximum context length is 8192 tokens"
+        "vLLM cannot take the prompt: This model's maximum context length is 512 tokens"
         if chat
         else f"expected a prompt of at most {most:,} tokens, which the model and the KV cache "
         f"hold, found {found:,}; shorten it"

@@ -212,6 +212,7 @@ def test_hits_are_looked_up_for_the_request_that_asks(folder, is_async):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_soak_of_2000_requests(folder):
     service = Service(folder, is_async=True, is_local=True, seed=0)
     service.run(2000)
