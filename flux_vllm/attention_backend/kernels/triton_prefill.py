@@ -144,6 +144,20 @@ def _first_tiles(low, SPARSE: tl.constexpr, SINK_TOKENS: tl.constexpr, BLOCK_N: 
     return sink_tiles, begin
 
 
+@triton.jit
+def _are_held(
+    n, keys, first, SPARSE: tl.constexpr, SINK_TOKENS: tl.constexpr, WINDOW_TOKENS: tl.constexpr
+):
+    """Say which keys there are for queries from `first` on; between sinks and window may be none.
+
+    Masking their scores would not do: what lies in a block that was given back need not be finite.
+    """
+    held = n < keys
+    if SPARSE:
+        held &= (n < SINK_TOKENS) | (n > first - WINDOW_TOKENS)
+    return held
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _prefill_kernel(
     query,
@@ -219,12 +233,9 @@ def _prefill_kernel(
         if SPARSE:
             start += tl.where(i < sink_tiles, 0, begin - sink_tiles * BLOCK_N)
         n = start + tl.arange(0, BLOCK_N)
-        in_use = n < keys
-        if SPARSE:
-            # Between sinks and window blocks may be given back: a tile is loaded up to them only.
-            in_use &= (n < SINK_TOKENS) | (n > first - WINDOW_TOKENS)
-        loaded = in_use[:, None] & (d < HEAD_DIM)[None, :]
-        block = tl.load(table + n // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
+        held = _are_held(n, keys, first, SPARSE, SINK_TOKENS, WINDOW_TOKENS)
+        loaded = held[:, None] & (d < HEAD_DIM)[None, :]
+        block = tl.load(table + n // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
         k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
         k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
         scores = dot(q, tl.trans(k.to(q.dtype)), None, INTERPRET) * scale_log2

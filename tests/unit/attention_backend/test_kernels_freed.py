@@ -29,9 +29,9 @@ pytestmark = pytest.mark.vllm
 
 BATCHES = {
     "decode": [Row(1, 420, SPARSE, False), Row(1, 97, FULL, False), Row(1, 333, SPARSE, False)],
-    "drafts": [Row(4, 400, SPARSE, False), Row(2, 90, FULL, False), Row(0, 0)],
-    "prefill": [Row(40, 420, SPARSE), Row(9, 300, SPARSE), Row(3, 81, FULL)],
-    "mixed": [Row(1, 300, SPARSE, False), Row(1, 40, FULL, False), Row(21, 388, SPARSE)],
+    "drafts": [Row(4, 480, SPARSE, False), Row(2, 90, FULL, False), Row(0, 0)],
+    "prefill": [Row(40, 516, SPARSE), Row(9, 396, SPARSE), Row(3, 81, FULL)],
+    "mixed": [Row(1, 380, SPARSE, False), Row(1, 40, FULL, False), Row(21, 484, SPARSE)],
 }
 
 
