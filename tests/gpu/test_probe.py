@@ -127,7 +127,7 @@ def test_pooled_queries_are_those_of_transformers(files, engine: Engine) -> None
         prompt = random_prompt(length, seed=length)
         expected = router.pooled(exact, prompt)
         allowed = (router.pooled(plain, prompt) - expected).square().mean().sqrt()
-        found = (engine.probe(prompt)[0].cpu() - expected).square().mean().sqrt()
+        found = (engine.probe(prompt)[0] - expected).square().mean().sqrt()
         print(f"\n{length} tokens: r.m.s. error {found:.2e}, plain bfloat16 {allowed:.2e}")
         assert found <= 2 * allowed
 

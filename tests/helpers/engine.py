@@ -193,14 +193,15 @@ class Engine:
     def probe(self, tokens: Sequence[int]) -> tuple[Any, Any, Any]:
         """Probe a prompt without a request.
 
-        Returns: pooled queries before RoPE [layers, pools, H], P(FULL) [layers], routes [layers].
+        Returns: pooled queries before RoPE [layers, pools, H], P(FULL) [layers], routes [layers],
+            all on the host, as what they are compared with.
         """
         from flux_vllm.routing.prompts import Prompt
 
         probe = self.runtime.probe
         probe.decide(Prompt("probed by a test", len(tokens), list(tokens)))
         pooled = probe._inputs.complete(probe._weights @ probe._mean_query, probe._told)
-        return pooled, probe.full_probability.clone(), probe.routes.clone()
+        return pooled.cpu(), probe.full_probability.clone().cpu(), probe.routes.clone().cpu()
 
     def generate(
         self,

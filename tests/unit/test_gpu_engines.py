@@ -1,10 +1,11 @@
-"""Engines of GPU tests leave room on the GPU for those of other processes.
+"""Engines of GPU tests: they leave room for those of other processes, and answer on the host.
 
 Oracle: what `vllm.LLM` is asked for, and the source of every GPU test.
 """
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,3 +48,31 @@ def test_a_gpu_test_asks_for_no_more(file: Path) -> None:
             asked = {ast.unparse(k): v for k, v in zip(node.keys, node.values, strict=True) if k}
             share = asked.get("'gpu_memory_utilization'")
             assert share is None or ast.literal_eval(share) <= MOST_SHARE
+
+
+class _OnGpu:
+    """Stands for a tensor there."""
+
+    def __matmul__(self, other: object) -> "_OnGpu":
+        return self
+
+    def clone(self) -> "_OnGpu":
+        return self
+
+    def cpu(self) -> str:
+        return "on the host"
+
+
+def test_a_probe_answers_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References are there: a comparison of tensors on two devices fails by itself."""
+    probe = SimpleNamespace(
+        decide=lambda prompt: None,
+        _weights=_OnGpu(),
+        _mean_query=_OnGpu(),
+        full_probability=_OnGpu(),
+        routes=_OnGpu(),
+        _inputs=SimpleNamespace(complete=lambda pooled, told: pooled),
+        _told=None,
+    )
+    monkeypatch.setattr(Engine, "runtime", SimpleNamespace(probe=probe))
+    assert Engine.__new__(Engine).probe([1, 2]) == ("on the host",) * 3
