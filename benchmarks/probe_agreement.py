@@ -190,7 +190,7 @@ def whole_batch(prompt: np.ndarray, inputs: RouterInputs) -> ProbeBatch:
         torch.from_numpy(prompt)[None],
         torch.arange(len(prompt))[None],
         torch.from_numpy(weights)[None],
-        torch.from_numpy(inputs.offsets(len(prompt)))[None],
+        torch.from_numpy(inputs.told(prompt))[None],
     )
 
 

@@ -53,7 +53,8 @@ part serving_128 tests/gpu/test_serving.py -k H128 &
 part sample_model tests/gpu/test_sample_model.py &
 part free_kv tests/gpu/test_free_kv.py &
 part probe tests/gpu/test_probe.py &
-part drafters tests/gpu/test_drafters.py &
+part drafters_eagle tests/gpu/test_drafters.py -k eagle &
+part drafters tests/gpu/test_drafters.py -k "not eagle" &
 part connectors tests/gpu/test_connectors.py &
 part families tests/gpu/test_families.py &
 part no_compiling tests/gpu/test_no_compiling.py &

@@ -145,7 +145,7 @@ class RoutedModel:
         self.model.base_model(
             input_ids=batch.token_ids, position_ids=batch.positions, use_cache=False
         )
-        return inputs.assemble(torch.stack(step.pooled) + batch.offsets[..., None])
+        return inputs.assemble(inputs.complete(torch.stack(step.pooled), batch.told))
 
     def forward(
         self,

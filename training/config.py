@@ -21,13 +21,14 @@ class RouterSettings:
 
     probe: tuple[int, ...] = (128, 128)
     """First and latest prompt tokens that a probe runs over, alone, to decide all layers."""
-    pools: tuple[str, ...] = ("tail:1", "length")
+    pools: tuple[str, ...] = ("tail:1", "length", "overlap:2048")
     """Tokens whose queries are averaged, each to one input of a layer's router: head:N, tail:N, or
-    ends:N (first and latest together, the paper's); length: the prompt's."""
+    ends:N (first and latest together, the paper's). What is told of the prompt beside them: length;
+    overlap:N, whether its end occurs in the latest N tokens or before them."""
     context_depths: tuple[float, ...] = (0.65,)
     """Layers whose pooled queries every router sees beside its own layer's, by depth: 0 is the
     first layer, 1 the last."""
-    widths: tuple[int, ...] = (8, 8, 16, 16)
+    widths: tuple[int, ...] = (16, 16, 16, 16)
     """Outputs of a router's first four linear layers; empty: the paper's, 8H 2H 4H H for head_dim
     H."""
     sink_tokens: int = 128
@@ -148,7 +149,7 @@ class LossSettings:
     budget_nats, by costs measured once; `online`: the same by sampled routes, the model running at
     every update, which takes many times the prompts; `paper`: cross-entropy on the answers, and a
     share of SPARSE layers for each task (`targets`)."""
-    budget_nats: float = 0.02
+    budget_nats: float = 0.03
     """Mean KL(full attention || routed) on answers that routes may cost, nats a token."""
     answer_tokens: int = 128
     """Most answer tokens of a prompt that the loss looks at, evenly spaced."""

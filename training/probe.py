@@ -22,8 +22,8 @@ class ProbeBatch:
     """[B, T] int64: of the prompt."""
     weights: torch.Tensor
     """[B, P, T] float32: what each token counts in each pool."""
-    offsets: torch.Tensor
-    """[B, P] float32: what is added to each pooled vector."""
+    told: torch.Tensor
+    """[B, P, WIDTH] float32: what is told of each prompt (`RouterInputs.told`)."""
 
     def to(self, device: torch.device) -> "ProbeBatch":
         """Copy to a device."""
@@ -52,5 +52,5 @@ def collate_probes(prompts: Sequence[np.ndarray], inputs: RouterInputs) -> Probe
         token_ids[row, : len(at)] = torch.as_tensor(np.asarray(ids)[at], dtype=torch.int64)
         positions[row, : len(at)] = torch.as_tensor(at)
     weights = np.stack([inputs.weights(len(ids)) for ids in prompts])
-    offsets = np.stack([inputs.offsets(len(ids)) for ids in prompts])
-    return ProbeBatch(token_ids, positions, torch.from_numpy(weights), torch.from_numpy(offsets))
+    told = np.stack([inputs.told(ids) for ids in prompts])
+    return ProbeBatch(token_ids, positions, torch.from_numpy(weights), torch.from_numpy(told))

@@ -49,6 +49,10 @@ class _RoutedOutput(AsyncModelRunnerOutput):
         _attach(output, self._decided)
         return output
 
+    def get_kv_connector_output(self) -> Any:
+        """Return what a KV connector gave for the step; vLLM 0.33 asks where `get_output` fails."""
+        return self._output.get_kv_connector_output()
+
 
 def _attach(output: ModelRunnerOutput, decided: PendingReadback) -> None:
     setattr(output, _FIELD, decided.by_request())

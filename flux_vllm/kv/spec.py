@@ -9,9 +9,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_TILE_TOKENS = 128
-"""Most keys that an attention kernel loads at once: a tile may begin so far before the window. What
-it masks there has to be finite, hence this request's own."""
+_TILE_TOKENS, _FLOAT8_TILE_TOKENS = 128, 224
+"""Most keys that an attention kernel loads at once, FlashAttention-3's over float8 keys the latter:
+a tile may begin so far before the window. What it masks there has to be finite, hence this
+request's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,12 @@ class FluxSpec(AttentionSpec):
         """Blocks that are never freed; at least one, since vLLM drops null blocks at the head."""
         return max(1, cdiv(self.sink_tokens, self.block_size))
 
+    @property
+    def _kept_tokens(self) -> int:
+        """Tokens before the window that are kept."""
+        is_float8 = self.dtype.itemsize == 1
+        return max(self.block_size, _FLOAT8_TILE_TOKENS if is_float8 else _TILE_TOKENS)
+
     def window_block(self, position: int) -> int:
         """Return the index of the first block that the window of a query at `position` needs."""
         return max(0, position - self.window_tokens + 1) // self.block_size
@@ -69,8 +76,7 @@ class FluxSpec(AttentionSpec):
         What lies just before the window is kept: for kernels that read whole tiles, and so that a
         prompt that comes again, whose last block is always computed anew, still hits.
         """
-        kept = max(self.block_size, _TILE_TOKENS)
-        return self.window_block(processed_tokens - kept)
+        return self.window_block(processed_tokens - self._kept_tokens)
 
     def most_blocks(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Return the most blocks that a request holds for which the cluster is SPARSE.
@@ -82,8 +88,7 @@ class FluxSpec(AttentionSpec):
         everything = cdiv(max_model_len, self.block_size)
         if not self.frees_in_prefill:
             return everything
-        kept = max(self.block_size, _TILE_TOKENS)
-        latest = self.window_tokens - 1 + kept + max_in_flight_tokens
+        latest = self.window_tokens - 1 + self._kept_tokens + max_in_flight_tokens
         # One more: the window may begin anywhere in its first block.
         return min(everything, self.sink_blocks + cdiv(latest, self.block_size) + 1)
 

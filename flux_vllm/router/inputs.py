@@ -17,8 +17,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-PoolKind = Literal["head", "tail", "ends", "length"]
-_POOL = re.compile(r"(head|tail|ends):([1-9][0-9]{0,6})|length")
+from flux_vllm.router.overlap import WIDTH, overlap
+
+PoolKind = Literal["head", "tail", "ends", "length", "overlap"]
+_POOL = re.compile(r"(head|tail|ends|overlap):([1-9][0-9]{0,6})|length")
 _LENGTH_UNIT = 16384
 
 
@@ -49,14 +51,19 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Tokens whose queries are averaged to one vector."""
+    """Tokens whose queries are averaged to one vector, or what a vector tells of the prompt."""
 
     kind: PoolKind
     """`head`: the first; `tail`: the latest; `ends`: both together, where those of a prompt
-    shorter than the two count twice (`ctx_q` of arXiv 2604.07394); `length`: no token, the vector
-    says how long the prompt is."""
+    shorter than the two count twice (`ctx_q` of arXiv 2604.07394). Told: `length`, how long the
+    prompt is; `overlap`, where its end occurs earlier (`flux_vllm/router/overlap.py`)."""
     tokens: int
-    """At an end; 0 for `length`."""
+    """At an end; latest tokens that are near, of `overlap`; 0 for `length`."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether no query is looked at."""
+        return self.kind in ("length", "overlap")
 
     @classmethod
     def parse(cls, text: str) -> "Pool":
@@ -67,8 +74,8 @@ class Pool:
         found = _POOL.fullmatch(text)
         if found is None:
             raise ValueError(
-                "expected a pool as head:TOKENS, tail:TOKENS or ends:TOKENS with 1 to 9,999,999 "
-                f"tokens, or length, found {text[:40]!r}"
+                "expected a pool as head:TOKENS, tail:TOKENS, ends:TOKENS or overlap:TOKENS with 1 "
+                f"to 9,999,999 tokens, or length, found {text[:40]!r}"
             )
         if text == "length":
             return cls("length", 0)
@@ -108,10 +115,9 @@ class RouterInputs:
             "head": self.probe.head_tokens,
             "tail": self.probe.tail_tokens,
             "ends": min(self.probe.head_tokens, self.probe.tail_tokens),
-            "length": 0,
         }
         for pool in self.pools:
-            if pool.tokens > room[pool.kind]:
+            if not pool.is_told and pool.tokens > room[pool.kind]:
                 raise ValueError(
                     f"expected pools of at most {room[pool.kind]} tokens ({pool.kind}), as many as "
                     f"the probe runs there, found {pool}; enlarge the probe"
@@ -128,7 +134,7 @@ class RouterInputs:
         Args:
             prompt_len: tokens of the prompt, at least one.
 
-        Returns: [P, T] float32; rows sum to 1, that of `length` to 0; padding counts nothing.
+        Returns: [P, T] float32; rows sum to 1, of what is told to 0; padding counts nothing.
         """
         weights = np.zeros((len(self.pools), self.probe.tokens), dtype=np.float32)
         tokens = min(self.probe.tokens, prompt_len)
@@ -137,19 +143,41 @@ class RouterInputs:
             row[:tokens] = counts / max(counts.sum(), 1)
         return weights
 
-    def offsets(self, prompt_len: int) -> np.ndarray:
-        """Return what is added to each pooled vector: [P] float32, 0 but for `length`.
+    def told(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return what is told of a prompt: [P, WIDTH] float32, 0 for pools of queries.
 
         A SPARSE layer loses more of a longer prompt, and its ends hardly say how long it is.
+
+        Args:
+            token_ids: [tokens] of the whole prompt.
         """
-        length = math.log2(prompt_len / _LENGTH_UNIT)
-        return np.array([length * (pool.kind == "length") for pool in self.pools], np.float32)
+        told = np.zeros((len(self.pools), WIDTH), dtype=np.float32)
+        for row, pool in zip(told, self.pools, strict=True):
+            if pool.kind == "length":
+                row[:] = math.log2(len(token_ids) / _LENGTH_UNIT)
+            elif pool.kind == "overlap":
+                row[:] = overlap(token_ids, pool.tokens)
+        return told
+
+    def complete(self, pooled: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        """Put what is told in the place of the queries that were not looked at.
+
+        Args:
+            pooled: [..., P, H] float32, `weights` @ mean queries before RoPE.
+            told: [..., P, WIDTH] float32; its numbers fill a vector over and over.
+
+        Returns: [..., P, H] float32.
+        Host sync: none. CUDA graph: safe.
+        """
+        head_dim = pooled.shape[-1]
+        times = -(-head_dim // WIDTH)
+        return pooled + told.repeat(*[1] * (told.dim() - 1), times)[..., :head_dim]
 
     def assemble(self, pooled: torch.Tensor) -> torch.Tensor:
         """Put each layer's own pools and the context layers' into its router's input.
 
         Args:
-            pooled: [L, ..., P, H] float32, `weights` @ mean queries before RoPE + `offsets`.
+            pooled: [L, ..., P, H] float32, as `complete` makes it.
 
         Returns: [L, ..., F] float32: own pools, then those of each context layer in turn.
         Host sync: none. CUDA graph: safe.

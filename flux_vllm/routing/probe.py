@@ -17,6 +17,7 @@ import torch
 
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.overlap import WIDTH
 from flux_vllm.router.route import Route, choose_route, full_probability
 from flux_vllm.routing.prompts import Prompt
 from flux_vllm.routing.rotary import RotaryInverse
@@ -143,7 +144,7 @@ class PromptProbe:
         self._token_ids = zeros(tokens, dtype=torch.int32)  # the dtypes of vLLM's own buffers:
         self._positions = zeros(tokens, dtype=torch.int64)  # compiled code does not check them
         self._weights = zeros(len(inputs.pools), tokens)
-        self._offsets = zeros(len(inputs.pools))
+        self._told = zeros(len(inputs.pools), WIDTH)
         self.set_threshold(threshold)
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
@@ -195,7 +196,7 @@ class PromptProbe:
         upload(token_ids, self._token_ids)
         upload(positions, self._positions)
         upload(self._inputs.weights(prompt.length), self._weights)
-        upload(self._inputs.offsets(prompt.length), self._offsets)
+        upload(self._inputs.told(prompt.tokens), self._told)
         for rotation in self._rotations:
             for rows, buffer in zip(
                 rotation.rotary.rows(positions), (rotation.cos, rotation.sin), strict=True
@@ -210,8 +211,8 @@ class PromptProbe:
             self._mean_query[layers] = rotation.rotary.undo(
                 self._mean_query[layers], rotation.cos, rotation.sin
             )
-        pooled = self._reduce_ranks(self._weights @ self._mean_query) + self._offsets[:, None]
-        features = self._inputs.assemble(pooled)
+        pooled = self._reduce_ranks(self._weights @ self._mean_query)
+        features = self._inputs.assemble(self._inputs.complete(pooled, self._told))
         # One request: [L, 1, F].
         probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]
         probability = probability[self._owners]

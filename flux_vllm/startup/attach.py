@@ -66,7 +66,8 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
         owners=owners,
     )
     for layer in layers:
-        layer.attention.query_quant = None  # queries of a float8 KV cache come as they are
+        if config.policy != "full":  # queries of a float8 KV cache come as they are
+            layer.attention.query_quant = None
         if layer.has_full_attention:
             layer.attention.impl.binding = LayerBinding(runtime, layer.index)
     if config.needs_router:

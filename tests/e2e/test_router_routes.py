@@ -203,7 +203,7 @@ def test_router_that_looks_at_more(tiny_model, reference, tmp_path) -> None:
         sink_tokens=SINK_TOKENS,
         window_tokens=WINDOW_TOKENS,
         model_folder=tiny_model,
-        pools=("tail:8", "head:16", "ends:24"),
+        pools=("tail:8", "overlap:70", "head:16", "length", "ends:24"),
         probe=(40, 30),
         context_layers=(2,),
         widths=(48, 16, 32, 24),

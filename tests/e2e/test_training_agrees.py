@@ -37,7 +37,7 @@ pytestmark = pytest.mark.vllm
 REACH = SINK_TOKENS + WINDOW_TOKENS
 PAPER = {"pool_tokens": 48}
 SEVERAL: dict[str, Any] = {
-    "pools": ("tail:8", "head:16", "ends:24"),
+    "pools": ("tail:8", "head:16", "ends:24", "overlap:70", "length"),
     "probe": (40, 30),
     "context_layers": (2, 0),
     "widths": (48, 16, 32, 24),

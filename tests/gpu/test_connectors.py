@@ -22,7 +22,6 @@ DEFAULTS = {
     "enforce_eager": False,
     "max_num_seqs": 8,
     "enable_prefix_caching": True,
-    "gpu_memory_utilization": 0.1,  # several processes share the GPU
 }
 
 

@@ -25,7 +25,6 @@ ARGUMENTS = {
     "dtype": "bfloat16",
     "enforce_eager": False,
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.1,  # several processes share the GPU
     "block_size": BLOCK_SIZE,
     "max_num_batched_tokens": 512,
     "enable_prefix_caching": True,

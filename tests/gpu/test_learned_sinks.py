@@ -15,8 +15,9 @@ from tests.helpers.reference import FULL, SPARSE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
-FAMILY = replace(FAMILIES["gpt-oss"], dtype="bfloat16", head_dim=64)
-DEFAULTS = {"enforce_eager": False, "gpu_memory_utilization": 0.1}
+FAMILY = replace(
+    FAMILIES["gpt-oss"], dtype="bfloat16", head_dim=64, arguments={"enforce_eager": False}
+)
 KERNELS = ["fa3", "triton"]
 
 
@@ -29,7 +30,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def test_fixed_routes(case: Case, kernels: str) -> None:
     """In one chunk, in chunks and on a prefix hit; decode by CUDA graphs."""
     sparse = STATIC | {"sparse_layers": list(FAMILY.sparse), "kernels": kernels}
-    with start(case.folder, FAMILY, sparse, **DEFAULTS) as engine:
+    with start(case.folder, FAMILY, sparse) as engine:
         answers = list(answer_all(engine, FAMILY))
     routes = [[SPARSE if n in FAMILY.sparse else FULL for n in range(4)]] * len(answers)
     assert case.error(answers, routes) < case.allowed
@@ -39,4 +40,4 @@ def test_fixed_routes(case: Case, kernels: str) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_router(case: Case, kernels: str) -> None:
     """By a probe that attends with the sinks, captured as a CUDA graph."""
-    check_router(case, kernels, **DEFAULTS)
+    check_router(case, kernels)

@@ -1,7 +1,8 @@
 """No kernel of ours is compiled once the server is ready, whatever requests come then.
 
 Oracle: Triton's own hook, which it calls for every kernel that is new in the process, compiled or
-read from its cache on disk. Kernels of vLLM's are noted and printed only.
+read from its cache on disk; what one case compiled is forgotten before the next one starts. Kernels
+of vLLM's are noted and printed only.
 """
 
 import time
@@ -14,6 +15,7 @@ import pytest
 import triton
 
 from tests.helpers.engine import Engine
+from tests.helpers.kernel_cache import forget_kernels
 from tests.helpers.models import random_prompt, write_bfloat16_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
@@ -26,7 +28,6 @@ DEFAULTS = {
     "max_num_seqs": 16,
     # Holds a batch of the tile of many tokens.
     "max_num_batched_tokens": 4352,
-    "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 2 << 30,  # XAttention's lists come out of it
 }
 NGRAM = {
@@ -118,6 +119,7 @@ def test_nothing_is_compiled_after_the_start(files: tuple[Path, Path], name: str
     if "policy" not in flux:
         flux = {key: value for key, value in flux.items() if not key.endswith("_tokens")}
         flux |= {"router": str(files[1])}
+    forget_kernels()
     with (
         compiled() as at_start,
         Engine(files[0], flux, num_gpu_blocks_override=350, **arguments) as engine,

@@ -30,7 +30,6 @@ DEFAULTS = {
     "block_size": BLOCK_SIZE,
     "enable_prefix_caching": True,
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.1,  # several processes share the GPU
 }
 
 

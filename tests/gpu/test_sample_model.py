@@ -33,7 +33,6 @@ DEFAULTS = {
     "max_num_seqs": 64,
     "block_size": 16,
     "kv_cache_memory_bytes": 3 << 30,  # all prompts at once
-    "gpu_memory_utilization": 0.1,
 }
 
 

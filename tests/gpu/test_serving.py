@@ -49,7 +49,6 @@ DEFAULTS = {
     "dtype": "bfloat16",
     "enforce_eager": False,
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.1,  # several processes share the GPU
 }
 
 

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from .engine_process import no_freezing, prepare_process
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -60,7 +62,7 @@ class Answer:
 
 
 class Engine:
-    """`vllm.LLM` on token ids, eager and in float32 unless told otherwise.
+    """`vllm.LLM` on token ids, eager, in float32 and a tenth of a GPU unless told otherwise.
 
     Args:
         model: folder.
@@ -84,6 +86,8 @@ class Engine:
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
         }
+        if torch.cuda.is_available():  # several processes share the GPU
+            defaults["gpu_memory_utilization"] = 0.1
         if flux is not None:
             defaults |= {"attention_backend": "flux", "additional_config": {"flux": flux}}
         self.has_flux = flux is not None
@@ -195,7 +199,7 @@ class Engine:
 
         probe = self.runtime.probe
         probe.decide(Prompt("probed by a test", len(tokens), list(tokens)))
-        pooled = probe._weights @ probe._mean_query
+        pooled = probe._inputs.complete(probe._weights @ probe._mean_query, probe._told)
         return pooled, probe.full_probability.clone(), probe.routes.clone()
 
     def generate(

@@ -75,7 +75,7 @@ class Family:
         return [layer for layer in self.routed if layer not in self.owners]
 
 
-def quantized_family(form: str, arguments: dict[str, Any] | None = None) -> Family:
+def quantized_family(form: str) -> Family:
     """Make a Llama whose weights are stored in a format of `quantized.py`."""
     return Family(
         LlamaConfig,
@@ -85,7 +85,6 @@ def quantized_family(form: str, arguments: dict[str, Any] | None = None) -> Fami
         dtype="bfloat16",
         head_dim=64,
         quantized=form,
-        arguments=arguments or {},
     )
 
 
@@ -156,14 +155,13 @@ def make_case(family: Family, folder: Path) -> Case:
     return Case(folder, exact, family, reference, router, stock, block_size)
 
 
-def start(folder: Path, family: Family, flux: dict[str, Any] | None, **arguments: Any) -> Engine:
+def start(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
     """Start an engine: stock vLLM where there is no configuration of flux.
 
     Args:
         folder: of the model.
         family: of it.
         flux: the configuration, or None.
-        arguments: further ones of `vllm.LLM`.
     """
     from vllm.model_executor.layers.mamba.abstract import MambaBase
     from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
@@ -179,7 +177,7 @@ def start(folder: Path, family: Family, flux: dict[str, Any] | None, **arguments
             max_num_seqs=4,
             enable_prefix_caching=True,
             served_model_name=f"family-{next(_names)}",
-            **(family.arguments | arguments),
+            **family.arguments,
         )
 
 
@@ -225,16 +223,15 @@ def check_fixed_routes(case: Case) -> None:
     assert decided == {*case.family.routed, *case.family.unrotated}
 
 
-def check_router(case: Case, kernels: str | None = None, **arguments: Any) -> None:
+def check_router(case: Case, kernels: str | None = None) -> None:
     """Check `router`: its routes, the same for every schedule, and what they make of answers.
 
     Args:
         case: the model's.
         kernels: on a GPU.
-        arguments: further ones of `vllm.LLM`.
     """
     flux = {} if kernels is None else {"kernels": kernels}
-    with start(case.folder, case.family, flux, **arguments) as engine:
+    with start(case.folder, case.family, flux) as engine:
         answers = list(answer_all(engine, case.family))
         decided = _decided_layers(engine)
         check_training_decides_alike(

@@ -150,6 +150,7 @@ def _calibrate(
         mean, deviation = features[:, layer].mean(dim=0), features[:, layer].std(dim=0)
         if not deviation.any():
             continue  # a layer without attention
+        deviation[deviation == 0] = 1  # what these prompts share is left as it is
         weight = tensors[f"{prefix}.features.0.weight"] / deviation
         tensors[f"{prefix}.features.0.weight"] = weight
         tensors[f"{prefix}.features.0.bias"] -= weight @ mean

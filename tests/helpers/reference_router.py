@@ -6,6 +6,7 @@ Slow and plain on purpose.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class ReferenceRouter:
         if not named:
             kind = "tail" if self.metadata.get("pool_prefix") == "false" else "ends"
             named = [f"{kind}:{self.metadata['pool_tokens']}"]
-        return [(kind, int(tokens)) for kind, tokens in (pool.split(":") for pool in named)]
+        parts = [(*pool.split(":"), "0")[:2] for pool in named]
+        return [(kind, int(tokens)) for kind, tokens in parts]
 
     @property
     def probe(self) -> tuple[int, int]:
@@ -85,7 +87,14 @@ class ReferenceRouter:
             "tail": lambda n: list(range(max(0, count - n), count)),
         }
         picked["ends"] = lambda n: picked["head"](n) + picked["tail"](n)
-        pools = [queries[:, picked[kind](tokens)].mean(dim=1) for kind, tokens in self.pools]
+        pools = []
+        for kind, tokens in self.pools:
+            if kind in picked:
+                pools.append(queries[:, picked[kind](tokens)].mean(dim=1))
+                continue
+            told = overlap_by_sets(prompt, tokens) if kind == "overlap" else [_length(prompt)]
+            numbers = [told[place % len(told)] for place in range(queries.shape[-1])]
+            pools.append(torch.tensor(numbers).expand(len(queries), -1))
         return torch.stack(pools, dim=1)
 
     def features(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
@@ -110,3 +119,30 @@ class ReferenceRouter:
         hidden = dense("features.2", silu(dense("features.0", features.float())))
         hidden = silu(dense("head.2", silu(dense("head.0", hidden))))
         return dense("head.4", hidden)
+
+
+def _length(prompt: Sequence[int]) -> float:
+    """Tell a prompt's length: doublings of 16,384 tokens."""
+    return math.log2(len(prompt) / 16384)
+
+
+def overlap_by_sets(ids: Sequence[int], near_tokens: int) -> list[float]:
+    """Tell where a prompt's end occurs earlier, as `overlap:NEAR_TOKENS` means it.
+
+    Returns: for one token and for three in a row, for the latest 128 tokens and for 32: the share
+        of these different ones that occurs far from the end, and of those that only do so.
+    """
+    split = max(0, len(ids) - near_tokens)
+
+    def grams(part: Sequence[int], gram: int) -> set[tuple[int, ...]]:
+        return {tuple(part[at : at + gram]) for at in range(len(part) - gram + 1)}
+
+    found = []
+    for gram in (1, 3):
+        for end in (128, 32):
+            start = max(split, len(ids) - end)
+            asked = grams(ids[start:], gram)
+            far, near = grams(ids[:split], gram), grams(ids[split:start], gram)
+            count = max(1, len(asked))
+            found += [len(asked & far) / count, len((asked & far) - near) / count]
+    return found

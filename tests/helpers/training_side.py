@@ -89,7 +89,7 @@ def check_training_decides_alike(
     routes = ThresholdPolicy(narrow, 0.5).decide(features)
     margin, sure = _P_FULL[dtype], (p_full - 0.5).abs() > _P_FULL[dtype]
     for row, (prompt, answer) in enumerate(found.items()):
-        served = engine.probe(prompt)[0][list(layers)].flatten(1)
+        served = engine.probe(prompt)[0][list(layers)].flatten(1).cpu()
         torch.testing.assert_close(features[:, row], served, rtol=0, atol=_FEATURES[dtype])
         assert answer.p_full is not None
         assert answer.routes is not None

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter
+from flux_vllm.router.overlap import WIDTH
 from flux_vllm.router.route import Route
 from training.config import OptimizerSettings, TrainConfig
 from training.costs.measurements import Measurements
@@ -37,8 +38,9 @@ _LEAST_DEVIATION = 0.1
 """Deviations below this share of the median are raised to it: they are noise."""
 _BIAS_RATE = 10
 _LEAST_NATS = 3e-3
-_LENGTH_WEIGHT = 2.0
-"""Of a prompt's length beside one number of a query."""
+_TOLD_WEIGHTS = {"length": 2.0, "overlap": 1.0}
+"""Of a number that is told of a prompt beside one number of a query."""
+_LEAST_TOLD_DEVIATION = 0.01
 
 
 def assemble(measured: Measurements, inputs: RouterInputs) -> torch.Tensor:
@@ -143,14 +145,14 @@ class _SharedTrunk(nn.Module):
         self.own = len(inputs.pools) * head_dim
         view = seen[0, :, self.own :]
         self.mean, deviation = view.mean(dim=0), view.std(dim=0)
-        kinds = [pool.kind == "length" for pool in inputs.pools] * len(inputs.context_layers)
-        is_length = torch.tensor(kinds).repeat_interleave(head_dim)
-        self.is_noisy = (~is_length).float()
-        least = _LEAST_DEVIATION * deviation[~is_length].median()
-        scale = torch.where(is_length, deviation, deviation.maximum(least)).clamp(min=1e-6)
-        # A length stands there as many equal numbers, which count as one.
+        told = _told_weights(inputs, head_dim)
+        is_told = told > 0
+        self.is_noisy = (~is_told).float()
+        least = _LEAST_DEVIATION * deviation[~is_told].median()
         self.scale = torch.where(
-            is_length, _LENGTH_WEIGHT / math.sqrt(max(1, int(is_length.sum()))) / scale, 1 / scale
+            is_told,
+            told / deviation.clamp(min=_LEAST_TOLD_DEVIATION),
+            1 / deviation.maximum(least).clamp(min=1e-6),
         )
         first, second, *_ = widths
         self.first, self.second = nn.Linear(len(self.mean), first), nn.Linear(first, second)
@@ -200,6 +202,22 @@ class _SharedTrunk(nn.Module):
             ):
                 ours.copy_(theirs)
         return router
+
+
+def _told_weights(inputs: RouterInputs, head_dim: int) -> torch.Tensor:
+    """Weigh the context layers' inputs that are told, of which equal ones count as one; 0: queries.
+
+    Returns: [F'] float32.
+    """
+    layers = len(inputs.context_layers)
+    numbers = {"length": 1, "overlap": min(WIDTH, head_dim)}
+    weights = [
+        _TOLD_WEIGHTS[pool.kind] / math.sqrt(layers * head_dim / numbers[pool.kind])
+        if pool.is_told
+        else 0.0
+        for pool in inputs.pools
+    ]
+    return torch.tensor(weights * layers).repeat_interleave(head_dim)
 
 
 @torch.no_grad()

@@ -201,6 +201,12 @@ def measure_into(
         found.append(part)
         sys.stderr.write(
             f"[{time.monotonic() - began:.0f} s] {start + len(chunk)} of {len(prompts)} prompts "
-            f"measured; all SPARSE costs {part.nats[:, 0].mean():.3f} nats, samples "
-            f"{part.nats[:, 1].mean():.3f}\n"
+            f"measured; all SPARSE costs {part.nats[:, 0].mean():.3f} nats, {_samples_cost(part)}\n"
         )
+
+
+def _samples_cost(measured: Measurements) -> str:
+    """Say what sampled routes cost, over the prompts that have a sample."""
+    nats = measured.nats[:, 1:]
+    sampled = nats[np.isfinite(nats)]
+    return f"samples {sampled.mean():.3f}" if sampled.size else "no samples"

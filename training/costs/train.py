@@ -85,7 +85,7 @@ def train_by_costs(config: TrainConfig) -> Path:
         base_model=model_name(config.model),
         num_layers=layers.total,
         head_dim=head_dim,
-        pool_tokens=max(1, *(pool.tokens for pool in inputs.pools)),
+        pool_tokens=max((one.tokens for one in inputs.pools if not one.is_told), default=1),
         probe=settings.probe,
         pools=settings.pools,
         context_layers=tuple(layers.number(inputs.context_layers)),

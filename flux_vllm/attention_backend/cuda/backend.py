@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionType,
@@ -32,6 +31,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from flux_vllm.attention_backend.cuda.calls import (
     BatchPrefill,
@@ -249,7 +249,7 @@ class FluxCUDAImpl(FlashAttentionImpl):
         if attn_metadata is not None and self.binding is not None:
             routes = attn_metadata.flux
         if routes is None:
-            if self.is_float8 and self.supports_quant_query_input and attn_metadata is not None:
+            if attn_metadata is not None and self._takes_other_queries(query):
                 query = quantize_queries(query, layer)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
@@ -289,6 +289,10 @@ class FluxCUDAImpl(FlashAttentionImpl):
             assert routes.sparse_prefill is not None
             routes.sparse_prefill.attend(call, self.kernels)
         return output
+
+    def _takes_other_queries(self, query: torch.Tensor) -> bool:
+        """Tell whether vLLM's own call takes float8 queries and these are not yet."""
+        return self.is_float8 and self.supports_quant_query_input and query.element_size() > 1
 
     def _split(self, kv_cache: torch.Tensor, layer: Any) -> KVCache:
         """View vLLM's cache of a layer as keys and values, with their scales."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from flux_vllm.attention_backend.cuda.choose import workspace_nbytes
 from flux_vllm.attention_backend.cuda.patterns import prefill_nbytes
@@ -33,11 +33,11 @@ def fixed_nbytes(runtime: FluxRuntime, vllm_config: Any, groups: list[Any]) -> i
     rows, model = most_rows(vllm_config), vllm_config.model_config
     heads = model.get_num_attention_heads(vllm_config.parallel_config)
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    if runtime.config.policy == "full":
+        return 0
     queries = 0
     if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
         queries = tokens * heads * model.get_head_size()  # a layer's, quantized
-    if runtime.config.policy == "full":
-        return queries
     total = queries + prefill_nbytes(
         runtime.pattern,
         heads,

@@ -219,8 +219,12 @@ def _prefill_kernel(
         if SPARSE:
             start += tl.where(i < sink_tiles, 0, begin - sink_tiles * BLOCK_N)
         n = start + tl.arange(0, BLOCK_N)
-        loaded = (n < keys)[:, None] & (d < HEAD_DIM)[None, :]
-        block = tl.load(table + n // BLOCK_SIZE, mask=n < keys, other=0).to(tl.int64)
+        in_use = n < keys
+        if SPARSE:
+            # Between sinks and window blocks may be given back: a tile is loaded up to them only.
+            in_use &= (n < SINK_TOKENS) | (n > first - WINDOW_TOKENS)
+        loaded = in_use[:, None] & (d < HEAD_DIM)[None, :]
+        block = tl.load(table + n // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
         k_offset = block * stride_kb + (n % BLOCK_SIZE) * stride_kt
         k = tl.load(key_base + k_offset[:, None] + d[None, :], mask=loaded, other=0.0)
         scores = dot(q, tl.trans(k.to(q.dtype)), None, INTERPRET) * scale_log2

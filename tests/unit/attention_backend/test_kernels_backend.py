@@ -57,10 +57,11 @@ def test_batch(name: str, shape: Shape, tmp_path_factory: pytest.TempPathFactory
         worker.check(batch, worker.step(batch))
 
 
+@pytest.mark.parametrize("by_layer", [False, True], ids=["here", "by-the-layer"])
 def test_vllms_own_call_over_a_float8_cache_gets_float8_queries(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, by_layer: bool
 ) -> None:
-    """Quantized by the layer's scale; the probe's and our kernels' queries are the model's."""
+    """Quantized by the layer's scale once: under policy `full` vLLM's layer has done it."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
     from tests.helpers.cuda_backend import BackendWorker
@@ -73,8 +74,9 @@ def test_vllms_own_call_over_a_float8_cache_gets_float8_queries(
         FlashAttentionImpl, "forward", lambda self, layer, query, *_: seen.append(query)
     )
     outputs = [batch.poisoned_output() for _ in worker.layers]
-    worker.forward(batch, SimpleNamespace(flux=None), outputs)
     assert batch.float8 is not None
+    asked = replace(batch, query=batch.float8.query) if by_layer else batch
+    worker.forward(asked, SimpleNamespace(flux=None), outputs)
     for query in seen:
         assert query.dtype == torch.float8_e4m3fn
         assert torch.equal(query.float(), batch.float8.query.float())

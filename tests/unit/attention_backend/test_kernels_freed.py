@@ -1,14 +1,19 @@
 """The CUDA backend over block tables whose SPARSE rows gave back what `free_kv` frees.
 
 Oracle: `tests.helpers.oracle.naive` over the same batch with every block there. What was given back
-is NaN here, which no masked key would survive: it must not be loaded at all.
+is NaN here, which no masked key would survive: it must not be loaded at all. Tiles decide what is
+loaded beside what is attended, so the interpreter runs Hopper's too.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-from flux_vllm.attention_backend.kernels import fa3
+from flux_vllm.attention_backend.kernels import fa3, triton_decode, triton_prefill
 from tests.unit.attention_backend.test_kernels_cases import (
     DEVICES,
     FULL,
@@ -42,6 +47,13 @@ CALLS = [
     ),
 ]
 """Devices and the kernels that they run."""
+SHAPES = [
+    Shape(),
+    # A tile of 64 keys holds sinks and, behind them, what was given back.
+    Shape(sink_tokens=16, window_tokens=70, head_dim=128, dtype=torch.bfloat16),
+    Shape(dtype=torch.bfloat16, float8=True),
+    Shape(head_dim=128, dtype=torch.bfloat16, float8=True),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +62,23 @@ def _gpu_of_four_multiprocessors(monkeypatch: pytest.MonkeyPatch, device: str) -
 
     if device == "cpu":
         stand_for_gpu(monkeypatch)
+
+
+def _as_on_hopper(module: ModuleType, choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a module choose its sizes as it does on a GPU, and nothing else."""
+
+    def chosen(*args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "INTERPRETED", False)
+            patch.setattr(module, "is_hopper", lambda: True, raising=False)
+            return choose(*args)
+
+    return chosen
+
+
+def _take_hoppers_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((triton_prefill, "default_tile"), (triton_decode, "default_block_n")):
+        monkeypatch.setattr(module, name, _as_on_hopper(module, getattr(module, name)))
 
 
 def _free(batch: PagedBatch, too_many: int = 0) -> tuple[PagedBatch, int]:
@@ -64,7 +93,7 @@ def _free(batch: PagedBatch, too_many: int = 0) -> tuple[PagedBatch, int]:
             block_size=shape.block_size,
             num_kv_heads=shape.kv_heads,
             head_size=shape.head_dim,
-            dtype=shape.dtype,
+            dtype=torch.uint8 if shape.float8 else shape.dtype,
         ),
         cluster=0,
         sink_tokens=shape.sink_tokens,
@@ -88,16 +117,34 @@ def _run(batch: PagedBatch, freed: PagedBatch, folder, kernels: str) -> None:
     for index, row in enumerate(batch.rows):
         if row.query_len:
             part = batch.tokens_of(index)
-            assert_as_exact_as_torch(out[part], exact[part], low[part], f"row {index} {row}")
+            what = f"row {index} {row}"
+            assert_as_exact_as_torch(out[part], exact[part], low[part], what, batch.rounding)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("device", "kernels"), CALLS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_freed_blocks_are_not_read(device: str, name: str, kernels: str, tmp_path_factory) -> None:
-    batch = make_batch(BATCHES[name], Shape(), device)
+def test_freed_blocks_are_not_read(
+    device: str, name: str, kernels: str, shape: Shape, tmp_path_factory
+) -> None:
+    batch = make_batch(BATCHES[name], shape, device)
+    batch.by_fa3 = kernels == "fa3"
     freed, count = _free(batch)
     assert count > 10
     _run(batch, freed, tmp_path_factory.getbasetemp(), kernels)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES[:1])
+@pytest.mark.parametrize("name", BATCHES)
+def test_freed_blocks_are_not_read_with_hoppers_tiles(
+    device: str, name: str, shape: Shape, tmp_path_factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _take_hoppers_tiles(monkeypatch)
+    batch = make_batch(BATCHES[name], shape, device)
+    freed, count = _free(batch)
+    assert count > 10
+    _run(batch, freed, tmp_path_factory.getbasetemp(), "triton")
 
 
 @pytest.mark.parametrize("device", DEVICES)

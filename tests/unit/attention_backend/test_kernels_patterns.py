@@ -20,6 +20,7 @@ from flux_vllm.attention_backend.kernels.paged import KVCache, PagedRows
 from flux_vllm.attention_backend.kernels.strided_scores import score_blocks, tasks_a_program
 from flux_vllm.attention_backend.kernels.tiles import INTERPRETED
 from flux_vllm.batch import Batch
+from flux_vllm.config import FluxConfig
 from flux_vllm.patterns import make_pattern
 from tests.helpers import fa3_emulation
 from tests.helpers.oracle import block_choice
@@ -366,6 +367,8 @@ def test_memory_is_taken_before_the_cache_is_sized(
     with monkeypatch.context() as float8:
         float8.setattr(config.cache_config, "cache_dtype", "fp8")
         assert memory.fixed_nbytes(runtime, config, groups) - total == tokens * 6 * 128
+        full = SimpleNamespace(config=FluxConfig(policy="full"))
+        assert memory.fixed_nbytes(full, config, groups) == 0
     monkeypatch.setattr(memory, "prefill_nbytes", lambda *_: 0)
     assert memory.fixed_nbytes(runtime, config, groups) == total - stated < total
 

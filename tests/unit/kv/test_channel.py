@@ -59,11 +59,15 @@ def test_routes_arrive_with_an_output_on_its_way():
             events.append("tokens")
             return _output()
 
+        def get_kv_connector_output(self):
+            return "a connector's"
+
     decided = _decided()
     event = SimpleNamespace(synchronize=lambda: events.append("routes"))
     object.__setattr__(decided, "event", event)
     output = send_routes(OnItsWay(), decided)
     assert isinstance(output, AsyncModelRunnerOutput)
+    assert output.get_kv_connector_output() == "a connector's"
     assert not events
     _check(pickle.loads(pickle.dumps(output.get_output())))
     assert events == ["tokens", "routes"]

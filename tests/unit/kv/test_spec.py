@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from flux_vllm.kv.register import register
 from tests.conftest import REPOSITORY
@@ -28,6 +29,13 @@ def test_freed_end_keeps_the_window_and_a_tile_before_it(window_tokens, processe
     blocks = [block for block in range(100) if (block + 1) * BLOCK_SIZE <= kept_from]
     assert spec.freed_end(processed) == len(blocks)
     assert spec.window_block(processed) == max(first_key, 0) // BLOCK_SIZE
+
+
+def test_freed_end_keeps_a_larger_tile_of_float8():
+    spec = replace(sparse_spec(window_tokens=50), dtype=torch.uint8)
+    first_key = 500 - 50 + 1
+    assert spec.freed_end(500) == (first_key - 224) // BLOCK_SIZE
+    assert spec.most_blocks(1, 10**6) == sparse_spec(window_tokens=50 + 96).most_blocks(1, 10**6)
 
 
 def test_freed_end_keeps_a_block_where_blocks_are_larger_than_tiles():

@@ -217,7 +217,11 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("pools", '["tail:x"]', r".*head:TOKENS, tail:TOKENS or ends:TOKENS .*'tail:x'.*"),
+            (
+                "pools",
+                '["tail:x"]',
+                r".*head:TOKENS, tail:TOKENS, ends:TOKENS or overlap:TOKENS .*'tail:x'.*",
+            ),
             ("pools", '["tail:129"]', r".*at most 128 tokens \(tail\), .*found tail:129.*"),
             (
                 "pools",

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flux_vllm.router.inputs import Pool, Probe, RouterInputs, parse_inputs
+from flux_vllm.router.overlap import WIDTH, overlap
 
 L, H = 5, 3
 
@@ -51,8 +52,26 @@ def test_assemble(rows: tuple[int, ...]) -> None:
         assert torch.equal(features[layer], torch.cat(own, dim=-1))
 
 
+@pytest.mark.parametrize("head_dim", [8, 12, 64])
+def test_what_is_told_stands_in_its_pools(head_dim: int) -> None:
+    inputs = parse_inputs(["length", "tail:1", "overlap:20"], [0, 4], [])
+    prompt = np.random.default_rng(0).integers(0, 9, 4096)
+    told = inputs.told(prompt)
+    assert told[0].tolist() == [-2.0] * WIDTH  # of 16,384 tokens
+    assert not told[1].any()
+    assert told[2].tolist() == overlap(prompt, 20).tolist()
+    assert not inputs.weights(len(prompt))[[0, 2]].any()
+    pooled = torch.zeros(L, 3, head_dim)
+    pooled[:, 1] = torch.randn(L, head_dim)
+    found = inputs.complete(pooled, torch.from_numpy(told))
+    assert torch.equal(found[:, 1], pooled[:, 1])
+    for place in range(head_dim):
+        assert found[3, 0, place] == -2
+        assert found[3, 2, place] == told[2, place % WIDTH]
+
+
 def test_pools_are_read_as_they_are_written() -> None:
-    for text in ("head:128", "tail:1", "ends:100"):
+    for text in ("head:128", "tail:1", "ends:100", "length", "overlap:2048"):
         assert str(Pool.parse(text)) == text
 
 

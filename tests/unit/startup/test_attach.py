@@ -225,6 +225,14 @@ class TestAttach:
             "serve it without --attention-backend flux"
         )
 
+    def test_queries_of_policy_full_are_quantized_by_vllms_layer(self, tmp_path: Path) -> None:
+        """Its calls are then vLLM's own in every bit, also where the layer is compiled."""
+        for flux, by_layer in (({"policy": "full"}, True), (STATIC | {"sparse_layers": []}, False)):
+            attentions = self.attentions()
+            attach(runner_of(Model(attentions, None)), make_config(tmp_path, flux), CPU)
+            for attention in attentions:
+                assert (attention.query_quant is not None) == by_layer
+
     def test_fixed_policies_need_no_rope(self, tmp_path: Path) -> None:
         config = make_config(tmp_path, {"policy": "full"})
         attach(runner_of(Model(self.attentions(), None)), config, CPU)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_files_survive_and_are_not_measured_again(routed: RoutedModel, tmp_path:
     assert json.loads((tmp_path / "measured.json").read_text()) == {"model": "m"}
     with pytest.raises(ValueError, match="measurements of the same model"):
         open_folder(tmp_path, {"model": "other"})
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, r"samples \d"), (0.0, "no samples")])
+def test_prompts_without_a_sample_do_not_count_in_what_is_said(
+    routed: RoutedModel, tmp_path: Path, capsys: Any, share: float, expected: str
+) -> None:
+    items = [PlacedPrompt(place, False, prompt) for place, prompt in enumerate(make_prompts())]
+    one = measurer(routed)
+    one.sampled_share, one.due = share, share * 2
+    measure_into(tmp_path, one, items, open_folder(tmp_path, {}), 0.0)
+    said = capsys.readouterr().err
+    assert re.search(expected, said), said
+    assert "nan" not in said
+    assert np.isnan(join(read_folder(tmp_path)).nats[:, 1:]).any() == (share > 0)
 
 
 def test_measurements_with_fewer_samples_are_joined(routed: RoutedModel) -> None:
