@@ -67,6 +67,4 @@ def _count_ranks_eagerly() -> None:
     from vllm.v1.sample.ops import logprobs
 
     compiled = logprobs.batched_count_greater_than
-    sampler.batched_count_greater_than = getattr(
-        compiled, "_torchdynamo_orig_callable", sampler.batched_count_greater_than
-    )
+    sampler.batched_count_greater_than = compiled._torchdynamo_orig_callable

@@ -110,17 +110,39 @@ def test_routes_refuses_sparse_layers(prompt: str, capsys: pytest.CaptureFixture
     assert "'0;1'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    """A random model of four layers and 512 positions, with a tokenizer and a router."""
+    from tests.helpers.models import write_random_router, write_tiny_llama
+    from tests.helpers.training_side import write_tokenizer
+
+    model = write_tiny_llama(tmp_path / "model", max_position_embeddings=512)
+    write_random_router(model, num_layers=4, head_dim=32)
+    write_tokenizer(model)
+    return model
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_routes_of_the_sample_model(sample_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "layers", "chosen"),
+    [
+        ("small_model", 4, [0, 3]),
+        pytest.param("sample_model", 30, [1, 4, 29], marks=pytest.mark.long),
+    ],
+)
+def test_routes_of_a_model(
+    fixture: str, layers: int, chosen: list[int], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """The whole command, static routes: the map is the list that was given."""
+    model = request.getfixturevalue(fixture)
     (tmp_path / "prompt.txt").write_text("What is the capital of France?")
-    options = "--policy static --sparse-layers 1,4,29 --sink-tokens 64 --window-tokens 512 --chat"
+    options = f"--policy static --sparse-layers {','.join(map(str, chosen))} --chat"
     shown = subprocess.run(
         [
-            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(sample_model), "--json"),
+            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(model), "--json"),
             *("--prompt-file", str(tmp_path / "prompt.txt"), "--kv-cache-gib", "0.5"),
-            *options.split(),
+            *("--sink-tokens", "64", "--window-tokens", "512", *options.split()),
         ],
         capture_output=True,
         text=True,
@@ -128,30 +150,26 @@ def test_routes_of_the_sample_model(sample_model: Path, tmp_path: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
     result = json.loads(shown.stdout)
-    assert result["prompt_tokens"] > 20
+    assert result["prompt_tokens"] > 10  # the chat template's too
     sparse = [layer["layer"] for layer in result["layers"] if layer["route"] == "SPARSE"]
-    assert sparse == [1, 4, 29]
-    assert result["routed_layers"] == 30
+    assert sparse == chosen
+    assert result["routed_layers"] == layers
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_routes_refuses_a_prompt_that_does_not_fit(chat: bool, tmp_path: Path) -> None:
+def test_routes_refuses_a_prompt_that_does_not_fit(
+    chat: bool, small_model: Path, tmp_path: Path
+) -> None:
     """By itself or with its chat template, one line says so."""
-    from tests.helpers.models import write_random_router, write_tiny_llama
-    from tests.helpers.training_side import write_tokenizer
-
-    model = write_tiny_llama(tmp_path / "model", layers=2, max_position_embeddings=512)
-    write_random_router(model, num_layers=2, head_dim=32)
-    write_tokenizer(model)
     most = 511  # one token is generated
     found = most if chat else most + 200
     text = " ".join(["w1"] * found)
     (tmp_path / "prompt.txt").write_text(text)
     shown = subprocess.run(
         [
-            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(model)),
+            *(sys.executable, "-m", "flux_vllm.cli", "routes", str(small_model)),
             *("--prompt-file", str(tmp_path / "prompt.txt"), "--kv-cache-gib", "0.5"),
             *(["--chat"] if chat else []),
         ],
