@@ -87,6 +87,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter find its garbage when it ends; extensions report the rest as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """Take back the signals that a program under test took over.
