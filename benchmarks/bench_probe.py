@@ -66,18 +66,18 @@ def write_fixed_router(
 ) -> Path:
     """Write a router that decides the same for every prompt, and return its path.
 
-    It looks at as much as the router shipped for Qwen2.5-Coder-1.5B: four pools, three layers.
+    It looks at what training's defaults let a router see.
     """
     info = RouterInfo(
         base_model="",
         num_layers=shape.layers,
         head_dim=shape.head_dim,
-        pool_tokens=128,
+        pool_tokens=1,
         sink_tokens=sink_tokens,
         window_tokens=window_tokens,
-        pools=("tail:1", "tail:16", "tail:128", "head:128"),
-        context_layers=tuple(round(part * (shape.layers - 1)) for part in (0.5, 0.75, 1.0)),
-        widths=(64, 64, 64, 32),
+        pools=("tail:1", "length", f"overlap:{window_tokens}"),
+        context_layers=(round(0.65 * (shape.layers - 1)),),
+        widths=(16, 16, 16, 16),
     )
     router = info.make_router()
     weight, bias = router.linear("head.4")
