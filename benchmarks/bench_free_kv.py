@@ -105,12 +105,13 @@ def variant(
     if name == "router":
         flux["router"] = str(write_fixed_router(shape, folder, layers, **sizes))
         order = [*layers, *sorted(set(range(shape.layers)) - set(layers))]
-        clusters = cluster_by_route(order, ()).sparse
-        share = sum(set(cluster) <= set(layers) for cluster in clusters) / len(clusters)
+        routed = cluster_by_route(order, ()).sparse
+        share = sum(set(cluster) <= set(layers) for cluster in routed) / len(routed)
     else:
         flux |= {"policy": "static", "sparse_layers": layers, **sizes}
         if name == "free_kv":
-            share = cluster_layers(range(shape.layers), layers).freed_share
+            clusters = cluster_layers(range(shape.layers), layers)
+            share = len(clusters.sparse) / clusters.num_groups
     return share, arguments | {
         "attention_backend": "flux",
         "additional_config": {"flux": flux},

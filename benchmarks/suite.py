@@ -24,7 +24,7 @@ class Benchmark:
     arguments: tuple[str, ...] | None = ()
     """Of `make bench`; None: it needs what only its caller has, and `make bench` leaves it out."""
     page: str = ""
-    """Where its figures are shown, in `results/`."""
+    """Where its figures are shown, from `results/`."""
 
     def command(self, out: Path) -> list[str]:
         """Give the arguments of a run that writes its rows into a folder."""
@@ -65,7 +65,7 @@ SUITE = (
                '{"load_format": "dummy", "gpu_memory_utilization": 0.25}')),
     Benchmark("bench_kv_answers", "a real model's answers with keys given back", "gpu", 15, None),
     Benchmark("bench_free_kv", "requests held and tokens a second as keys are given back", "gpu",
-              10, None),
+              10, None, "../../docs/KV_MEMORY.md"),
     Benchmark("serve_quality", "a router's quality on a server beside offline scoring", "gpu", 30,
               None),
     Benchmark("real_tasks", "LongBench, needles and more, agreement, routes by task", "gpu", 60,
@@ -73,5 +73,5 @@ SUITE = (
     Benchmark("experiments.bench_head_split", "routes by layer against a split by heads", "gpu",
               10, _DUMMY, "serve_h200.md"),
     Benchmark("experiments.xattention_density", "how much XAttention keeps of real text", "cpu",
-              20, None),
+              20, None, "../../docs/PATTERNS.md"),
 )  # fmt: skip

@@ -39,11 +39,6 @@ class Clusters:
         """All groups, freed or not."""
         return len(self.sparse) + self.full_groups
 
-    @property
-    def freed_share(self) -> float:
-        """Most of the blocks of an endless request that are given back, 0 to 1."""
-        return (len(self.sparse) - self.kept) / self.num_groups
-
 
 def cluster_layers(layers: Iterable[int], sparse_layers: Iterable[int]) -> Clusters:
     """Cut a model's layers into groups that leave a long request the fewest blocks to hold.

@@ -15,9 +15,9 @@ from statistics import median
 
 import torch
 
-from .engine import Answer
-from .reference import ReferenceModel, Request, SparsePattern
-from .replay import replay, token_errors
+from tests.helpers.engine import Answer
+from tests.helpers.reference import ReferenceModel, Request, SparsePattern
+from tests.helpers.replay import replay, token_errors
 
 # Bfloat16 turned 138 choices of 12,672 on the CPU, the widest of 0.0065; of those that no earlier
 # turn had a part in, the widest of 0.0032.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
-from .models import write_tiny_llama, write_tiny_model
+from tests.helpers.models import write_tiny_llama, write_tiny_model
 
 VOCABULARY = 8
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 64, 4

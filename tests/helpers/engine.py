@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .engine_process import no_freezing, prepare_process
+from tests.helpers.engine_process import no_freezing, prepare_process
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

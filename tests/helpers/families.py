@@ -22,15 +22,19 @@ from prometheus_client import generate_latest
 from transformers import LlamaConfig, PreTrainedConfig
 
 from flux_vllm.router.place import beside_weights
-
-from .engine import Answer, Engine
-from .metrics import parse
-from .models import random_prompt, round_to_bfloat16, write_random_router, write_tiny_model
-from .quantized import quantize
-from .reference import FULL, SPARSE, ReferenceRouter, SparsePattern
-from .replay import P_FULL_MARGIN, check_routes
-from .training_side import check_training_decides_alike, check_training_runs
-from .whole_reference import WholeModel
+from tests.helpers.engine import Answer, Engine
+from tests.helpers.metrics import parse
+from tests.helpers.models import (
+    random_prompt,
+    round_to_bfloat16,
+    write_random_router,
+    write_tiny_model,
+)
+from tests.helpers.quantized import quantize
+from tests.helpers.reference import FULL, SPARSE, ReferenceRouter, SparsePattern
+from tests.helpers.replay import P_FULL_MARGIN, check_routes
+from tests.helpers.training_side import check_training_decides_alike, check_training_runs
+from tests.helpers.whole_reference import WholeModel
 
 SINK_TOKENS, WINDOW_TOKENS = 32, 128
 LENGTHS = (100, 161, 333, 500)

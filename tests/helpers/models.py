@@ -18,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from .reference_router import FULL, SPARSE, ReferenceRouter
-from .reference_steps import StepModel
+from tests.helpers.reference_router import FULL, SPARSE, ReferenceRouter
+from tests.helpers.reference_steps import StepModel
 
 # Scores q.k / sqrt(head_dim) get about the square of this as their standard deviation.
 _QUERY_KEY_SCALE = 1.6

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .reference_attention import Phase, SparsePattern, masked_attention
-from .reference_router import FULL, SPARSE, ReferenceRouter
-from .reference_steps import History, StepModel, StepRecord
+from tests.helpers.reference_attention import Phase, SparsePattern, masked_attention
+from tests.helpers.reference_router import FULL, SPARSE, ReferenceRouter
+from tests.helpers.reference_steps import History, StepModel, StepRecord
 
 __all__ = [
     "FULL",

@@ -10,8 +10,7 @@ import torch
 from tests.helpers.oracle import masks, naive
 from tests.helpers.oracle.block_choice import BLOCK
 from tests.helpers.oracle.masks import SparsePattern
-
-from .reference_router import FULL, SPARSE
+from tests.helpers.reference_router import FULL, SPARSE
 
 Phase = Literal["prefill", "decode"]
 _QUERY_SLICE = 256  # queries per product: bounds the score matrix at 3,500 tokens

@@ -10,17 +10,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch.nn.functional import linear, silu
 
-if TYPE_CHECKING:
-    from .reference_steps import StepModel
-
 # A route is the number of its column in the router's logits.
 SPARSE, FULL = 0, 1
+
+
+class ProbedModel(Protocol):
+    """What a router asks of a model: `StepModel` and others."""
+
+    def probe(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Return each layer's mean query before RoPE: [layers, tokens, H]."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class ReferenceRouter:
             return list(range(prompt_len))
         return [*range(head), *range(prompt_len - tail, prompt_len)]
 
-    def pooled(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+    def pooled(self, model: ProbedModel, prompt: Sequence[int]) -> torch.Tensor:
         """Pool each layer's mean query before RoPE: [layers, pools, H]."""
         positions = self.positions(len(prompt))
         queries = model.probe([prompt[position] for position in positions], positions)
@@ -97,13 +101,13 @@ class ReferenceRouter:
             pools.append(torch.tensor(numbers).expand(len(queries), -1))
         return torch.stack(pools, dim=1)
 
-    def features(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+    def features(self, model: ProbedModel, prompt: Sequence[int]) -> torch.Tensor:
         """Put each layer's pools and the context layers' in a row: [layers, F]."""
         pooled = self.pooled(model, prompt)
         context = [pooled[i] for i in json.loads(self.metadata.get("context_layers", "[]"))]
         return torch.stack([torch.cat([own, *context]).flatten() for own in pooled])
 
-    def p_full(self, model: "StepModel", prompt: Sequence[int]) -> torch.Tensor:
+    def p_full(self, model: ProbedModel, prompt: Sequence[int]) -> torch.Tensor:
         """Give the probability of FULL in each layer: [layers]."""
         features = self.features(model, prompt)
         logits = [self.logits(layer, row) for layer, row in enumerate(features)]

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from .reference_attention import Phase, SparsePattern, masked_attention
+from tests.helpers.reference_attention import Phase, SparsePattern, masked_attention
 
 _ATTENTION_NAME = "flux_reference"
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .engine import Answer
-from .reference import (
+from tests.helpers.engine import Answer
+from tests.helpers.reference import (
     FULL,
     SPARSE,
     History,

@@ -11,10 +11,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from .engine import Answer
-from .metrics import parse, total
-from .rank_log import RankLog
-from .tensor_parallel import RankedEngine
+from tests.helpers.engine import Answer
+from tests.helpers.metrics import parse, total
+from tests.helpers.rank_log import RankLog
+from tests.helpers.tensor_parallel import RankedEngine
 
 _engines = itertools.count()
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Answer, Engine
-from .rank_log import RankLog
+from tests.helpers.engine import Answer, Engine
+from tests.helpers.rank_log import RankLog
 
 THRESHOLD = 0.5
 NEAR_THRESHOLD = 0.01

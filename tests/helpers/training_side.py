@@ -18,6 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.route import full_probability
+from tests.helpers.engine import Answer, Engine
+from tests.helpers.models import random_prompt
+from tests.helpers.reference import SPARSE, SparsePattern
+from tests.helpers.whole_reference import WholeModel
 from training.attach import RoutedModel
 from training.config import SystemSettings
 from training.costs import train as costs_train
@@ -28,11 +32,6 @@ from training.policies import ThresholdPolicy
 from training.probe import collate_probes
 from training.recipes import tiny
 from training.trainer import train
-
-from .engine import Answer, Engine
-from .models import random_prompt
-from .reference import SPARSE, SparsePattern
-from .whole_reference import WholeModel
 
 _FEATURES = {"float32": 1e-3, "bfloat16": 0.15}
 """Largest error of a feature, of numbers around 1: rounding is the server's."""

@@ -1,4 +1,4 @@
-"""A second reference, for models whose layers are not all attention: the whole sequence at once.
+"""The reference of models whose layers are not all attention: the whole sequence at once.
 
 A layer with a state (a convolution, a state space, linear attention) gives each token the same
 output however its sequence was cut into steps, so one forward of transformers' own model over all
@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from tests.helpers.engine import Answer
 from tests.helpers.oracle import naive
 from tests.helpers.oracle.masks import SparsePattern
-
-from .engine import Answer
-from .reference_router import FULL
+from tests.helpers.reference_router import FULL
 
 _ATTENTION_NAME = "flux_whole_reference"
 

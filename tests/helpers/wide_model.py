@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from .models import (
+from tests.helpers.models import (
     _CALIBRATION_LENGTHS,
     _LOGIT_SCALE,
     _QUERY_KEY_SCALE,
@@ -21,7 +21,7 @@ from .models import (
     _random_router_tensors,
     random_prompt,
 )
-from .reference_router import ReferenceRouter
+from tests.helpers.reference_router import ReferenceRouter
 
 POOL_TOKENS = 48
 

@@ -5,6 +5,7 @@ Pinned: layers with a sliding window of their own stay unrouted, and attention o
 (chunked local) does not pass for full attention.
 """
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.patterns import make_pattern
 from flux_vllm.router.inputs import Pool, RouterInputs
+from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
 from flux_vllm.startup.attach import _probed_layers, attach
 from flux_vllm.startup.layers import attention_layers
@@ -291,6 +293,16 @@ class TestAttach:
         flux = {"sparse_pattern": "xattention", "pattern_options": {"stride": 8}}
         pattern = attach(runner_of(model), make_config(tmp_path, flux), CPU).pattern
         assert pattern == make_pattern("xattention", 64, 256, {"stride": 8, "threshold": 0.9})
+
+    def test_the_router_is_there_once(self, tmp_path: Path, rope: Any) -> None:
+        def routers() -> dict[int, LayerRouter]:
+            gc.collect()
+            return {id(one): one for one in gc.get_objects() if isinstance(one, LayerRouter)}
+
+        write(tmp_path)
+        before = routers()
+        runtime = attach(runner_of(Model(self.attentions(), rope)), make_config(tmp_path), CPU)
+        assert list(routers().keys() - before) == [id(runtime.probe._router)]
 
     def test_fixed_policies_hold_no_router(self, tmp_path: Path, rope: Any) -> None:
         write(tmp_path)
