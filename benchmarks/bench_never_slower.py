@@ -17,6 +17,7 @@ keeps what it measured. A lock keeps two runs off one GPU.
 
 import argparse
 import fcntl
+import json
 import os
 import statistics
 import sys
@@ -107,6 +108,7 @@ def _engine(args: argparse.Namespace, shape: Shape, flux: dict[str, Any] | None)
         gpu_memory_utilization=args.gpu_memory_utilization,
         disable_log_stats=True,
         **arguments,
+        **args.engine_arguments,
     )
 
 
@@ -123,7 +125,7 @@ class _Run:
         self._in_time = time_limit(args.seconds)
         self._shortest: dict[int, float] = {}
         self._saved: dict[int, float] = {}
-        self._shares = {"static": round(args.share * shape.layers) / shape.layers}
+        self._shares = {"static": shape.shares([args.share])[0]}
 
     def measure(self) -> None:
         """Measure the first mixed batches, where the host's time goes, then the cells."""
@@ -326,6 +328,8 @@ def _parse() -> argparse.Namespace:
     add("--kv-gib", type=float, default=4, help="KV cache of each engine, GiB (default 4)")
     add("--gpu-memory-utilization", type=float, default=0.1)
     add("--dtype", default="bfloat16")
+    add("--engine-arguments", type=json.loads, default={},
+        help='of all engines, JSON, as {"kv_cache_dtype": "fp8"}')  # fmt: skip
     add("--seconds", type=float, help="begin no cell after so many seconds")
     args = parser.parse_args()
     args.cells = [_cell(text) for text in args.cells]

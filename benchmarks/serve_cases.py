@@ -24,6 +24,8 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab_size: int
+    full_layers: tuple[int, ...] | None = None
+    """Those of full attention, which can be SPARSE; None: all."""
 
     @classmethod
     def read(cls, folder: Path) -> "Shape":
@@ -32,7 +34,10 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":
-        """Read a model's config.json."""
+        """Read a model's config.json; of a model that sees more than text, the text's."""
+        config = config.get("text_config", config)
+        types = config.get("layer_types") or []
+        full = tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         return cls(
@@ -41,16 +46,24 @@ class Shape:
             kv_heads=config["num_key_value_heads"],
             head_dim=head_dim,
             vocab_size=config["vocab_size"],
+            full_layers=full or None,
         )
+
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """Layers that can be SPARSE; shares are of these."""
+        return tuple(range(self.layers)) if self.full_layers is None else self.full_layers
 
     def shares(self, wanted: Sequence[float]) -> tuple[float, ...]:
         """Return the shares that whole layers can have, nearest to those wanted."""
-        return tuple(round(share * self.layers) / self.layers for share in wanted)
+        count = len(self.routed)
+        return tuple(round(share * count) / count for share in wanted)
 
     def spread(self, share: float) -> list[int]:
         """Choose a share of the layers, evenly spread."""
-        count = round(share * self.layers)
-        return sorted({int((i + 0.5) * self.layers / count) for i in range(count)})
+        routed = self.routed
+        count = round(share * len(routed))
+        return sorted({routed[int((i + 0.5) * len(routed) / count)] for i in range(count)})
 
 
 @dataclass(frozen=True, slots=True)
