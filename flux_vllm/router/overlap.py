@@ -34,7 +34,9 @@ def overlap(token_ids: Sequence[int] | np.ndarray, near_tokens: int) -> np.ndarr
     split = max(0, len(ids) - near_tokens)
     is_asked = np.zeros(int(ids.max()) + 1, dtype=bool)
     is_asked[ids[-ENDS[0] :]] = True
-    may_occur = is_asked[ids]  # all else is passed over at once: long prompts take a millisecond
+    may_occur = is_asked[
+        ids
+    ]  # all else is passed over at once, or long prompts would take four times as long
     shares = []
     for gram in GRAMS:
         starts, numbers = _grams(ids, may_occur, gram)

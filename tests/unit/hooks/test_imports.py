@@ -5,7 +5,7 @@ that only a GPU's engine loads are read too, and where a name moved, both of its
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,19 +83,14 @@ def subclasses(version: str, tree: ast.Module) -> Iterator[tuple[ast.ClassDef, d
 
 @pytest.mark.parametrize("version", VERSIONS)
 class TestBothVersionsHave:
-    def test_every_name_that_we_import(self, version: str) -> None:
+    @pytest.mark.parametrize("missing", [missing_names, missing_attributes])
+    def test_every_name_that_we_import_or_read(
+        self, version: str, missing: Callable[[str, ast.AST], list[str]]
+    ) -> None:
         found = {
-            str(file.relative_to(REPOSITORY)): missing
+            str(file.relative_to(REPOSITORY)): names
             for file in CODE
-            if (missing := missing_names(version, ast.parse(file.read_text())))
-        }
-        assert found == {}
-
-    def test_every_attribute_of_a_module_that_we_read(self, version: str) -> None:
-        found = {
-            str(file.relative_to(REPOSITORY)): missing
-            for file in CODE
-            if (missing := missing_attributes(version, ast.parse(file.read_text())))
+            if (names := missing(version, ast.parse(file.read_text())))
         }
         assert found == {}
 

@@ -17,8 +17,9 @@ from training.costs.fit import assemble, describe, fit_router
 from training.costs.measurements import Measurements
 from training.costs.quadratic import QuadraticCosts
 
-PROMPTS, LAYERS, HEAD = 200, 5, 4
-INPUTS: RouterInputs = parse_inputs(["tail:1", "length"], [0, 4], [2])
+PROMPTS, LAYERS, HEAD = 200, 5, 16
+POOLS = ["tail:1", "length", "overlap:8"]
+INPUTS: RouterInputs = parse_inputs(POOLS, [0, 4], [2])
 NEEDED = 1
 """The layer that half of the prompts need; the last one nobody does."""
 
@@ -34,11 +35,12 @@ def config(nats: float = 0.02) -> TrainConfig:
     )
 
 
-def make() -> tuple[Measurements, QuadraticCosts]:
+def make(telling: int = 0) -> tuple[Measurements, QuadraticCosts]:
+    """Make prompts of two kinds, which one pool of the context layer tells apart."""
     rng = np.random.default_rng(0)
     needs = np.arange(PROMPTS) % 2 == 1
-    pooled = rng.normal(size=(PROMPTS, LAYERS, 2, HEAD)).astype(np.float16)
-    pooled[:, 2, 0, 0] += 4 * needs  # what the context layer sees tells the two kinds apart
+    pooled = rng.normal(size=(PROMPTS, LAYERS, len(POOLS), HEAD)).astype(np.float16)
+    pooled[:, 2, telling, 0] += 4 * needs
     lengths = torch.full((PROMPTS, LAYERS), 0.02)
     lengths[:, NEEDED] += torch.from_numpy(needs).float()
     lengths[:, -1] = 0.0
@@ -58,16 +60,17 @@ def make() -> tuple[Measurements, QuadraticCosts]:
     )
 
 
-def fit(nats: float) -> torch.Tensor:
+def fit(nats: float, telling: int = 0) -> torch.Tensor:
     """Return P(FULL) [L, N] of routers with a budget."""
-    measured, costs = make()
+    measured, costs = make(telling)
     router, _ = fit_router(measured, costs, INPUTS, config(nats))
     with torch.no_grad():
         return router(assemble(measured, INPUTS)).softmax(dim=-1)[..., Route.FULL]
 
 
-def test_full_where_it_is_needed_and_nowhere_else() -> None:
-    full = fit(0.02) > 0.5
+@pytest.mark.parametrize("telling", [0, 2], ids=["a-query", "what-is-told"])
+def test_full_where_it_is_needed_and_nowhere_else(telling: int) -> None:
+    full = fit(0.02, telling) > 0.5
     needs = torch.arange(PROMPTS) % 2 == 1
     assert full[NEEDED, needs].float().mean() > 0.95
     assert full[NEEDED, ~needs].float().mean() < 0.05
@@ -91,13 +94,13 @@ def test_the_file_computes_what_was_fitted() -> None:
         )
     # A layer's own queries play no part, and all layers share the first two linear layers.
     weight, _ = folded.linear("features.0")
-    assert not weight[:, :, : 2 * HEAD].any()
+    assert not weight[:, :, : len(POOLS) * HEAD].any()
     assert torch.equal(weight[0], weight[-1])
 
 
 def test_without_context_layers_there_is_nothing_to_share() -> None:
     measured, costs = make()
-    own = parse_inputs(["tail:1", "length"], [0, 4], [])
+    own = parse_inputs(POOLS, [0, 4], [])
     with pytest.raises(ValueError, match="router.context_depths"):
         fit_router(measured, costs, own, config())
 

@@ -53,6 +53,19 @@ def test_costs_of_other_routes_follow(costs: QuadraticCosts) -> None:
     assert error.square().mean() < 0.1 * naive_error.square().mean()
 
 
+def test_a_full_layer_more_never_costs(costs: QuadraticCosts) -> None:
+    """Though the measured slopes say, of one layer, that being SPARSE makes answers better."""
+    taken = measured(costs)
+    taken.slopes[:, 1, 0] = -np.abs(taken.slopes[:, 1]).max(axis=1)
+    found = fit_costs(taken, steps=100)
+    assert (found.directions >= 0).all()
+    other = (torch.rand(PROMPTS, LAYERS, generator=torch.Generator().manual_seed(7)) < 0.7).float()
+    for layer in range(LAYERS):
+        with_layer, without = other.clone(), other.clone()
+        with_layer[:, layer], without[:, layer] = 1, 0
+        assert (found.nats(without) <= found.nats(with_layer)).all()
+
+
 def test_expected_cost_is_the_mean_over_all_routes(costs: QuadraticCosts) -> None:
     chance = torch.rand(PROMPTS, LAYERS, generator=torch.Generator().manual_seed(6))
     mean = torch.zeros(PROMPTS, dtype=torch.float64)
