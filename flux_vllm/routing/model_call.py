@@ -4,10 +4,12 @@ vLLM 0.32 and 0.33. `tests/unit/hooks/test_sources.py` fails when vLLM's side of
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from flux_vllm.routing.probe import ProbeDone
 from flux_vllm.routing.stages import receive_hidden_states, send_hidden_states
 from flux_vllm.routing.state_layers import StateLayers
 
@@ -56,6 +58,24 @@ class RunnerModelCall:
         is_fixed = not self._has_adapters and not len(self._states)
         return self._device.type == "cuda" and mode.name != "NONE" and is_fixed and is_whole
 
+    @property
+    def can_stop(self) -> bool:
+        """Whether a call may end at a layer, once a router looks at nothing more.
+
+        Not with pipeline stages, the next of which awaits hidden states. Nor where vLLM tidies up
+        only after layers that return: offloaded weights, which one layer fetches for another,
+        Inductor's partitions of a graph, and NVTX ranges by layer.
+        """
+        from vllm.model_executor.offloader.base import NoopOffloader, get_offloader
+
+        config = self._vllm_config
+        return (
+            config.parallel_config.pipeline_parallel_size == 1
+            and isinstance(get_offloader(), NoopOffloader)
+            and not config.compilation_config.use_inductor_graph_partition
+            and not config.observability_config.enable_layerwise_nvtx_tracing
+        )
+
     def __call__(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
     ) -> None:
@@ -77,14 +97,15 @@ class RunnerModelCall:
         context = set_forward_context(
             metadata | self._states.metadata, self._vllm_config, num_tokens=tokens
         )
-        with context, self._states.apart():
-            output = model(
-                input_ids=token_ids,
-                positions=positions,
-                intermediate_tensors=received,
-                inputs_embeds=embeddings,
-            )
-        send_hidden_states(output)
+        with suppress(ProbeDone):  # outermost: context and states are left first
+            with context, self._states.apart():
+                output = model(
+                    input_ids=token_ids,
+                    positions=positions,
+                    intermediate_tensors=received,
+                    inputs_embeds=embeddings,
+                )
+            send_hidden_states(output)
 
     def use_adapter(self, adapter: Any, tokens: int) -> None:
         """Switch to a LoRA adapter, or to none; the step's own forward switches again.

@@ -24,6 +24,13 @@ from flux_vllm.routing.rotary import RotaryInverse
 from flux_vllm.transfer import upload
 
 
+class ProbeDone(BaseException):
+    """Ends a probe's forward: no router looks at what the model would compute from here on.
+
+    No error, so that nothing on its way takes it for one (`except Exception`).
+    """
+
+
 @dataclass(slots=True)
 class ProbeMetadata:
     """What an attention layer gets in a probe, in the place of vLLM's metadata."""
@@ -37,12 +44,19 @@ class ProbeMetadata:
     """Of the layer whose keys and values this one attends to; None where it has its own."""
     is_shared: bool = False
     """Whether other layers attend to this one's keys and values."""
+    is_last: bool = False
+    """Whether the forward ends once this layer's queries are kept."""
     _kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def keep(self, query: torch.Tensor) -> None:
-        """Keep the mean over heads of a layer's queries [T, N, H]."""
+        """Keep the mean over heads of a layer's queries [T, N, H].
+
+        Raises: ProbeDone: this layer is the last that a router looks at.
+        """
         if self.mean_query is not None:
             torch.mean(query, 1, dtype=torch.float32, out=self.mean_query)
+        if self.is_last:
+            raise ProbeDone
 
     def to_attend(
         self, key: torch.Tensor | None, value: torch.Tensor | None
@@ -85,10 +99,16 @@ class ModelCall(Protocol):
     def can_be_captured(self) -> bool:
         """Whether one CUDA graph serves all requests."""
 
+    @property
+    def can_stop(self) -> bool:
+        """Whether a call may end by `ProbeDone`, or be left out where no layer is looked at."""
+
     def __call__(
         self, metadata: dict[str, Any], token_ids: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Run the model over tokens at positions; only its attention layers see the result.
+        """Run the model over tokens at positions, until `ProbeDone` where one ends it.
+
+        Only its attention layers see the result.
 
         Args:
             metadata: what each attention layer gets, by name.
@@ -149,7 +169,10 @@ class PromptProbe:
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-        self._metadata = _metadata(layers, cu_seqlens, self._mean_query)
+        pooled = [layer.index for layer in layers if layer.is_pooled]
+        last = max(pooled, default=None) if model.can_stop else None
+        self._metadata = _metadata(layers, cu_seqlens, self._mean_query, last)
+        self._needs_model = bool(pooled) or not model.can_stop
         self._owners = torch.arange(num_layers, device=device)
         self._is_routed = zeros(num_layers, dtype=torch.bool)
         for layer, owner in routed.items():
@@ -205,7 +228,8 @@ class PromptProbe:
 
     def _run(self) -> None:
         """Run the model and decide; the same kernels on the same addresses each time."""
-        self._model(self._metadata, self._token_ids, self._positions)
+        if self._needs_model:
+            self._model(self._metadata, self._token_ids, self._positions)
         for rotation in self._rotations:
             layers = rotation.layers
             self._mean_query[layers] = rotation.rotary.undo(
@@ -222,15 +246,22 @@ class PromptProbe:
 
 
 def _metadata(
-    layers: Sequence[ProbedLayer], cu_seqlens: torch.Tensor, mean_query: torch.Tensor
+    layers: Sequence[ProbedLayer],
+    cu_seqlens: torch.Tensor,
+    mean_query: torch.Tensor,
+    last: int | None,
 ) -> dict[str, ProbeMetadata]:
-    """Make each layer's metadata, by its name; owners are other layers' too."""
+    """Make each layer's metadata, by its name; owners are other layers' too.
+
+    Layers run in the order of their indices, so the forward ends at layer `last`.
+    """
     shared = {layer.owner for layer in layers}
     by_index = {
         layer.index: ProbeMetadata(
             cu_seqlens,
             mean_query[layer.index] if layer.is_pooled else None,
             is_shared=layer.index in shared,
+            is_last=layer.index == last,
         )
         for layer in layers
     }

@@ -1,6 +1,6 @@
 """Attaching a runtime to the attention layers of a model that was just loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError
 from flux_vllm.router.checkpoint import RouterInfo
-from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
 from flux_vllm.routing.rotary import RotaryInverse
@@ -74,11 +73,13 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
         assert router is not None
         assert info is not None
         check_probe(info.inputs, vllm_config)
+        deciding = set(routed_by.values()) - set(info.always_sparse)
+        read = info.inputs.layers_read(router.linear("features.0")[0], deciding)
         runtime.probe = PromptProbe(
             info.inputs,
             router.to(device),
             config.threshold,
-            _probed_layers(layers, routed, info.inputs, device),
+            _probed_layers(layers, read, device),
             routed_by,
             RunnerModelCall(
                 runner,
@@ -124,17 +125,14 @@ def _check_sparse_layers(
 
 
 def _probed_layers(
-    layers: Sequence[AttentionLayer],
-    routed: Sequence[AttentionLayer],
-    inputs: RouterInputs,
-    device: torch.device,
+    layers: Sequence[AttentionLayer], read: Collection[int], device: torch.device
 ) -> list[ProbedLayer]:
-    """Say what a probe needs of each layer: its rotation where a router looks at its queries."""
+    """Say what a probe needs of each layer: its rotation where a router reads its queries."""
     rotaries: dict[Any, RotaryInverse] = {}
     probed = []
     for layer in layers:
         inverse, has_own = None, layer.owner == layer.index
-        is_pooled = (layer in routed and has_own) or layer.index in inputs.context_layers
+        is_pooled = layer.index in read
         rotary = rotary_of(layer) if is_pooled else None
         if rotary is not None:
             if rotary not in rotaries:

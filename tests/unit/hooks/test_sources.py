@@ -174,8 +174,14 @@ MEMBERS = {
         "kv_transfer_config",
         "speculative_config",
         "lora_config",
+        "observability_config",
     },
-    ("config/compilation.py", "CompilationConfig"): {"cudagraph_mode", "static_forward_context"},
+    ("config/compilation.py", "CompilationConfig"): {
+        "cudagraph_mode",
+        "static_forward_context",
+        "use_inductor_graph_partition",
+    },
+    ("config/observability.py", "ObservabilityConfig"): {"enable_layerwise_nvtx_tracing"},
     ("v1/core/sched/output.py", "NewRequestData"): {
         "req_id",
         "prompt_token_ids",
@@ -321,12 +327,8 @@ class TestVllmIsAsWeKnowIt:
                 assert made[1] == dtype
 
     def test_build_takes_the_scheduled_tokens(self, version: str) -> None:
-        function = find(
-            version,
-            "v1/worker/gpu_model_runner.py",
-            "GPUModelRunner",
-            "_build_attention_metadata",
-        )
+        place = "v1/worker/gpu_model_runner.py", "GPUModelRunner", "_build_attention_metadata"
+        function = find(version, *place)
         assert "num_scheduled_tokens" in [argument.arg for argument in function.args.args]
 
     def test_dummy_runs_do_not_look_like_steps(self, version: str) -> None:
@@ -383,12 +385,8 @@ class TestVllmIsAsWeKnowIt:
 
     def test_connectors_see_no_layer_without_a_batch_of_theirs(self, version: str) -> None:
         """A probe comes before a step's metadata is bound and after the last one's is cleared."""
-        hook = find(
-            version,
-            "model_executor/layers/attention/kv_transfer_utils.py",
-            None,
-            "maybe_transfer_kv_layer",
-        )
+        file = "model_executor/layers/attention/kv_transfer_utils.py"
+        hook = find(version, file, None, "maybe_transfer_kv_layer")
         assert "not connector.has_connector_metadata()" in ast.unparse(hook)
 
     def test_no_cpu_worker_method_hides_ours(self, version: str) -> None:

@@ -1,10 +1,12 @@
-"""What a router looks at. Oracle: positions and means written out for single prompts."""
+"""What a router looks at. Oracle: positions and means written out for single prompts; for what is
+read, a router's outputs as its inputs change."""
 
 import numpy as np
 import pytest
 import torch
 
 from flux_vllm.router.inputs import Pool, Probe, RouterInputs, parse_inputs
+from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.overlap import WIDTH, overlap
 
 L, H = 5, 3
@@ -50,6 +52,64 @@ def test_assemble(rows: tuple[int, ...]) -> None:
     for layer in range(L):
         own = [pooled[place].flatten(-2) for place in (layer, 4, 1)]
         assert torch.equal(features[layer], torch.cat(own, dim=-1))
+
+
+class TestLayersRead:
+    """Of inputs with a told pool between two of queries, and context layers 4 and 1."""
+
+    INPUTS = parse_inputs(["tail:1", "length", "head:2"], [2, 4], [4, 1])
+    # Where each pool's columns lie, in threes: own, layer 4's, layer 1's.
+    OWN, FOURTH, FIRST = (range(start, start + 3) for start in (0, 3, 6))
+
+    def read(self, *places: tuple[int, int, float], routers: tuple[int, ...] = (0, 2, 3)) -> set:
+        """Give routers one column each: (layer, pool's place, weight)."""
+        first = torch.zeros(L, 4, self.INPUTS.vectors * H)
+        for layer, place, weight in places:
+            first[layer, 1, place * H + 2] = weight
+        assert self.INPUTS.vectors == 9
+        return self.INPUTS.layers_read(first, routers)
+
+    def test_nothing(self) -> None:
+        assert self.read() == set()
+
+    @pytest.mark.parametrize("pool", [0, 2])
+    def test_own_pools(self, pool: int) -> None:
+        assert self.read((2, self.OWN[pool], 1e-30)) == {2}
+
+    @pytest.mark.parametrize("pool", [0, 2])
+    def test_context_layers(self, pool: int) -> None:
+        assert self.read((2, self.FOURTH[pool], -1.0)) == {4}
+        assert self.read((3, self.FIRST[pool], 1.0), (0, self.FOURTH[pool], 1.0)) == {1, 4}
+
+    def test_what_is_told_is_no_query(self) -> None:
+        told = [(0, places[1], 1.0) for places in (self.OWN, self.FOURTH, self.FIRST)]
+        assert self.read(*told) == set()
+
+    def test_a_router_that_decides_nothing(self) -> None:
+        everything = [(1, place, 1.0) for place in range(9)]
+        assert self.read(*everything) == set()
+        assert self.read(*everything, routers=()) == set()
+        assert self.read(*everything, routers=(1,)) == {1, 4}
+
+    def test_a_weight_that_is_no_number_is_read(self) -> None:
+        assert self.read((0, self.FIRST[0], float("nan"))) == {1}
+
+    def test_against_a_router_that_is_told_one_feature_at_a_time(self) -> None:
+        """What a router's output depends on, by trying: the columns of any parameters."""
+        torch.manual_seed(0)
+        inputs = parse_inputs(["tail:1", "length"], [2, 4], [3])
+        router = LayerRouter(L, H, inputs.vectors, (8, 8, 8, 8)).requires_grad_(False)
+        first = router.linear("features.0")[0]
+        first[1:, :, : 2 * H] = 0  # own pools
+        first[:, :, 2 * H : 3 * H] = 0  # layer 3's queries
+        pooled = torch.randn(L, 2, H)
+        found = set()
+        for layer in range(L):
+            changed = pooled.clone()
+            changed[layer, 0] += 1
+            each = [router.forward_all(inputs.assemble(p)[:, None]) for p in (pooled, changed)]
+            found |= {layer} if not torch.equal(*each) else set()
+        assert inputs.layers_read(first, range(L)) == found == {0}
 
 
 @pytest.mark.parametrize("head_dim", [8, 12, 64])

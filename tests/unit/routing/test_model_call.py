@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from flux_vllm.routing.model_call import RunnerModelCall
+from flux_vllm.routing.probe import ProbeDone
 
 pytestmark = pytest.mark.vllm
 
+PARTITION, NVTX = "use_inductor_graph_partition", "enable_layerwise_nvtx_tracing"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOKENS, POSITIONS = torch.tensor([5, 6, 0], dtype=torch.int32), torch.tensor([0, 90, 0])
 
@@ -30,7 +32,10 @@ def config(
         model_config=SimpleNamespace(**flags | model),
         lora_config=object() if lora else None,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
-        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(name=mode), use_inductor_graph_partition=False
+        ),
+        observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=False),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
 
@@ -104,6 +109,67 @@ def test_hidden_states_travel_from_stage_to_stage(number: int, flags: dict[str, 
     # Embeddings are the first stage's alone.
     assert model.embed_input_ids.called == (number == 0 and bool(flags))
     assert stage.sent == ([] if number == 2 else [output.tensors])
+
+
+class Guards(NoStates):
+    """What a call is in the midst of, by name."""
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        self.entered.append(name)
+        try:
+            yield
+        finally:
+            self.entered.remove(name)
+
+    def apart(self) -> Any:
+        return self.within("states")
+
+
+@pytest.mark.parametrize("error", [ProbeDone, RuntimeError])
+def test_a_layer_that_ends_the_call_leaves_context_and_states(error: type[BaseException]) -> None:
+    guards, seen = Guards(), []
+
+    def model(**_: Any) -> None:
+        seen.extend(guards.entered)
+        raise error
+
+    runner = SimpleNamespace(get_model=lambda: model)
+    with (
+        mock.patch(
+            "vllm.forward_context.set_forward_context", return_value=guards.within("context")
+        ),
+        mock.patch("vllm.distributed.get_pp_group", return_value=Stage(0, 1)),
+        nullcontext() if error is ProbeDone else pytest.raises(error),
+    ):
+        RunnerModelCall(runner, config(), guards, CPU)({}, TOKENS, POSITIONS)
+    assert seen == ["context", "states"]
+    assert guards.entered == []
+
+
+@pytest.mark.parametrize(
+    ("change", "can"),
+    [
+        (lambda config: None, True),
+        (lambda config: setattr(config.parallel_config, "pipeline_parallel_size", 2), False),
+        (lambda config: setattr(config.compilation_config, PARTITION, True), False),
+        (lambda config: setattr(config.observability_config, NVTX, True), False),
+    ],
+    ids=["plain", "stages", "partition", "ranges"],
+)
+def test_can_stop(change: Any, can: bool) -> None:
+    vllm_config = config()
+    change(vllm_config)
+    assert RunnerModelCall(mock.Mock(), vllm_config, NoStates(), CPU).can_stop == can
+
+
+def test_offloaded_weights_are_fetched_through_the_whole_model(monkeypatch) -> None:
+    """Layers fetch for others that come later, the last ones for the first of the next step."""
+    monkeypatch.setattr("vllm.model_executor.offloader.base._instance", mock.Mock())
+    assert not RunnerModelCall(mock.Mock(), config(), NoStates(), CPU).can_stop
 
 
 @pytest.mark.parametrize("flag", ["supports_multimodal_inputs", "enable_prompt_embeds"])

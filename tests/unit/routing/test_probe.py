@@ -5,7 +5,7 @@ Pinned: padding and whatever an earlier probe left in the buffers change nothing
 captured probe runs no Python of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from flux_vllm.router.inputs import Pool, Probe, RouterInputs
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route, full_probability
-from flux_vllm.routing.probe import ProbedLayer, PromptProbe
+from flux_vllm.routing.probe import ProbedLayer, ProbeDone, PromptProbe
 from flux_vllm.routing.prompts import Prompt
 
 CPU = torch.device("cpu")
@@ -47,9 +47,12 @@ class Model:
     """A model whose query is drawn by token id, layer and head, then "rotated"."""
 
     can_be_captured = False
+    can_stop = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[int], list[int]]] = []
+        self.layers: list[int] = []
+        """Of the latest call, those that went on after their queries."""
         self.adapters: list[tuple[object, int]] = []
 
     def before_rope(self, token: int, layer: int) -> torch.Tensor:
@@ -61,11 +64,16 @@ class Model:
     ) -> None:
         assert (token_ids.dtype, positions.dtype) == (torch.int32, torch.int64)
         self.calls.append((token_ids.tolist(), positions.tolist()))
+        self.layers.clear()
         for layer in range(L):
             query = torch.stack([self.before_rope(token, layer) for token in token_ids.tolist()])
             query[..., :D] += positions[:, None, None]
             query[..., D : 2 * D] += 2 * positions[:, None, None]
-            metadata[f"layer.{layer}"].keep(query)
+            try:
+                metadata[f"layer.{layer}"].keep(query)
+            except ProbeDone:
+                return
+            self.layers.append(layer)
 
     def use_adapter(self, adapter: object | None, tokens: int) -> None:
         self.adapters.append((adapter, tokens))
@@ -80,16 +88,25 @@ def make(
     threshold: float = 0.5,
     reduce_mean: Any = lambda x: x,
     owners: dict[int, int] | None = None,
+    read: Collection[int] = range(L),
 ) -> PromptProbe:
     router = LayerRouter(L, H, INPUTS.vectors).requires_grad_(False)
+    rotary: Any = Rotary()
     layers = [
-        ProbedLayer(f"layer.{i}", i, True, Rotary(), (owners or {}).get(i))  # type: ignore[arg-type]
+        ProbedLayer(
+            f"layer.{i}", i, i in read, rotary if i in read else None, (owners or {}).get(i)
+        )
         for i in range(L)
     ]
     routes = {i: (owners or {}).get(i, i) for i in ROUTED}
     torch.manual_seed(0)
     for parameter in router.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.3)
+    columns = router.linear("features.0")[0].view(L, -1, 2, 2 * H)  # own pools, the context's
+    for layer in set(range(L)) - set(read):
+        columns[layer, :, 0] = 0
+    if CONTEXT not in read:
+        columns[:, :, 1] = 0
     probe = PromptProbe(INPUTS, router, threshold, layers, routes, model, reduce_mean, CPU)
     probe.router = router  # type: ignore[attr-defined]
     return probe
@@ -200,6 +217,31 @@ def test_mean_over_ranks_comes_before_the_router() -> None:
     zeros = torch.zeros(1, INPUTS.vectors * H)
     expected = full_probability(probe.router(3, zeros))  # type: ignore[attr-defined]
     assert float(probe.full_probability[3]) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("read", [{0, 1, 2, 3}, {1, 2}, {2}, {0, 3}, {0}, set()], ids=str)
+def test_the_model_runs_until_the_last_layer_that_is_read(read: set[int]) -> None:
+    stopping, whole = Model(), Model()
+    whole.can_stop = False
+    probes = [make(model, read=read) for model in (stopping, whole)]
+    for length in (20, 7, 40):
+        for probe in probes:
+            probe.decide(prompt(length))
+        assert stopping.layers == list(range(max(read, default=0)))
+        assert whole.layers == list(range(L))
+        first, second = ((p.routes, p.full_probability[list(ROUTED)]) for p in probes)
+        assert all(map(torch.equal, first, second))
+        expected = expected_probabilities(probes[0], stopping, list(prompt(length).tokens or ()))
+        assert first[1].tolist() == pytest.approx([expected[i] for i in ROUTED], abs=1e-6)
+    assert len(stopping.calls) == (3 if read else 0)
+    assert len(whole.calls) == 3
+
+
+def test_layers_that_are_not_read_keep_no_query() -> None:
+    probe = make(Model(), read={2})
+    probe._mean_query.fill_(7)
+    probe.decide(prompt(20))
+    assert [bool((kept == 7).all()) for kept in probe._mean_query] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(("threshold", "route"), [(0.0, Route.FULL), (1.0, Route.SPARSE)])

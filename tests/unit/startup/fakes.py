@@ -75,7 +75,10 @@ def make_config(folder: Path, flux: dict[str, Any] | None = None, **changes: Any
         additional_config={"flux": flux or {}},
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLUX")),
         load_config=SimpleNamespace(download_dir=None),
-        compilation_config=SimpleNamespace(static_forward_context={}),
+        compilation_config=SimpleNamespace(
+            static_forward_context={}, use_inductor_graph_partition=False
+        ),
+        observability_config=SimpleNamespace(enable_layerwise_nvtx_tracing=False),
     )
 
 

@@ -15,19 +15,15 @@ from torch import nn
 
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.patterns import make_pattern
-from flux_vllm.router.inputs import Pool, RouterInputs
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.route import Route
-from flux_vllm.startup.attach import _probed_layers, attach
-from flux_vllm.startup.layers import attention_layers
+from flux_vllm.startup.attach import attach
 from tests.unit.startup.fakes import (
     CPU,
     H,
     L,
     Model,
     RotatingWhereTold,
-    SometimesRotating,
-    SometimesScaling,
     make_attention,
     make_config,
     runner_of,
@@ -38,7 +34,6 @@ pytestmark = pytest.mark.vllm
 
 OPEN, SPARSE, FULL = (int(r) for r in (Route.UNDECIDED, Route.SPARSE, Route.FULL))
 STATIC = {"policy": "static", "sink_tokens": 1, "window_tokens": 2}
-INPUTS = RouterInputs(pools=(Pool("tail", 8),))
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -308,32 +303,6 @@ class TestAttach:
         write(tmp_path)
         config = make_config(tmp_path, {"policy": "full"})
         assert attach(runner_of(Model(self.attentions(), rope)), config, CPU).probe is None
-
-
-def probed(model: nn.Module) -> list[Any]:
-    layers = attention_layers(model)
-    return _probed_layers(layers, layers, INPUTS, CPU)
-
-
-def test_conditional_rotation_is_refused(rope: Any) -> None:
-    """Queries that were not rotated in a call would be rotated back."""
-    model = Model([make_attention(0)], rope, SometimesRotating)
-    with pytest.raises(UnsupportedConfigurationError, match="SometimesRotating, which applies"):
-        probed(model)
-
-
-def test_queries_scaled_after_rope_are_refused(rope: Any, monkeypatch) -> None:
-    """Rotating back would leave a temperature in: Ministral's, Llama4's."""
-    model = Model([make_attention(0)], rope, SometimesScaling)
-    with pytest.raises(UnsupportedConfigurationError) as error:
-        probed(model)
-    assert str(error.value) == (
-        "--attention-backend flux: expected queries that reach attention as RoPE made them, found "
-        "`query = query * positions.log()` after it in SometimesScaling, which a router cannot see "
-        "through; serve this model without --attention-backend flux"
-    )
-    monkeypatch.setattr(SometimesScaling, "do_scaling", False)
-    assert len(probed(model)) == 1
 
 
 class TestStages:
