@@ -174,6 +174,7 @@ def write_random_router(
     probe: Sequence[int] = (128, 128),
     context_layers: Sequence[int] = (),
     widths: Sequence[int] = (),
+    own_weight: float = 1.0,
     sink_tokens: int = 32,
     window_tokens: int = 128,
     seed: int = 0,
@@ -195,6 +196,7 @@ def write_random_router(
         probe: tokens of a prompt's head and tail that are run.
         context_layers: whose pools every layer's router sees too.
         widths: outputs of the first four linear layers; default the paper's.
+        own_weight: what a layer's own pools weigh beside the context layers'; 0: it reads none.
         sink_tokens: tokens; of the sparse pattern.
         window_tokens: tokens; of the sparse pattern.
         seed: of the weights and the sample prompts.
@@ -211,6 +213,9 @@ def write_random_router(
     vectors = max(1, len(pools)) * (1 + len(context_layers))
     paper = tuple(factor * head_dim for factor in (8, 2, 4, 1))
     tensors = _random_router_tensors(num_layers, vectors * head_dim, widths or paper, generator)
+    own = max(1, len(pools)) * head_dim
+    for layer in range(num_layers):
+        tensors[f"layers.{layer}.features.0.weight"][:, :own] *= own_weight
     metadata = {
         "format_version": "2" if any(named.values()) else "1",
         "probe": json.dumps(list(probe)),
