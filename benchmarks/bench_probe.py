@@ -66,7 +66,8 @@ def write_fixed_router(
 ) -> Path:
     """Write a router that decides the same for every prompt, and return its path.
 
-    It looks at what training's defaults let a router see.
+    Like a router that training fits to costs by its defaults, it looks at one layer's queries and
+    at nothing of its own layer.
     """
     info = RouterInfo(
         base_model="",
@@ -82,6 +83,7 @@ def write_fixed_router(
     router = info.make_router()
     weight, bias = router.linear("head.4")
     with torch.no_grad():
+        router.linear("features.0")[0][..., : len(info.pools) * shape.head_dim] = 0
         weight.zero_()
         bias.zero_()
         for layer in range(shape.layers):

@@ -1,8 +1,8 @@
 """A probe ends at the last layer that a router reads: the same routes, less of the model run.
 
 The router reads one layer in the middle and nothing else, as those that training fits to costs do.
-Oracles: equality to the bit with the same probe that runs the whole model; a router that reads every
-layer besides, by weights that vanish in a sum of float32; tests/helpers/reference.py.
+Oracles: equality to the bit with the same probe where it runs the whole model; a router that reads
+every layer besides, by weights that vanish in a sum of float32; tests/helpers/reference.py.
 Pinned: the exception that ends the forward passes eager and compiled models, and the steps that
 follow are as without it.
 """
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
+from tests.helpers.attended import attended
 from tests.helpers.engine import Engine
 from tests.helpers.models import random_prompt, write_random_router
 from tests.helpers.reference import ReferenceRouter, SparsePattern
@@ -54,25 +55,6 @@ def engine(request, tiny_model, router) -> Iterator[Engine]:
     with Engine(tiny_model, flux, block_size=BLOCK_SIZE, enforce_eager=is_eager) as started:
         assert started.worker.model_runner.model.model.do_not_compile == is_eager
         yield started
-
-
-def attended(engine: Engine, prompt: list[int]) -> list[int]:
-    """List the layers whose attention a probe computes, in their order."""
-    layers = engine.worker.vllm_config.compilation_config.static_forward_context.values()
-    found = []
-    for layer in layers:
-
-        def attend(*arguments, impl=layer.impl, attend=layer.impl._attend_probe):
-            found.append(impl.binding.layer)
-            return attend(*arguments)
-
-        layer.impl._attend_probe = attend
-    try:
-        engine.probe(prompt)
-    finally:
-        for layer in layers:
-            del layer.impl._attend_probe
-    return found
 
 
 def test_layers_that_run(engine: Engine) -> None:
@@ -135,7 +117,7 @@ def test_routes_are_those_of_a_router_that_reads_more(tiny_model, router, tmp_pa
             assert attended(engine, prompts[0]) == list(range(last))
             found.append([engine.probe(prompt)[1:] for prompt in prompts])
     for (p_full, routes), (of_other, other_routes) in zip(*found, strict=True):
-        # Engines that come later in a process have their tensors elsewhere, which MKL rounds by.
+        # Of two engines, whose sums may round otherwise.
         torch.testing.assert_close(p_full, of_other, rtol=0, atol=1e-6)
         assert torch.equal(routes, other_routes)
 

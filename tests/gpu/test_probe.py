@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.helpers.attended import attended
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.models import (
     random_prompt,
@@ -65,6 +66,10 @@ def test_is_captured(engine: Engine) -> None:
 
 
 def test_same_bits_for_every_schedule(engine: Engine) -> None:
+    _check_schedules(engine)
+
+
+def _check_schedules(engine: Engine) -> None:
     """Chunks of 97 and 256 and none, alone and with neighbours, first asked and cached."""
     prompts = [random_prompt(length, seed=length) for length in LENGTHS]
     seen: list[set] = [set() for _ in prompts]
@@ -147,3 +152,33 @@ def test_preemption_keeps_the_bits(files, engine: Engine) -> None:
         answers = tight.generate(prompts, 200)
     assert sum(answer.preemptions for answer in answers) > 0
     assert [_bits(answer) for answer in answers] == expected
+
+
+@pytest.mark.parametrize("arguments", [{}, {"enforce_eager": True}], ids=["captured", "eager"])
+def test_router_that_reads_one_early_layer(files, tmp_path, monkeypatch, arguments) -> None:
+    """Its probes end there, with the routes of a whole forward: the model of 4 runs 1 layer."""
+    router = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=64,
+        model_folder=files[0],
+        pools=("tail:16", "length", "head:32"),
+        context_layers=(1,),
+        own_weight=0,
+    )
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    with Engine(files[0], {"router": str(router)}, **(DEFAULTS | arguments)) as early:
+        probe = early.runtime.probe
+        assert (probe._replay is None) == bool(arguments)
+        _check_schedules(early)
+        captured = [early.probe(prompt)[1:] for prompt in prompts]
+        assert attended(early, prompts[0]) == [0]
+        probe._replay = None
+        ended = [early.probe(prompt)[1:] for prompt in prompts]
+        for metadata in probe._metadata.values():
+            monkeypatch.setattr(metadata, "is_last", False)
+        assert attended(early, prompts[0]) == [0, 1, 2, 3]
+        whole = [early.probe(prompt)[1:] for prompt in prompts]
+    for of_graph, of_end, of_whole in zip(captured, ended, whole, strict=True):
+        assert all(map(torch.equal, of_end, of_whole))
+        torch.testing.assert_close(of_graph[0], of_end[0], rtol=0, atol=1e-2)

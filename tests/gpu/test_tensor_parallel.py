@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.helpers.models import random_prompt, write_bfloat16_llama
+from tests.helpers.models import random_prompt, write_bfloat16_llama, write_random_router
 from tests.helpers.reference import FULL, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import logprob_errors, replay
 from tests.helpers.side_by_side import Served, Setup, serve_side_by_side
@@ -157,6 +157,24 @@ def test_small_model(tiny):
     assert difference[0] <= 4 * allowed[0]
     assert difference[1] <= 4 * allowed[1]
     assert difference[2] >= OUTPUT, "too few tokens alike to say anything"
+
+
+def test_probe_that_ends_early(tiny, tmp_path):
+    """Both ranks leave the model at the same layer, before it adds up what they computed."""
+    folder, trained, _ = tiny
+    router = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=int(ReferenceRouter.load(trained).metadata["head_dim"]),
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=folder,
+        pools=("tail:48", "head:48"),
+        context_layers=(1,),
+        own_weight=0,
+        gain=GAIN,
+    ).parent
+    _check_routes(*_serve([_setup(folder, router, ranks) for ranks in (1, 2)]))
 
 
 @pytest.fixture(scope="module")

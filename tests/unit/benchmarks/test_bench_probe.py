@@ -57,6 +57,12 @@ def test_fixed_router_decides_the_same_for_every_prompt(tmp_path: Path) -> None:
     assert routes.tolist() == [[FULL] * 5, [SPARSE] * 5] * 2
 
 
+def test_fixed_router_reads_one_layer_as_a_trained_one(tmp_path: Path) -> None:
+    router, info = read_router(bench_probe.write_fixed_router(tmp_path, SHAPE, [1, 3], 32, 128))
+    first = router.linear("features.0")[0]
+    assert info.inputs.layers_read(first, range(4)) == set(info.context_layers) == {2}
+
+
 def test_other_routes_than_those_given_are_no_measurement() -> None:
     status = {"routed_layers": [0, 1], "recent": [{"routes": [SPARSE, FULL]}]}
     bench_probe.check_routes(status, [0])

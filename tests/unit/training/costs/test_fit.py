@@ -96,6 +96,7 @@ def test_the_file_computes_what_was_fitted() -> None:
     weight, _ = folded.linear("features.0")
     assert not weight[:, :, : len(POOLS) * HEAD].any()
     assert torch.equal(weight[0], weight[-1])
+    assert INPUTS.layers_read(weight, range(LAYERS)) == {2}  # the one at which a probe ends
 
 
 def test_without_context_layers_there_is_nothing_to_share() -> None:
