@@ -10,7 +10,7 @@ F = P (1 + C) H features of a layer's router.
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,28 +186,25 @@ class RouterInputs:
         context = [flat[layer].expand_as(flat) for layer in self.context_layers]
         return torch.cat([flat, *context], dim=-1)
 
-    def layers_read(self, first: torch.Tensor, routers: Collection[int]) -> set[int]:
+    def layers_read(self, first: torch.Tensor, routers: Iterable[int]) -> set[int]:
         """Name the layers whose queries some routers read: whose columns are not all zero.
 
-        Routers fitted to costs, for one, leave those of their own layer's pools at zero. What is
-        told is no query.
+        Routers fitted to costs, for one, read nothing of their own layer. What is told is no query.
 
         Args:
             first: [L, outputs, F] weights of the routers' first linear layers.
             routers: indices of those that decide.
-
-        Host sync: one, on a GPU.
         """
-        groups = 1 + len(self.context_layers), len(self.pools)
+        sources = len(first), 1 + len(self.context_layers), len(self.pools), -1  # as in `assemble`
         is_query = torch.tensor([not pool.is_told for pool in self.pools])
-        # [L, 1 + C, P, H], as `assemble` lays them out.
-        columns = (first != 0).any(dim=1).reshape(len(first), *groups, -1)
-        own, *context = (columns.any(dim=-1).cpu() & is_query).any(dim=-1).T
-        read = {layer for layer in routers if own[layer]}
-        for layer, by_router in zip(self.context_layers, context, strict=True):
-            if by_router[list(routers)].any():
-                read.add(layer)
-        return read
+        of_pools = (first != 0).any(dim=1).view(sources).any(dim=-1).cpu()
+        reads = (of_pools & is_query).any(dim=-1).tolist()  # [L, 1 + C]
+        return {
+            layer
+            for router in routers
+            for layer, is_read in zip((router, *self.context_layers), reads[router], strict=True)
+            if is_read
+        }
 
 
 def parse_inputs(

@@ -169,10 +169,11 @@ class PromptProbe:
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-        pooled = [layer.index for layer in layers if layer.is_pooled]
-        last = max(pooled, default=None) if model.can_stop else None
-        self._metadata = _metadata(layers, cu_seqlens, self._mean_query, last)
+        self._metadata = _metadata(layers, cu_seqlens, self._mean_query)
+        pooled = [(layer.index, layer.name) for layer in layers if layer.is_pooled]
         self._needs_model = bool(pooled) or not model.can_stop
+        if pooled and model.can_stop:  # layers run in the order of their indices
+            self._metadata[max(pooled)[1]].is_last = True
         self._owners = torch.arange(num_layers, device=device)
         self._is_routed = zeros(num_layers, dtype=torch.bool)
         for layer, owner in routed.items():
@@ -246,22 +247,15 @@ class PromptProbe:
 
 
 def _metadata(
-    layers: Sequence[ProbedLayer],
-    cu_seqlens: torch.Tensor,
-    mean_query: torch.Tensor,
-    last: int | None,
+    layers: Sequence[ProbedLayer], cu_seqlens: torch.Tensor, mean_query: torch.Tensor
 ) -> dict[str, ProbeMetadata]:
-    """Make each layer's metadata, by its name; owners are other layers' too.
-
-    Layers run in the order of their indices, so the forward ends at layer `last`.
-    """
+    """Make each layer's metadata, by its name; owners are other layers' too."""
     shared = {layer.owner for layer in layers}
     by_index = {
         layer.index: ProbeMetadata(
             cu_seqlens,
             mean_query[layer.index] if layer.is_pooled else None,
             is_shared=layer.index in shared,
-            is_last=layer.index == last,
         )
         for layer in layers
     }
