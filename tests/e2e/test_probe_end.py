@@ -7,6 +7,8 @@ Pinned: the exception that ends the forward passes eager and compiled models, an
 follow are as without it.
 """
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flux_vllm.routing.probe import ProbeMetadata
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.attended import attended
 from tests.helpers.engine import Engine
@@ -99,6 +102,23 @@ def test_a_step_after_a_probe_is_as_before(engine: Engine) -> None:
     for length in LENGTHS:
         engine.probe(random_prompt(length, seed=length))
         assert engine.generate([prompt], 24, prompt_logprobs=True) == before
+
+
+def test_what_a_probe_computed_is_let_go(engine: Engine, monkeypatch) -> None:
+    """At once, not when garbage is collected: the frames that it left held the model's tensors."""
+    queries, keep = [], ProbeMetadata.keep
+
+    def noted(self, query):
+        queries.append(weakref.ref(query))
+        keep(self, query)
+
+    monkeypatch.setattr(ProbeMetadata, "keep", noted)
+    gc.disable()
+    try:
+        engine.probe(random_prompt(300, seed=1))
+        assert [query() for query in queries] == [None] * (READ + 1)
+    finally:
+        gc.enable()
 
 
 def test_routes_are_those_of_a_router_that_reads_more(tiny_model, router, tmp_path) -> None:
