@@ -8,8 +8,8 @@ import pytest
 
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Answer
-from tests.helpers.models import random_prompt
-from tests.helpers.reference import SparsePattern
+from tests.helpers.models import random_prompt, write_random_router
+from tests.helpers.reference import ReferenceRouter, SparsePattern
 from tests.helpers.replay import LOGPROB_TOLERANCE, assert_same, replay
 from tests.helpers.side_by_side import Setup, serve
 from tests.helpers.tensor_parallel import (
@@ -48,6 +48,34 @@ def test_two_ranks(tiny_model, reference, reference_router):
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
     for answer in two:
         assert_same(answer, replay(reference, answer, pattern, router=reference_router))
+
+
+@pytest.mark.long
+def test_ranks_leave_a_probe_at_the_same_layer(tiny_model, reference, tmp_path):
+    """Layer 1 is all that this router reads: the sums of its output and of later ones are left."""
+    path = write_random_router(
+        tmp_path,
+        num_layers=4,
+        head_dim=32,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        model_folder=tiny_model,
+        pools=("tail:16", "head:32"),
+        context_layers=(1,),
+        own_weight=0,
+    )
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    served = serve(Setup(tiny_model, {"router": str(path)}, 2, ARGUMENTS), prompts, OUTPUT)
+    print("\n" + assert_ranks_alike(served.logs))
+    assert served.unrouted == 0
+    routed = [answer for answer in served.answers if answer.routes is not None]
+    assert len({tuple(answer.routes) for answer in routed}) > 2
+    pattern, router = (
+        SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE),
+        ReferenceRouter.load(path),
+    )
+    for answer in served.answers:
+        assert_same(answer, replay(reference, answer, pattern, router=router))
 
 
 def _decided(*p_full):
