@@ -182,6 +182,10 @@ class CostSettings:
     """Weight of the guess, from the same view, of what all SPARSE would cost: a denser signal."""
     most_nats: float = 1.0
     """A prompt's divergence counts for at most this much: an answer is lost once."""
+    length_power: float = 0.5
+    """What a prompt's FULL layers count: its tokens beyond sinks and window, to this power. 0: all
+    prompts alike, so that SPARSE goes to short ones, which lose least by it and gain nothing; 1: by
+    the keys that SPARSE does not read, so that it goes to the longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

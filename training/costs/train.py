@@ -180,4 +180,5 @@ def _report(
 ) -> dict[str, Any]:
     """Describe routers on prompts that were held out, by costs fitted to these."""
     inputs = config.router.inputs(layers)
-    return {"rows": describe(router, measured, fit_costs(measured), inputs, _THRESHOLDS)}
+    costs = fit_costs(measured)
+    return {"rows": describe(router, measured, costs, inputs, config.router, _THRESHOLDS)}
