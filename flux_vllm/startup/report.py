@@ -28,15 +28,15 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     config, info = runtime.config, runtime.info
+    pattern = f"{config.pattern_name(info)}, sink {runtime.sink_tokens} and window "
+    pattern += f"{runtime.window_tokens} tokens"
+    if runtime.full_decode_tokens:
+        pattern += f" after {runtime.full_decode_tokens} of an answer"
     logger.info(
-        "flux: policy %s, %d routed layers, pattern %s, sink %d and window %d tokens, "
-        "full attention for an answer's first %d tokens, threshold %g, kernels %s",
+        "flux: policy %s, %d routed layers, pattern %s, threshold %g, kernels %s",
         config.policy,
         len(runtime.routed_layers),
-        config.pattern_name(info),
-        runtime.sink_tokens,
-        runtime.window_tokens,
-        runtime.full_decode_tokens,
+        pattern,
         config.threshold,
         kernels,
     )
