@@ -146,7 +146,7 @@ class Batch:
     def views(self) -> None:
         write_views(
             self.tables,
-            StepRows(self.lens, self.starts, self.routes, self.is_prefill),
+            StepRows(self.lens, self.starts, self.routes, None, self.is_prefill),
             self.columns,
             self.per_layer,
             self.totals,

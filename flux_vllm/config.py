@@ -40,6 +40,9 @@ class FluxConfig:
     with, else `streaming`."""
     pattern_options: Mapping[str, object] | None = field(default=None, hash=False)
     """Of the sparse pattern, each with a default of its own."""
+    full_decode_tokens: int | None = None
+    """First tokens of an answer for which SPARSE layers attend to everything; default: what the
+    router was trained with, else 0."""
     kernels: str | None = None
     """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
     free_kv: bool = False
@@ -53,7 +56,7 @@ class FluxConfig:
         _check_type("threshold", self.threshold, (int, float), "a number", optional=False)
         if not 0 <= self.threshold <= 1:
             raise _error("threshold", "a number from 0 to 1", self.threshold)
-        for name, least in (("sink_tokens", 0), ("window_tokens", 1)):
+        for name, least in (("sink_tokens", 0), ("window_tokens", 1), ("full_decode_tokens", 0)):
             value = getattr(self, name)
             _check_type(name, value, int, "a whole number of tokens")
             if value is not None and not least <= value <= _MOST_TOKENS:
@@ -165,6 +168,23 @@ class FluxConfig:
                 '"window_tokens": 1024'
             )
         return sink, window
+
+    def full_decode(self, info: RouterInfo | None) -> int:
+        """Settle `full_decode_tokens` from this config and the router's own.
+
+        Raises: FluxConfigError: some, where `free_kv` gives back the keys that they need.
+        """
+        tokens = self.full_decode_tokens
+        if tokens is None:
+            tokens = 0 if info is None else info.full_decode_tokens
+        if tokens and self.free_kv:
+            where = "this config" if self.full_decode_tokens else "the router file"
+            raise FluxConfigError(
+                'flux config: expected "full_decode_tokens": 0 with "free_kv", which gives back '
+                f"the keys that an answer's first tokens would attend to, found {tokens} "
+                f'({where}); set it to 0, or drop "free_kv"'
+            )
+        return tokens
 
     def pattern_name(self, info: RouterInfo | None) -> str:
         """Settle the sparse pattern from this config and the router's own."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from flux_vllm.patterns import triangle
 from flux_vllm.router.checkpoint import SPARSE_PATTERNS
 from flux_vllm.router.inputs import RouterInputs, parse_inputs
+from training.data.batching import DenseQueries
 from training.data.encoding import WRAPPERS
 from training.data.families import FAMILIES
 
@@ -38,6 +39,8 @@ class RouterSettings:
     sparse_pattern: Literal["streaming", "triangle"] = "triangle"
     """What SPARSE means in a prompt: sinks and window, or these and everything for the prompt's
     last 128 queries."""
+    full_decode_tokens: int = 0
+    """First tokens of an answer for which SPARSE layers attend to everything."""
     full_bias: float = 2.0
     """Lead of the FULL logit at the start; the run begins with full attention."""
 
@@ -69,10 +72,11 @@ class RouterSettings:
         return parse_inputs(self.pools, self.probe, layers)
 
     @property
-    def tail_tokens(self) -> int:
-        """Queries at a prompt's end that a SPARSE layer shows everything."""
+    def dense(self) -> DenseQueries:
+        """Queries that a SPARSE layer shows everything."""
         is_triangle = self.sparse_pattern == triangle.Pattern.name
-        return triangle.Pattern.tail_tokens if is_triangle else 0
+        tail = triangle.Pattern.tail_tokens if is_triangle else 0
+        return DenseQueries(tail, self.full_decode_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +186,10 @@ class CostSettings:
     """Weight of the guess, from the same view, of what all SPARSE would cost: a denser signal."""
     most_nats: float = 1.0
     """A prompt's divergence counts for at most this much: an answer is lost once."""
+    length_power: float = 0.5
+    """What a prompt's FULL layers count: its tokens beyond sinks and window, to this power. 0: all
+    prompts alike, so that SPARSE goes to short ones, which lose least by it and gain nothing; 1: by
+    the keys that SPARSE does not read, so that it goes to the longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

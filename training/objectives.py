@@ -93,10 +93,16 @@ class QualityBudget:
         return distillation(logits, teacher)
 
     def of_routes(
-        self, router_logits: torch.Tensor, tasks: Sequence[str], batch_size: int, world: World
+        self,
+        router_logits: torch.Tensor,
+        tasks: Sequence[str],
+        batch_size: int,
+        world: World,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Give the share of FULL layers."""
-        share = router_logits.softmax(dim=-1)[..., Route.FULL].mean(dim=0).sum() / batch_size
+        """Give the share of FULL layers; weights [B], of mean 1: what each prompt counts."""
+        shares = router_logits.softmax(dim=-1)[..., Route.FULL].mean(dim=0)
+        share = (shares if weights is None else shares * weights).sum() / batch_size
         self._share = 1 - float(world.sum(share.detach().clone()))
         return share
 

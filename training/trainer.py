@@ -218,7 +218,7 @@ class Trainer:
             rows,
             self.inputs,
             self.config.loss.answer_tokens,
-            tail_tokens=self.config.router.tail_tokens,
+            dense=self.config.router.dense,
         ).to(self.world.device)
 
     def _calibrate(self) -> None:
@@ -309,6 +309,7 @@ class Trainer:
             sink_tokens=router.sink_tokens,
             window_tokens=router.window_tokens,
             sparse_pattern=router.sparse_pattern,
+            full_decode_tokens=router.full_decode_tokens,
             freeing_order=layers.order(freeing_order(folded, self._features())),
             provenance=provenance(self.world.device, *self.config.data.sources)
             | {

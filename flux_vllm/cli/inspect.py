@@ -56,6 +56,8 @@ def describe(path: Path, router: "LayerRouter", info: "RouterInfo") -> str:
     widths = [outputs for outputs, _ in router.shapes.values()][:-1]
     ends = f"first {probe.head_tokens} and last {probe.tail_tokens}"
     sparse = f"the first {info.sink_tokens} and the latest {info.window_tokens} tokens"
+    if info.full_decode_tokens:
+        sparse = f"everything for an answer's first {info.full_decode_tokens} tokens, then {sparse}"
     rows = [
         ("file", f"{path} ({path.stat().st_size / 1e6:.1f} MB)"),
         ("base model", info.base_model or "not said"),

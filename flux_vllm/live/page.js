@@ -13,6 +13,7 @@ const LABELS = {
   sparse_pattern: "Sparse pattern",
   sink_tokens: "Sink tokens",
   window_tokens: "Window tokens",
+  full_decode_tokens: "Tokens decoded fully",
   probe: "Probe, first + last tokens",
   pools: "Queries averaged over",
   routed_layers: "Routed layers",

@@ -62,6 +62,7 @@ class RouteReporter:
         pattern: of SPARSE layers.
         counts_requests: False where another worker counts the same requests, and their steps but
             for what this worker's own kernels count.
+        full_decode_tokens: of an answer, for which SPARSE layers attend to everything.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class RouteReporter:
         block_size: int,
         pattern: "SparsePattern",
         counts_requests: bool = True,
+        full_decode_tokens: int = 0,
     ) -> None:
         self._store = store
         self._layers = layers
         self._block_size = block_size
         self._pattern = pattern
         self._counts_requests = counts_requests
+        self._full_decode_tokens = full_decode_tokens
         self._pending: list[tuple[Batch, _RowRoutes]] = []
         self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
@@ -165,7 +168,8 @@ class RouteReporter:
             # What such a layer attended to is known on the device alone: leave it out of both sums.
             counted_layers[batch.is_prefill] -= sparse_layers[batch.is_prefill]
             prefill = np.zeros_like(full)
-        sparse = np.where(batch.is_prefill, prefill, decode)
+        is_early = batch.computed + batch.scheduled <= batch.prompt_lens + self._full_decode_tokens
+        sparse = np.where(batch.is_prefill, prefill, np.where(is_early, full, decode))
         attended = sparse * sparse_layers + full * (len(self._layers) - sparse_layers)
         context = full * counted_layers
         for phase, rows in (("prefill", batch.is_prefill), ("decode", ~batch.is_prefill)):

@@ -31,7 +31,10 @@ _BOUNDS = {
     "pool_tokens": (1, 2**30),
     "sink_tokens": (0, 2**30),
     "window_tokens": (1, 2**30),
+    "full_decode_tokens": (0, 2**30),
 }
+_ABSENT = {"full_decode_tokens": "0"}
+"""What files say that are older than a field."""
 _LISTS = ("pools", "context_layers", "widths", "always_sparse", "freeing_order")
 """Fields that are written where they are not empty."""
 _MOST_ENTRIES = 1024
@@ -66,6 +69,8 @@ class RouterInfo:
     """Layers whose pooled queries every router sees beside its own layer's."""
     widths: tuple[int, ...] = ()
     """Outputs of a router's first four linear layers; empty: the paper's."""
+    full_decode_tokens: int = 0
+    """First tokens of an answer for which SPARSE layers attend to everything."""
     always_sparse: tuple[int, ...] = ()
     """Layers that are SPARSE for every request, whatever their routers' tensors say."""
     freeing_order: tuple[int, ...] = ()
@@ -122,7 +127,7 @@ class RouterInfo:
                     else "use the Flux-vLLM version that wrote this file"
                 )
             )
-        numbers = {name: _integer(metadata, name, path) for name in _BOUNDS}
+        numbers = {name: _integer(_ABSENT | metadata, name, path) for name in _BOUNDS}
         if metadata.get("sparse_pattern") not in SPARSE_PATTERNS:
             raise RouterCheckpointError(
                 f"{path}: expected sparse_pattern to be one of {list(SPARSE_PATTERNS)}, found "

@@ -32,6 +32,8 @@ class RouteTable:
         self.full_probability = torch.empty(0, num_layers, device=device)
         self.settled_prompt_len = np.zeros(0, dtype=np.int64)
         """[S] length of the prompt that the routes were settled for; 0 while they are open."""
+        self.sparse_from = torch.zeros(0, dtype=torch.int32, device=device)
+        """[S] context in tokens beyond which SPARSE layers decode as SPARSE."""
         self.version = 0
         """Grows whenever a slot changes its owner or its routes: what was read under the same
         version still holds."""
@@ -84,6 +86,21 @@ class RouteTable:
         self.full_probability[slot] = full_probability
         self.version += 1
 
+    # As `write`.
+    @torch.inference_mode()
+    def settle(self, slot: int, prompt_len: int, full_decode_tokens: int) -> None:
+        """Say that a request's routes stand for a prompt of this length.
+
+        Args:
+            slot: of the request.
+            prompt_len: tokens.
+            full_decode_tokens: of the answer, for which SPARSE layers attend to everything.
+        """
+        self.settled_prompt_len[slot] = prompt_len
+        if full_decode_tokens:
+            self.sparse_from[slot] = prompt_len + full_decode_tokens
+            self.version += 1
+
     def release(self, request_ids: Iterable[str]) -> None:
         """Take back the slots of requests that ended; unknown requests are passed over."""
         for request_id in request_ids:
@@ -119,5 +136,6 @@ class RouteTable:
         routes[:old] = self.routes
         probability[:old] = self.full_probability
         self.routes, self.full_probability = routes, probability
+        self.sparse_from = torch.nn.functional.pad(self.sparse_from, (0, capacity - old))
         self.settled_prompt_len = np.pad(self.settled_prompt_len, (0, capacity - old))
         self._free.extend(range(capacity - 1, old - 1, -1))

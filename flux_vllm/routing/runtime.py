@@ -80,6 +80,7 @@ class FluxRuntime:
             self.window_tokens,
             config.pattern_options,
         )
+        self.full_decode_tokens = config.full_decode(info)
         self.table = RouteTable(num_layers, max_requests, device)
         self.probe: PromptProbe | None = None
         """Set once the model is there, for policy `router`."""
@@ -194,7 +195,7 @@ class FluxRuntime:
             self._settle(slot, prompt)
 
     def _settle(self, slot: int, prompt: Prompt) -> None:
-        self.table.settled_prompt_len[slot] = prompt.length
+        self.table.settle(slot, prompt.length, self.full_decode_tokens)
         self._decided.add(slot)
         self._known.forget(slot)
 

@@ -28,14 +28,15 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     config, info = runtime.config, runtime.info
+    pattern = f"{config.pattern_name(info)}, sink {runtime.sink_tokens} and window "
+    pattern += f"{runtime.window_tokens} tokens"
+    if runtime.full_decode_tokens:
+        pattern += f" after {runtime.full_decode_tokens} of an answer"
     logger.info(
-        "flux: policy %s, %d routed layers, pattern %s, sink %d and window %d tokens, "
-        "threshold %g, kernels %s",
+        "flux: policy %s, %d routed layers, pattern %s, threshold %g, kernels %s",
         config.policy,
         len(runtime.routed_layers),
-        config.pattern_name(info),
-        runtime.sink_tokens,
-        runtime.window_tokens,
+        pattern,
         config.threshold,
         kernels,
     )
@@ -59,6 +60,7 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
             vllm_config.cache_config.block_size,
             runtime.pattern,
             counts_requests=get_pp_group().is_first_rank,
+            full_decode_tokens=runtime.full_decode_tokens,
         )
         reporter.announce(**router)
         runtime.reporter = reporter
@@ -87,6 +89,7 @@ def _labels(
         "sparse_pattern": config.pattern_name(info),
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
+        "full_decode_tokens": str(runtime.full_decode_tokens),
         "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
         "pools": " ".join(map(str, info.inputs.pools)) if info else "",
         "kernels": kernels,

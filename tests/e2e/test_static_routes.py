@@ -25,13 +25,14 @@ LENGTHS = [159, 160, 161, 255, 257, 500, 1100]
 LONG = pytest.param([2001, 3001], marks=pytest.mark.long, id="long")
 
 
-def flux(kind: str = "streaming") -> dict:
+def flux(kind: str = "streaming", full_decode_tokens: int = 0) -> dict:
     return {
         "policy": "static",
         "sparse_layers": [0, 2],
         "sink_tokens": SINK_TOKENS,
         "window_tokens": WINDOW_TOKENS,
         "sparse_pattern": kind,
+        "full_decode_tokens": full_decode_tokens,
     }
 
 
@@ -55,16 +56,21 @@ CASES = [
     pytest.param(("triangle", 32), marks=pytest.mark.long),
     ("triangle", 128),
     ("xattention", 32),
+    # Sparse from the tenth token of an answer on.
+    ("streaming", 32, 9),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def shared(request, tiny_model, reference) -> Iterator[Served]:
-    kind, block_size = request.param
+    kind, block_size, *first = request.param
+    first_tokens = sum(first)
     with Engine(
-        tiny_model, flux(kind), block_size=block_size, enable_prefix_caching=True
+        tiny_model, flux(kind, first_tokens), block_size=block_size, enable_prefix_caching=True
     ) as engine:
-        pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size, kind)
+        pattern = SparsePattern(
+            SINK_TOKENS, WINDOW_TOKENS, block_size, kind, full_decode_tokens=first_tokens
+        )
         yield Served(engine, pattern, reference)
 
 
@@ -149,6 +155,25 @@ def test_a_wrong_route_would_show(reference, layer: int) -> None:
 @pytest.mark.parametrize("kind", ["triangle", "xattention"])
 def test_streaming_in_its_place_would_show(reference, kind: str) -> None:
     assert _changes(reference, kind, SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 32)) > 0.1
+
+
+def test_sparse_decode_in_its_place_would_show(reference) -> None:
+    """An answer's first tokens, decoded with full attention, differ; its later ones follow."""
+    prompt = random_prompt(500, seed=500)
+    sizes = SINK_TOKENS, WINDOW_TOKENS, 32
+    right, wrong = (
+        reference.run(
+            prompt,
+            pattern=SparsePattern(*sizes, full_decode_tokens=n),
+            routes=ROUTES,
+            num_decode=12,
+        )
+        for n in (9, 0)
+    )
+    both = zip(right.output_logprobs, wrong.output_logprobs, strict=True)
+    moved = [(a - b).abs().max() for a, b in both]
+    assert moved[0] == 0  # the prompt's
+    assert max(moved[1:]) > 0.1
 
 
 @pytest.mark.parametrize(

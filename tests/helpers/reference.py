@@ -187,13 +187,15 @@ class Request:
         if not start + len(drafts) < end <= len(known):
             expected = f"{1 + len(drafts)} to {len(known) - start}"
             raise ValueError(f"length: expected {expected}, got {length}")
+        phase = phase or ("prefill" if start < prompt_len else "decode")
+        is_early = phase == "decode" and end <= prompt_len + self.pattern.full_decode_tokens
         hidden, self.history, record = self.model.step(
             self.history,
             known[start:end],
-            phase=phase or ("prefill" if start < prompt_len else "decode"),
+            phase=phase,
             pattern=self.pattern,
             prompt_len=prompt_len,
-            routes=self.routes_at(end),
+            routes=[FULL] * self.model.num_layers if is_early else self.routes_at(end),
         )
         self.steps.append(record)
         if self.score_prompt and not self.prompt_done:

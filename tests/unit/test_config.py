@@ -43,6 +43,8 @@ BAD_VALUES = [
     ({"threshold": float("nan")}, "threshold", "a number from 0 to 1", float("nan")),
     ({"threshold": float("inf")}, "threshold", "a number from 0 to 1", float("inf")),
     ({"sink_tokens": -1}, "sink_tokens", f"a whole number from 0 to {2**30}", -1),
+    ({"full_decode_tokens": -1}, "full_decode_tokens", f"a whole number from 0 to {2**30}", -1),
+    ({"full_decode_tokens": 8.0}, "full_decode_tokens", WHOLE, 8.0),
     ({"sink_tokens": 1.0}, "sink_tokens", WHOLE, 1.0),
     ({"sink_tokens": True}, "sink_tokens", WHOLE, True),
     ({"sink_tokens": "128"}, "sink_tokens", WHOLE, "128"),
@@ -93,6 +95,7 @@ class TestDefaults:
             "window_tokens": None,
             "sparse_pattern": None,
             "pattern_options": None,
+            "full_decode_tokens": None,
             "kernels": None,
             "free_kv": False,
         }
@@ -236,6 +239,7 @@ class TestAdditionalConfig:
             "window_tokens": 4,
             "sparse_pattern": "streaming",
             "pattern_options": {"an_option": 0.5},
+            "full_decode_tokens": 8,
             "kernels": "triton",
             "free_kv": True,
         }
@@ -337,6 +341,21 @@ class TestWindow:
         )
         with pytest.raises(FluxConfigError, match="^" + re.escape(expected)):
             config.window(None)
+
+    def test_full_decode_tokens(self) -> None:
+        trained = dataclasses.replace(INFO, full_decode_tokens=32)
+        assert FluxConfig().full_decode(None) == 0
+        assert FluxConfig().full_decode(trained) == 32
+        assert FluxConfig(full_decode_tokens=0).full_decode(trained) == 0
+        assert FluxConfig(full_decode_tokens=8).full_decode(trained) == 8
+
+    @pytest.mark.parametrize("own", [None, 8])
+    def test_full_decode_needs_the_keys(self, own: int | None) -> None:
+        trained = dataclasses.replace(INFO, full_decode_tokens=32)
+        where = "the router file" if own is None else "this config"
+        with pytest.raises(FluxConfigError, match=rf"found {own or 32} \({where}\); set it to 0"):
+            FluxConfig(full_decode_tokens=own, free_kv=True).full_decode(trained)
+        assert FluxConfig(full_decode_tokens=0, free_kv=True).full_decode(trained) == 0
 
     def test_both_given_need_no_router(self) -> None:
         assert FluxConfig(policy="sparse", sink_tokens=0, window_tokens=5).window(None) == (0, 5)

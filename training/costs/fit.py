@@ -20,7 +20,7 @@ from flux_vllm.router.inputs import RouterInputs
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.router.overlap import WIDTH
 from flux_vllm.router.route import Route
-from training.config import OptimizerSettings, TrainConfig
+from training.config import OptimizerSettings, RouterSettings, TrainConfig
 from training.costs.measurements import Measurements
 from training.costs.quadratic import QuadraticCosts
 from training.distributed import World
@@ -69,6 +69,8 @@ def fit_router(
     seen = assemble(measured, inputs)
     network = _SharedTrunk(seen, inputs, measured.pooled.shape[-1], config.router.widths)
     view, need = network.view(seen), _log_need(costs)
+    gains = beyond(measured, config.router) ** config.costs.length_power
+    gains = gains / gains.mean()
     settings, loss, most = config.optimizer, config.loss, config.costs.most_nats
     optimizer = _make_optimizer(network, settings)
     budget = QualityBudget(loss)
@@ -84,7 +86,8 @@ def fit_router(
         logits, guess = network(view[rows] + noise * network.is_noisy)
         expected = costs.take(rows).expected_nats(logits.softmax(-1)[..., Route.SPARSE].T)
         answers = most * -torch.expm1(-expected / most).mean()
-        total = budget.weight * answers + budget.of_routes(logits, (), len(rows), world)
+        full = budget.of_routes(logits, (), len(rows), world, gains[rows])
+        total = budget.weight * answers + full
         total = total + loss.logit_penalty * excess_confidence(logits, loss.logit_bound)
         total = total + config.costs.need_weight * (guess - need[rows]).square().mean()
         optimizer.zero_grad()
@@ -94,6 +97,12 @@ def fit_router(
         nats = answers.item()
         budget.ascend(nats)
     return network.to_router(), {"nats": round(nats, 5)} | budget.describe()
+
+
+def beyond(measured: Measurements, settings: RouterSettings) -> torch.Tensor:
+    """Count prompts' tokens beyond sinks and window, which SPARSE does not read: [N] float32."""
+    reach = settings.sink_tokens + settings.window_tokens
+    return torch.from_numpy(measured.tokens - reach).clamp(min=1).float()
 
 
 def _log_need(costs: QuadraticCosts) -> torch.Tensor:
@@ -226,16 +235,20 @@ def describe(
     measured: Measurements,
     costs: QuadraticCosts,
     inputs: RouterInputs,
+    settings: RouterSettings,
     thresholds: tuple[float, ...],
 ) -> list[dict[str, float | None]]:
     """Say what routers would do with prompts, by the model of costs.
 
-    Returns: a row a threshold: share of SPARSE, mean nats, and the rank correlation of a prompt's
-        FULL layers with what all SPARSE was measured to cost it.
+    Returns: a row a threshold: share of SPARSE, share of the keys it could leave unread that it
+        does, mean nats, and the rank correlation of a prompt's FULL layers with what all SPARSE was
+        measured to cost it.
     """
     logits = router.forward_all(assemble(measured, inputs))
     probability = logits.softmax(-1)[..., Route.FULL].T
     need = np.nanmax(np.where(measured.sparse.all(-1), measured.nats, np.nan), axis=1)
+    unread = beyond(measured, settings)
+    unread = unread / unread.sum()
     rows = []
     for threshold in thresholds:
         sparse = (probability < threshold).float()
@@ -243,6 +256,7 @@ def describe(
             {
                 "threshold": threshold,
                 "sparse_share": round(float(sparse.mean()), 4),
+                "unread_share": round(float(sparse.mean(dim=1) @ unread), 4),
                 "nats": round(float(costs.nats(sparse).mean()), 5),
                 "need_correlation": rank_correlation((1 - sparse).sum(1).numpy(), need),
             }

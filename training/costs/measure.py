@@ -20,7 +20,7 @@ import torch
 from flux_vllm.router.inputs import RouterInputs
 from training.attach import RoutedModel
 from training.costs.measurements import Measurements, join
-from training.data.batching import MicroBatch, collate, group_by_length
+from training.data.batching import DenseQueries, MicroBatch, collate, group_by_length
 from training.data.encoding import Encoded
 from training.losses import distillation, mean_by_prompt
 
@@ -39,7 +39,7 @@ class Measurer:
         routed: the model.
         inputs: whose pools are kept; context layers play no part.
         answer_tokens: most answer tokens of a prompt to compare, evenly spaced.
-        tail_tokens: last queries of a prompt that SPARSE shows everything.
+        dense: queries that SPARSE shows everything.
         token_budget: tokens computed at once.
         seed: of the samples.
         sampled_share: of the prompts, by micro-batches; routes are sampled for these alone.
@@ -50,7 +50,7 @@ class Measurer:
         routed: RoutedModel,
         inputs: RouterInputs,
         answer_tokens: int,
-        tail_tokens: int,
+        dense: DenseQueries,
         token_budget: int,
         seed: int,
         sampled_share: float = 1.0,
@@ -58,7 +58,7 @@ class Measurer:
         self.routed = routed
         self.inputs = RouterInputs(pools=inputs.pools, probe=inputs.probe)
         self.answer_tokens = answer_tokens
-        self.tail_tokens = tail_tokens
+        self.dense = dense
         self.token_budget = token_budget
         self.generator = torch.Generator().manual_seed(seed)
         self.leads = torch.zeros(routed.num_layers)
@@ -82,7 +82,7 @@ class Measurer:
                 rows,
                 self.inputs,
                 self.answer_tokens,
-                tail_tokens=self.tail_tokens,
+                dense=self.dense,
             )
             is_sampled = self.due >= 1
             self.due += self.sampled_share - is_sampled

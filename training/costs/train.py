@@ -93,6 +93,7 @@ def train_by_costs(config: TrainConfig) -> Path:
         sink_tokens=settings.sink_tokens,
         window_tokens=settings.window_tokens,
         sparse_pattern=settings.sparse_pattern,
+        full_decode_tokens=settings.full_decode_tokens,
         freeing_order=layers.order(freeing_order(folded, assemble(fitted_to, inputs))),
         provenance=provenance(world.device, *config.data.sources)
         | {"config": config.to_dict(), "prompts": len(fitted_to), "seconds": report["seconds"]},
@@ -123,6 +124,7 @@ def _measure(config: TrainConfig, folder: Path, world: World) -> Measurements:
             "sink_tokens": router.sink_tokens,
             "window_tokens": router.window_tokens,
             "sparse_pattern": router.sparse_pattern,
+            "full_decode_tokens": router.full_decode_tokens,
         },
     )
     missing = _missing_prompts(config, {int(at) for part in known for at in part.place}, world)
@@ -136,7 +138,7 @@ def _measure(config: TrainConfig, folder: Path, world: World) -> Measurements:
             routed,
             router.inputs(routed.num_layers),
             config.loss.answer_tokens,
-            router.tail_tokens,
+            router.dense,
             config.optimizer.micro_batch_tokens,
             config.seed + world.rank,
             config.costs.sampled_share,
@@ -180,4 +182,5 @@ def _report(
 ) -> dict[str, Any]:
     """Describe routers on prompts that were held out, by costs fitted to these."""
     inputs = config.router.inputs(layers)
-    return {"rows": describe(router, measured, fit_costs(measured), inputs, _THRESHOLDS)}
+    costs = fit_costs(measured)
+    return {"rows": describe(router, measured, costs, inputs, config.router, _THRESHOLDS)}

@@ -5,6 +5,7 @@ Dimension legend: B prompts, T padded tokens, A answer tokens of all prompts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -70,13 +71,25 @@ def _padded(length: int) -> int:
     return -(-length // _PAD_TO) * _PAD_TO
 
 
+class DenseQueries(NamedTuple):
+    """Queries around a prompt's end that attend to everything under SPARSE too."""
+
+    tail_tokens: int = 0
+    """The prompt's last."""
+    full_decode_tokens: int = 0
+    """The answer's first."""
+
+
+_NO_QUERIES = DenseQueries()
+
+
 def collate(
     prompts: Sequence[Encoded],
     indices: list[int],
     inputs: RouterInputs,
     answer_tokens: int | None = None,
     skip_prefix: bool = False,
-    tail_tokens: int = 0,
+    dense: DenseQueries = _NO_QUERIES,
 ) -> MicroBatch:
     """Pad prompts into one rectangle.
 
@@ -86,7 +99,7 @@ def collate(
         inputs: of the routers.
         answer_tokens: most answer tokens of a prompt to look at, evenly spaced; None: all.
         skip_prefix: look at an open answer only after its prefix, as if that had been forced.
-        tail_tokens: queries at a prompt's end that SPARSE shows everything.
+        dense: queries that SPARSE shows everything.
 
     Returns: MicroBatch, on the CPU.
     """
@@ -97,7 +110,8 @@ def collate(
     for row, prompt in enumerate(prompts):
         ids = torch.as_tensor(prompt.token_ids, dtype=torch.int64)
         token_ids[row, : len(ids)] = ids
-        is_tail[row, max(0, prompt.prompt_len - tail_tokens) : prompt.prompt_len] = True
+        begin, end = max(0, prompt.prompt_len - dense.tail_tokens), prompt.prompt_len
+        is_tail[row, begin : end + dense.full_decode_tokens] = True
         skipped = prompt.prefix_len if skip_prefix else 0
         looked_at = torch.arange(prompt.prompt_len + skipped - 1, len(ids) - 1)
         if answer_tokens is not None and len(looked_at) > answer_tokens:

@@ -25,7 +25,7 @@ from flux_vllm.router.checkpoint import read_router
 from flux_vllm.router.inputs import RouterInputs
 from training.attach import RoutedModel
 from training.config import DivergenceConfig
-from training.data.batching import MicroBatch, collate, group_by_length
+from training.data.batching import DenseQueries, MicroBatch, collate, group_by_length
 from training.data.encoding import Encoded
 from training.data.prompt_files import FilePrompts
 from training.distributed import World, start_world
@@ -67,6 +67,7 @@ class DivergenceMeter:
         pattern: what SPARSE means, `streaming` or `triangle`.
         answer_tokens: most of a prompt to look at.
         token_budget: tokens computed at once.
+        full_decode_tokens: of an answer, for which SPARSE layers attend to everything.
 
     Raises: UnsupportedConfigurationError: another pattern.
     """
@@ -78,6 +79,7 @@ class DivergenceMeter:
         pattern: SparsePattern,
         answer_tokens: int,
         token_budget: int,
+        full_decode_tokens: int = 0,
     ) -> None:
         if not isinstance(pattern, streaming.Pattern):
             raise UnsupportedConfigurationError(
@@ -87,7 +89,8 @@ class DivergenceMeter:
             )
         self.routed = routed
         self.inputs = inputs
-        self.tail = pattern.tail_tokens if isinstance(pattern, triangle.Pattern) else 0
+        tail = pattern.tail_tokens if isinstance(pattern, triangle.Pattern) else 0
+        self.dense = DenseQueries(tail, full_decode_tokens)
         self.answer_tokens = answer_tokens
         self.token_budget = token_budget
 
@@ -106,7 +109,7 @@ class DivergenceMeter:
         found = {name: np.zeros((len(prompts), 2 + layers), np.float32) for name in policies}
         for rows in group_by_length([len(prompt) for prompt in prompts], self.token_budget):
             chosen = [prompts[row] for row in rows]
-            micro = collate(chosen, rows, self.inputs, self.answer_tokens, tail_tokens=self.tail)
+            micro = collate(chosen, rows, self.inputs, self.answer_tokens, dense=self.dense)
             for name, columns in self._run(micro.to(self.routed.device), policies):
                 found[name][rows] = columns.cpu().numpy()
         return {
@@ -219,6 +222,7 @@ def compare(config: DivergenceConfig) -> dict[str, Any]:
         make_pattern(info.sparse_pattern, info.sink_tokens, info.window_tokens),
         config.answer_tokens,
         config.micro_batch_tokens,
+        info.full_decode_tokens,
     )
     began, layers = time.monotonic(), routed.num_layers
     statics: dict[int, list[int]] = {}

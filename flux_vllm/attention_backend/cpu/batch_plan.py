@@ -61,11 +61,14 @@ class CpuRoutes:
         self._builder = builder
         batch = self._current.batch
         self._starts = np.concatenate([[0], np.cumsum(batch.scheduled)])
-        # Up to so many tokens both routes see the same keys, so the kernel may do either.
+        # Up to so many tokens both routes attend to the same keys, so the kernel may do either.
         same = np.where(
             batch.is_prefill,
             runtime.pattern.reach,
-            runtime.sink_tokens + runtime.window_tokens,
+            np.maximum(
+                runtime.sink_tokens + runtime.window_tokens,
+                batch.prompt_lens + runtime.full_decode_tokens,
+            ),
         )
         self._routes_differ = batch.computed + batch.scheduled > same
         self._view = compact_view(

@@ -47,6 +47,11 @@ def join_views(
             block_size, runtime.sink_tokens, runtime.window_tokens, runtime.pattern.reach
         )
         views = kinds[kind] = ViewBuffers(
-            capacity, runtime.table.num_layers, sizes, runtime.decode_counts, device
+            capacity,
+            runtime.table.num_layers,
+            sizes,
+            runtime.decode_counts,
+            device,
+            decodes_fully=runtime.full_decode_tokens > 0,
         )
     return views.join(columns, [column in runtime.routed_layers for column in columns])

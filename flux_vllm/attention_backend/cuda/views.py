@@ -73,6 +73,7 @@ class ViewBuffers:
         sizes: of the views.
         counts: of the worker.
         device: of the KV cache.
+        decodes_fully: whether SPARSE layers decode an answer's first tokens with full attention.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class ViewBuffers:
         sizes: ViewSizes,
         counts: DecodeCounts,
         device: torch.device,
+        *,
+        decodes_fully: bool = False,
     ) -> None:
         self.capacity = capacity
         self.device = device
@@ -96,6 +99,9 @@ class ViewBuffers:
         self._is_routed: list[bool] = []
         self._routes = torch.full(
             (capacity, num_columns), NO_REQUEST, dtype=torch.int8, device=device
+        )
+        self._sparse_from = (
+            torch.zeros(capacity, dtype=torch.int32, device=device) if decodes_fully else None
         )
         self._is_prefill = torch.zeros(capacity, dtype=torch.int8, device=device)
         self._layout = torch.zeros(_MOST_GROUPS, 4, dtype=torch.int64, device=device)
@@ -113,7 +119,7 @@ class ViewBuffers:
         """Return the memory that such buffers take, for groups of these tables' widths."""
         tables = 8 * capacity * sum(widths)
         views = 4 * layers * (4 * capacity + plan_width(capacity))
-        return tables + views + capacity * (num_columns + 1) + 32 * _MOST_GROUPS
+        return tables + views + capacity * (num_columns + 5) + 32 * _MOST_GROUPS
 
     def join(self, columns: Sequence[int], is_routed: Sequence[bool]) -> GroupViews:
         """Take up a group's layers, before the first step.
@@ -151,6 +157,8 @@ class ViewBuffers:
         if slots is not None and rows:
             index = to_device(slots, self.device)
             torch.index_select(table.routes, 0, index, out=self._routes[:rows])
+            if self._sparse_from is not None:
+                torch.index_select(table.sparse_from, 0, index, out=self._sparse_from[:rows])
         if rows < self._known_rows:
             self._routes[rows : self._known_rows] = NO_REQUEST
         self._known, self._known_rows = known, rows
@@ -180,6 +188,7 @@ class ViewBuffers:
                 seq_lens,
                 query_start_loc,
                 self._routes,
+                self._sparse_from,
                 self._is_prefill if has_prefill else None,
             ),
             self._layers,

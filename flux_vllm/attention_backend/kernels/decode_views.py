@@ -54,6 +54,8 @@ class StepRows(NamedTuple):
     """[R + 1] int32."""
     routes: torch.Tensor
     """[C, layers of the model] int8 of `Route` values or NO_REQUEST; UNDECIDED attends FULL."""
+    sparse_from: torch.Tensor | None
+    """[C] int32: up to so many tokens a SPARSE layer decodes with full attention; None: 0."""
     is_prefill: torch.Tensor | None
     """[C] int8: the row computes prompt tokens; None where no row does."""
 
@@ -215,6 +217,7 @@ def _views_kernel(
     seq_lens,
     query_start_loc,
     routes,
+    sparse_from,
     is_prefill,
     columns,
     is_routed,
@@ -252,18 +255,23 @@ def _views_kernel(
         wanted = layer < num_layers
         column = tl.load(columns + layer, mask=wanted, other=0)
         route = tl.load(routes + row * stride_routes + column, mask=wanted, other=_FULL)
-        compact = (route == _SPARSE) & (seq_len > 0)
+        is_sparse = (route == _SPARSE) & (seq_len > 0)
         entry = layer * stride_layer + row
+        compact = is_sparse
+        skipped_keys = skipped * BLOCK_SIZE
+        if sparse_from is not None:
+            is_late = seq_len > tl.load(sparse_from + row)
+            compact = compact & is_late
+            skipped_keys = tl.where(is_late, skipped_keys, 0)
         if is_prefill is not None:
             prefills = tl.load(is_prefill + row) != 0
-            apart = compact & prefills & (seq_len > SPARSE_BEYOND)
+            apart = is_sparse & prefills & (seq_len > SPARSE_BEYOND)
             tl.store(full_seqused_q + entry, tl.where(apart, 0, queries), mask=wanted)
             tl.store(sparse_seqused_q + entry, tl.where(apart, queries, 0), mask=wanted)
             compact = compact & ~prefills
-        compact_len = seq_len - skipped * BLOCK_SIZE
         tl.store(kv_batch_idx + entry, row + tl.where(compact, capacity, 0), mask=wanted)
-        tl.store(seqused_k + entry, tl.where(compact, compact_len, seq_len), mask=wanted)
+        tl.store(seqused_k + entry, seq_len - tl.where(compact, skipped_keys, 0), mask=wanted)
         if totals is not None:
             routed = wanted & (tl.load(is_routed + layer, mask=wanted, other=0) != 0)
-            _count_row(totals, capacity, row, seq_len, queries, skipped * BLOCK_SIZE, routed,
+            _count_row(totals, capacity, row, seq_len, queries, skipped_keys, routed,
                        route, SINK_TOKENS + WINDOW_TOKENS)  # fmt: skip

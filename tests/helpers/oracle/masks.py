@@ -22,6 +22,7 @@ class SparsePattern:
         tail_tokens: of triangle: the prompt's last queries, which see everything.
         stride: of xattention's anti-diagonals.
         threshold: of xattention: share of the estimated attention that the chosen blocks hold.
+        full_decode_tokens: of an answer, for which decode is as under FULL.
     """
 
     sink_tokens: int
@@ -31,6 +32,7 @@ class SparsePattern:
     tail_tokens: int = 128
     stride: int = 16
     threshold: float = 0.9
+    full_decode_tokens: int = 0
 
     @classmethod
     def of(cls, pattern: Any) -> "SparsePattern":

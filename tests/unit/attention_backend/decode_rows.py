@@ -90,6 +90,7 @@ class Views:
         routes: torch.Tensor,
         layers: list[int],
         is_routed: list[int] | None = None,
+        sparse_from: list[int] | None = None,
     ) -> "Views":
         """Write the views of rows with these routes: [R, layers of the model]."""
         device = batch.query.device
@@ -101,6 +102,9 @@ class Views:
                 batch.seq_lens,
                 batch.query_start_loc,
                 routes.to(device),
+                None
+                if sparse_from is None
+                else torch.tensor(sparse_from, dtype=torch.int32, device=device),
                 torch.tensor(is_prefill, dtype=torch.int8, device=device)
                 if any(is_prefill)
                 else None,

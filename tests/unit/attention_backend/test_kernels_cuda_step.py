@@ -65,7 +65,9 @@ def _attend_like_vllm(impl, layer, query, key, value, kv_cache, metadata, output
 class _Server:
     """A hand-made worker: a KV cache, block tables, and a builder with its layers."""
 
-    def __init__(self, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, policy: str, monkeypatch: pytest.MonkeyPatch, full_decode_tokens: int = 0
+    ) -> None:
         from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
         from flux_vllm.attention_backend.cuda.backend import FluxCUDAImpl, FluxCUDAMetadataBuilder
@@ -79,7 +81,11 @@ class _Server:
         monkeypatch.setattr(FlashAttentionImpl, "forward", _attend_like_vllm)
         static = policy == "static"
         self.runtime = FluxRuntime(
-            FluxConfig(policy=policy, sparse_layers=[0] if static else None),
+            FluxConfig(
+                policy=policy,
+                sparse_layers=[0] if static else None,
+                full_decode_tokens=full_decode_tokens,
+            ),
             RouterInfo(
                 base_model="",
                 num_layers=LAYERS,
@@ -163,9 +169,10 @@ class _Server:
                 route = int(self.runtime.table.routes[int(slots[row]), index])
                 if self.runtime.fixed_routes is None:
                     assert route == ROUTES.get(name, [OPEN] * LAYERS)[index]
-                self._check(
-                    name, index, count, FULL if route == OPEN else route, prefill, out[part]
-                )
+                is_early = ends[name] <= PROMPTS[name] + self.runtime.full_decode_tokens
+                if route == OPEN or (is_early and not prefill):
+                    route = FULL
+                self._check(name, index, count, route, prefill, out[part])
                 start += count
         self.runtime.end_step()
 
@@ -221,9 +228,11 @@ class _Server:
         torch.testing.assert_close(out.view(count, HEADS, HEAD_DIM), expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["router", "static"])
-def test_steps(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = _Server(policy, monkeypatch)
+@pytest.mark.parametrize(
+    ("policy", "full_decode_tokens"), [("router", 0), ("static", 0), ("router", 1), ("static", 2)]
+)
+def test_steps(policy: str, full_decode_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = _Server(policy, monkeypatch, full_decode_tokens)
     server.step([("a", 23, True), ("b", 21, True)])
     server.step([("b", 1, False), ("c", 50, True), ("a", 42, True)])
     server.step([("a", 1, True), ("c", 39, True)])  # a prompt's one-token tail

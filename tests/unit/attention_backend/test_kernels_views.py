@@ -98,6 +98,36 @@ def test_write_views_by_layer(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("has_prefill", [False, True])
+def test_write_views_decodes_an_answers_first_tokens_fully(device: str, has_prefill: bool) -> None:
+    """Up to `sparse_from` tokens, this step's included, a SPARSE row reads its real row."""
+    rows = [decode(100, SPARSE), decode(100, SPARSE, 3), decode(101, SPARSE), decode(100, SPARSE)]
+    if has_prefill:
+        rows.append(Row(7, 90))
+    batch = make_batch(rows, Shape(), device)
+    plain, views = Views(batch), Views(batch)
+    routes = torch.full((len(rows), 1), SPARSE, dtype=torch.int8)
+    plain.write(batch, routes, layers=[0])
+    views.write(batch, routes, layers=[0], sparse_from=[100, 100, 100, 0, 1000][: len(rows)])
+    c = views.capacity
+    expected = [0, 1, c + 2, c + 3] + [4] * has_prefill
+    assert views.kv_batch_idx[0, : len(rows)].tolist() == expected
+    lengths = plain.seqused_k[0, : len(rows)].tolist()
+    assert lengths[0] < 100
+    assert lengths[1] < 100
+    assert views.seqused_k[0, : len(rows)].tolist() == [100, 100, *lengths[2:]]
+    if has_prefill:
+        # Whatever decode does later, the prompt is computed under its route.
+        assert views.sparse_seqused_q[0, :5].tolist() == [0, 0, 0, 0, 7]
+        assert not views.full_seqused_q[0, 4]
+        return
+    attended, context, _ = views.totals
+    assert attended[:2].tolist() == context[:2].tolist() == [100, 98 + 99 + 100]
+    assert attended[2:4].tolist() == plain.totals[0, 2:4].tolist()
+    assert attended[2] < context[2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_write_views_of_several_groups(device: str) -> None:
     """Tables of groups lie anywhere, and are as wide as they like beyond the views' width."""
     batch = make_batch(AWKWARD, Shape(), device)
@@ -123,6 +153,7 @@ def test_write_views_of_several_groups(device: str) -> None:
             batch.seq_lens,
             batch.query_start_loc,
             torch.tensor(routes, dtype=torch.int8, device=device)[:, None],
+            None,
             None,
         ),
         RoutedColumns(

@@ -225,6 +225,19 @@ class TestWhatCounts:
         assert setup.tokens("attended", "decode") == 2 * decode + sparse_decode
         assert setup.tokens("context", "decode") == 3 * decode
 
+    def test_an_answers_first_tokens_are_decoded_fully(self, tmp_path: Path) -> None:
+        setup = Setup(tmp_path, (32, 128, 32))
+        pattern = make_pattern("streaming", 32, 128)
+        setup.reporter = RouteReporter(setup.store, LAYERS, 32, pattern, full_decode_tokens=8)
+        rows: list[Row] = [(607, 1, 600), (608, 1, 600), (590, 10, 600)]
+        setup.record(rows, [[SPARSE] * 3] * 3, [False] * 3)
+        last, beyond = (
+            count_keys(rows[0], FULL, (0, 0, 1)),
+            count_keys(rows[1], SPARSE, (32, 128, 32)),
+        )
+        assert setup.tokens("attended", "decode") == 3 * (last + beyond)
+        assert setup.tokens("attended", "prefill") == 3 * count_keys(rows[2], SPARSE, (32, 128, 32))
+
     def test_warmup_does_not(self, one: Setup) -> None:
         before = one.scrape()
         one.record([(0, 200, 200)], [[SPARSE] * 3], [True], is_warmup=True)

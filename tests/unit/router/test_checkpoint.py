@@ -108,7 +108,7 @@ class TestRoundTrip:
             metadata = dict(file.metadata())
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert json.loads(metadata.pop("provenance")) == INFO.provenance
-        assert metadata == METADATA | {"probe": "[128, 128]"}
+        assert metadata == METADATA | {"probe": "[128, 128]", "full_decode_tokens": "0"}
         assert {n: tuple(t.shape) for n, t in found.items()} == {
             n: tuple(t.shape) for n, t in tensors_by_name().items()
         }
@@ -266,6 +266,17 @@ def test_freeing_order_is_kept(tmp_path: Path) -> None:
     for found in (order, ()):
         write_router(tmp_path, router, replace(INFO, freeing_order=found))
         assert read_router(tmp_path)[1].freeing_order == found
+
+
+def test_full_decode_tokens_are_kept(tmp_path: Path) -> None:
+    router = LayerRouter(INFO.num_layers, INFO.head_dim)
+    info = replace(INFO, full_decode_tokens=32)
+    write_router(tmp_path, router, info)
+    assert read_router(tmp_path)[1] == info
+    # A file that is older than the field.
+    metadata = info.to_metadata()
+    del metadata["full_decode_tokens"]
+    assert RouterInfo.from_metadata(metadata, tmp_path).full_decode_tokens == 0
 
 
 def test_always_sparse_beyond_the_model(tmp_path: Path) -> None:

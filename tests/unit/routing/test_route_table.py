@@ -54,6 +54,20 @@ def test_growth_keeps_what_is_there() -> None:
     assert (table.routes[more] == OPEN).all()
 
 
+def test_where_sparse_decode_begins() -> None:
+    table = RouteTable(3, 1, CPU)
+    slot, _ = table.acquire("a")
+    version = table.version
+    table.settle(slot, 100, 0)
+    assert (table.settled_prompt_len[slot], int(table.sparse_from[slot])) == (100, 0)
+    assert table.version == version  # nothing that the device knows has changed
+    table.settle(slot, 120, 8)
+    assert (table.settled_prompt_len[slot], int(table.sparse_from[slot])) == (120, 128)
+    assert table.version > version
+    table.acquire("b")  # the table grows
+    assert int(table.sparse_from[slot]) == 128
+
+
 def test_fixed_routes_are_for_live_and_later_requests() -> None:
     table = RouteTable(3, 1, CPU)
     first, _ = table.acquire("a")

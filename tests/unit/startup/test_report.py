@@ -53,6 +53,7 @@ class TestReport:
             "sparse_pattern": "streaming",
             "sink_tokens": "64",
             "window_tokens": "256",
+            "full_decode_tokens": "0",
             "probe": "128+128",
             "pools": "ends:48",
             "kernels": "cpu",

@@ -1,5 +1,7 @@
 """Routers fitted to made-up costs. Oracle: which prompts need which layer, known beforehand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,13 +26,13 @@ NEEDED = 1
 """The layer that half of the prompts need; the last one nobody does."""
 
 
-def config(nats: float = 0.02) -> TrainConfig:
+def config(nats: float = 0.02, length_power: float = 0.5) -> TrainConfig:
     return TrainConfig(
         model="",
         out="",
         router=RouterSettings(widths=(8, 8, 8, 8)),
         loss=LossSettings(budget_nats=nats),
-        costs=CostSettings(input_noise=0.3),
+        costs=CostSettings(input_noise=0.3, length_power=length_power),
         optimizer=OptimizerSettings(steps=300, batch_size=64, learning_rate=1e-2),
     )
 
@@ -83,6 +85,21 @@ def test_a_larger_budget_leaves_fewer_full_layers() -> None:
     assert shares[2] < 0.2
 
 
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_sparse_goes_where_it_leaves_more_keys_unread(power: float) -> None:
+    measured, _ = make(telling=1)
+    is_long = np.arange(PROMPTS) % 2 == 1
+    # Every prompt loses as much, the long ones a little more.
+    lengths = torch.full((PROMPTS, LAYERS), 0.2) + 0.02 * torch.from_numpy(is_long).float()[:, None]
+    costs = QuadraticCosts(lengths, torch.eye(LAYERS))
+    measured = replace(measured, tokens=np.where(is_long, 20_000, 2300))
+    router, _ = fit_router(measured, costs, INPUTS, config(0.1, power))
+    with torch.no_grad():
+        full = router(assemble(measured, INPUTS)).softmax(dim=-1)[..., Route.FULL].mean(dim=0)
+    short, long = full[~is_long].mean(), full[is_long].mean()
+    assert (short > long + 0.5) if power else (long > short)
+
+
 def test_the_file_computes_what_was_fitted() -> None:
     measured, costs = make()
     router, _ = fit_router(measured, costs, INPUTS, config())
@@ -110,9 +127,12 @@ def test_describe_counts_shares_nats_and_need() -> None:
     measured, costs = make()
     router, _ = fit_router(measured, costs, INPUTS, config())
     folded = router.fold()
-    never, some = describe(folded, measured, costs, INPUTS, (1.0, 0.5))
+    never, some = describe(folded, measured, costs, INPUTS, config().router, (1.0, 0.5))
     assert never["sparse_share"] == 1.0
     assert never["nats"] == pytest.approx(float(measured.nats.mean()), abs=1e-4)
     assert never["need_correlation"] is None
+    # All prompts are as long: the keys left unread are the share of SPARSE.
+    assert never["unread_share"] == 1.0
+    assert some["unread_share"] == pytest.approx(some["sparse_share"])
     assert some["nats"] < 0.2 * never["nats"]
     assert some["need_correlation"] > 0.8

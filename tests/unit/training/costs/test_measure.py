@@ -21,6 +21,7 @@ from training.costs import train as costs_train
 from training.costs.measure import Measurer, PlacedPrompt, leads, measure_into
 from training.costs.measurements import Measurements, join, open_folder, read_folder
 from training.costs.quadratic import fit_costs
+from training.data.batching import DenseQueries
 from training.data.encoding import Encoded
 from training.evaluation.divergence import DivergenceMeter
 from training.policies import StaticPolicy
@@ -45,7 +46,7 @@ def make_prompts(count: int = 5) -> list[Encoded]:
 
 
 def measurer(routed: RoutedModel, seed: int = 0) -> Measurer:
-    return Measurer(routed, INPUTS, 128, 12, 512, seed)
+    return Measurer(routed, INPUTS, 128, DenseQueries(12, 3), 512, seed)
 
 
 def by_place(part: Measurements) -> Measurements:
@@ -56,7 +57,7 @@ def test_nats_are_the_divergence_meters(routed: RoutedModel) -> None:
     prompts = make_prompts()
     part = by_place(measurer(routed).measure(prompts, np.arange(5), np.zeros(5, bool)))
     pattern = make_pattern("triangle", SINK, WINDOW, {"tail_tokens": 12})
-    meter = DivergenceMeter(routed, INPUTS, pattern, 128, 512)
+    meter = DivergenceMeter(routed, INPUTS, pattern, 128, 512, full_decode_tokens=3)
     for at, prompt in enumerate(prompts):
         for sample in range(2):
             layers = part.sparse[at, sample].nonzero()[0].tolist()
@@ -73,7 +74,7 @@ def test_routes_are_sampled_for_a_share_of_the_prompts(routed: RoutedModel, shar
     """The rest is measured all SPARSE, to the same numbers, and costs are fitted to both."""
     prompts, places, held_out = make_prompts(20), np.arange(20), np.zeros(20, bool)
     whole = by_place(measurer(routed).measure(prompts, places, held_out))
-    one_by_one = Measurer(routed, INPUTS, 128, 12, 1, seed=0, sampled_share=share)
+    one_by_one = Measurer(routed, INPUTS, 128, DenseQueries(12, 3), 1, seed=0, sampled_share=share)
     part = by_place(one_by_one.measure(prompts, places, held_out))
     sampled = ~np.isnan(part.nats[:, 1])
     assert sampled.sum() == round(20 * share)
@@ -91,7 +92,7 @@ def test_slopes_are_those_of_mixed_routes(routed: RoutedModel) -> None:
     part = measurer(routed, seed=2).measure(prompts, np.arange(1), np.zeros(1, bool))
     ids = torch.from_numpy(prompt.token_ids).long()[None]
     tail = torch.zeros(1, len(prompt), dtype=torch.bool)
-    tail[:, prompt.prompt_len - 12 : prompt.prompt_len] = True
+    tail[:, prompt.prompt_len - 12 : prompt.prompt_len + 3] = True
     at = slice(prompt.prompt_len - 1, len(prompt) - 1)
 
     def nats(sparse: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from flux_vllm.router.inputs import parse_inputs
 from training.config import DataSettings
-from training.data.batching import collate, group_by_length
+from training.data.batching import DenseQueries, collate, group_by_length
 from training.data.encoding import Encoded
 from training.data.stream import PromptStream
 from training.probe import collate_probes
@@ -102,14 +102,14 @@ def test_collate_shows_routers_the_prompt_without_its_answer(corpus: Path, token
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-def test_collate_marks_the_prompts_last_queries(corpus: Path, tokenizer: Any) -> None:
+def test_collate_marks_the_queries_that_see_everything(corpus: Path, tokenizer: Any) -> None:
     stream = PromptStream(settings(corpus), tokenizer, "train", 0)
     prompts = [stream[0], stream[1]]
-    for tail in (0, 3, 100_000):
-        micro = collate(prompts, [0, 1], INPUTS, tail_tokens=tail)
+    for tail, answer in ((0, 0), (3, 0), (100_000, 0), (3, 2), (0, 2)):
+        micro = collate(prompts, [0, 1], INPUTS, dense=DenseQueries(tail, answer))
         for row, prompt in zip(micro.is_tail, prompts, strict=True):
-            first = max(0, prompt.prompt_len - tail)
-            assert row.nonzero()[:, 0].tolist() == list(range(first, prompt.prompt_len))
+            first, last = max(0, prompt.prompt_len - tail), prompt.prompt_len + answer
+            assert row.nonzero()[:, 0].tolist() == list(range(first, last))
 
 
 def test_collate_can_skip_an_open_answers_prefix(corpus: Path, tokenizer: Any) -> None:

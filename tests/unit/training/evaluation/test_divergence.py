@@ -63,17 +63,21 @@ def make_prompts() -> list[Encoded]:
     ]
 
 
-def make_meter(pattern: SparsePattern, token_budget: int = 512) -> DivergenceMeter:
+def make_meter(
+    pattern: SparsePattern, token_budget: int = 512, full_decode_tokens: int = 0
+) -> DivergenceMeter:
     routed = RoutedModel(make_model(layers=LAYERS), SINK, WINDOW)
-    return DivergenceMeter(routed, INPUTS, pattern, ANSWER_TOKENS, token_budget)
+    return DivergenceMeter(routed, INPUTS, pattern, ANSWER_TOKENS, token_budget, full_decode_tokens)
 
 
 @torch.no_grad()
-def own_divergence(prompt: Encoded, routes: torch.Tensor, tail_tokens: int) -> tuple[float, float]:
+def own_divergence(
+    prompt: Encoded, routes: torch.Tensor, tail_tokens: int, answer_tokens: int
+) -> tuple[float, float]:
     """Give nats and agreement of one prompt [tokens] under routes [L]."""
     model = make_model(layers=LAYERS)
     ids = torch.tensor(prompt.token_ids).long()[None]
-    tail = range(max(0, prompt.prompt_len - tail_tokens), prompt.prompt_len)
+    tail = range(max(0, prompt.prompt_len - tail_tokens), prompt.prompt_len + answer_tokens)
     log_p, log_q = (
         model.lm_head(own_hidden(model, ids, of_layers[:, None], SINK, WINDOW, [tail])[0])
         .double()
@@ -91,8 +95,10 @@ def own_divergence(prompt: Encoded, routes: torch.Tensor, tail_tokens: int) -> t
     return nats / count, alike / count
 
 
-@pytest.mark.parametrize("pattern", [STREAMING, TRIANGLE], ids=lambda pattern: pattern.name)
-def test_measure_equals_log_softmax_by_hand(pattern: SparsePattern) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "answer_tokens"), [(STREAMING, 0), (TRIANGLE, 0), (TRIANGLE, 2)]
+)
+def test_measure_equals_log_softmax_by_hand(pattern: SparsePattern, answer_tokens: int) -> None:
     prompts = make_prompts()
     routes = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]]).float()
     alike = torch.tensor([0.0, 1.0, 0.0, 0.0])
@@ -101,11 +107,11 @@ def test_measure_equals_log_softmax_by_hand(pattern: SparsePattern) -> None:
         "by prompt": ByPrompt(routes[:, [3, 1, 2, 0]]),
         "static": StaticPolicy.with_sparse(LAYERS, [0, 2, 3]),
     }
-    found = make_meter(pattern, 1024).measure(prompts, policies)
+    found = make_meter(pattern, 1024, answer_tokens).measure(prompts, policies)
     tail = 10 if pattern is TRIANGLE else 0
     for row, prompt in enumerate(prompts):
         for name, expected in (("by prompt", routes[:, row]), ("static", alike)):
-            nats, agreement = own_divergence(prompt, expected, tail)
+            nats, agreement = own_divergence(prompt, expected, tail, answer_tokens)
             assert nats > 1e-3
             assert found[name].nats[row] == pytest.approx(nats, rel=1e-3)
             assert found[name].agreement[row] == pytest.approx(agreement)
