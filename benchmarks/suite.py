@@ -55,7 +55,8 @@ SUITE = (
               ("--model", str(SHAPE.parent / "qwen2.5-1.5b"), "--load-format", "dummy", "--kv-gib",
                "16", "--first-mixed", "--host", "1", "16"),
               "never_slower_h200.md"),
-    Benchmark("bench_probe", "what a router's probe adds to the first token", "gpu", 10, _DUMMY),
+    Benchmark("bench_probe", "what a router's probe adds to the first token", "gpu", 10, _DUMMY,
+              "../../docs/ROUTE_STATE.md"),
     Benchmark("probe_agreement", "a probe's routes beside those of the whole prompt", "cpu", 30,
               None, "probe_agreement.md"),
     Benchmark("bench_served_day", "short chats and long documents at once, by rate", "gpu", 15,
@@ -72,6 +73,8 @@ SUITE = (
               None, "real_tasks.md"),
     Benchmark("experiments.bench_head_split", "routes by layer against a split by heads", "gpu",
               10, _DUMMY, "serve_h200.md"),
+    Benchmark("experiments.prompt_and_answer", "what SPARSE loses in the prompt and in the answer",
+              "cpu", 20, None, "../../docs/PATTERNS.md"),
     Benchmark("experiments.xattention_density", "how much XAttention keeps of real text", "cpu",
               20, None, "../../docs/PATTERNS.md"),
 )  # fmt: skip

@@ -43,6 +43,8 @@ class FluxConfig:
     full_decode_tokens: int | None = None
     """First tokens of an answer for which SPARSE layers attend to everything; default: what the
     router was trained with, else 0."""
+    sparse_prefill: bool = False
+    """Whether every routed layer computes prompts as SPARSE; its route is then of decode alone."""
     kernels: str | None = None
     """On CUDA: `fa3` or `triton`; default FlashAttention-3 where it runs, else Triton."""
     free_kv: bool = False
@@ -69,8 +71,19 @@ class FluxConfig:
         _check_type("pattern_options", self.pattern_options, Mapping, expected)
         if self.kernels is not None and self.kernels not in KERNELS:
             raise _error("kernels", f"one of {list(KERNELS)}", self.kernels)
+        self._check_full_policy()
         self._check_free_kv()
         self._check_sparse_layers()
+
+    def _check_full_policy(self) -> None:
+        if not isinstance(self.sparse_prefill, bool):
+            raise _error("sparse_prefill", "true or false", self.sparse_prefill)
+        if self.sparse_prefill and self.policy == "full":
+            raise FluxConfigError(
+                "flux config: expected a policy other than 'full' with \"sparse_prefill\", found "
+                "'full', which is vLLM's own attention; for prompts under SPARSE and decode under "
+                'FULL use "policy": "static" with "sparse_layers": []'
+            )
 
     def _check_free_kv(self) -> None:
         """Refuse what makes layers FULL for every request: then nothing can be given back."""

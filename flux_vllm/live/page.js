@@ -14,6 +14,7 @@ const LABELS = {
   sink_tokens: "Sink tokens",
   window_tokens: "Window tokens",
   full_decode_tokens: "Tokens decoded fully",
+  sparse_prefill: "All prompts SPARSE",
   probe: "Probe, first + last tokens",
   pools: "Queries averaged over",
   routed_layers: "Routed layers",

@@ -63,6 +63,7 @@ class RouteReporter:
         counts_requests: False where another worker counts the same requests, and their steps but
             for what this worker's own kernels count.
         full_decode_tokens: of an answer, for which SPARSE layers attend to everything.
+        sparse_prefill: whether layers compute prompts as SPARSE whatever their routes.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RouteReporter:
         pattern: "SparsePattern",
         counts_requests: bool = True,
         full_decode_tokens: int = 0,
+        sparse_prefill: bool = False,
     ) -> None:
         self._store = store
         self._layers = layers
@@ -80,6 +82,7 @@ class RouteReporter:
         self._pattern = pattern
         self._counts_requests = counts_requests
         self._full_decode_tokens = full_decode_tokens
+        self._sparse_prefill = sparse_prefill
         self._pending: list[tuple[Batch, _RowRoutes]] = []
         self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
@@ -144,6 +147,8 @@ class RouteReporter:
         unrouted = (is_long & is_open).sum()
         if unrouted:
             self._store.add("flux_unrouted_rows", int(unrouted), _UNROUTED)
+        if self._sparse_prefill:
+            num_sparse = np.where(batch.is_prefill & ~is_open, len(self._layers), num_sparse)
         self._count_keys(batch, num_sparse)
 
     def _count_request(self, routes: np.ndarray) -> None:

@@ -107,6 +107,8 @@ class FluxRuntime:
         self._pending: deque[PendingReadback] = deque()
         self._known = KnownRoutes(self.table, routed_layers)
         self._unread_routes = self._routes(() if info is None else info.always_sparse)
+        self.is_decided = np.array(self._unread_routes) != Route.UNDECIDED
+        """[layers of the model] bool: layers that have a route once a request's are decided."""
         self.fixed_routes: list[int] | None = None
         """By layer of the model, for policies that need no router."""
         if not config.needs_router:

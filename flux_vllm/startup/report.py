@@ -30,6 +30,8 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
     config, info = runtime.config, runtime.info
     pattern = f"{config.pattern_name(info)}, sink {runtime.sink_tokens} and window "
     pattern += f"{runtime.window_tokens} tokens"
+    if config.sparse_prefill:
+        pattern += ", all prompts SPARSE"
     if runtime.full_decode_tokens:
         pattern += f" after {runtime.full_decode_tokens} of an answer"
     logger.info(
@@ -61,6 +63,7 @@ def start_reporting(runtime: FluxRuntime, vllm_config: Any, kernels: str) -> Non
             runtime.pattern,
             counts_requests=get_pp_group().is_first_rank,
             full_decode_tokens=runtime.full_decode_tokens,
+            sparse_prefill=config.sparse_prefill,
         )
         reporter.announce(**router)
         runtime.reporter = reporter
@@ -90,6 +93,7 @@ def _labels(
         "sink_tokens": str(runtime.sink_tokens),
         "window_tokens": str(runtime.window_tokens),
         "full_decode_tokens": str(runtime.full_decode_tokens),
+        "sparse_prefill": str(config.sparse_prefill).lower(),
         "probe": "+".join(map(str, astuple(info.inputs.probe))) if info else "",
         "pools": " ".join(map(str, info.inputs.pools)) if info else "",
         "kernels": kernels,

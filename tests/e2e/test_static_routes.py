@@ -25,7 +25,9 @@ LENGTHS = [159, 160, 161, 255, 257, 500, 1100]
 LONG = pytest.param([2001, 3001], marks=pytest.mark.long, id="long")
 
 
-def flux(kind: str = "streaming", full_decode_tokens: int = 0) -> dict:
+def flux(
+    kind: str = "streaming", full_decode_tokens: int = 0, sparse_prefill: bool = False
+) -> dict:
     return {
         "policy": "static",
         "sparse_layers": [0, 2],
@@ -33,6 +35,7 @@ def flux(kind: str = "streaming", full_decode_tokens: int = 0) -> dict:
         "window_tokens": WINDOW_TOKENS,
         "sparse_pattern": kind,
         "full_decode_tokens": full_decode_tokens,
+        "sparse_prefill": sparse_prefill,
     }
 
 
@@ -56,20 +59,24 @@ CASES = [
     pytest.param(("triangle", 32), marks=pytest.mark.long),
     ("triangle", 128),
     ("xattention", 32),
-    # Sparse from the tenth token of an answer on.
+    # Sparse from the tenth token of an answer on, and prompts under SPARSE in every layer.
     ("streaming", 32, 9),
+    ("triangle", 32, 9, True),
 ]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def shared(request, tiny_model, reference) -> Iterator[Served]:
-    kind, block_size, *first = request.param
-    first_tokens = sum(first)
-    with Engine(
-        tiny_model, flux(kind, first_tokens), block_size=block_size, enable_prefix_caching=True
-    ) as engine:
+    kind, block_size, *phases = request.param
+    config = flux(kind, *phases)
+    with Engine(tiny_model, config, block_size=block_size, enable_prefix_caching=True) as engine:
         pattern = SparsePattern(
-            SINK_TOKENS, WINDOW_TOKENS, block_size, kind, full_decode_tokens=first_tokens
+            SINK_TOKENS,
+            WINDOW_TOKENS,
+            block_size,
+            kind,
+            full_decode_tokens=config["full_decode_tokens"],
+            sparse_prefill=config["sparse_prefill"],
         )
         yield Served(engine, pattern, reference)
 
@@ -150,6 +157,11 @@ def test_a_wrong_route_would_show(reference, layer: int) -> None:
     """The tolerance is tight enough: one route changed moves the log-probabilities."""
     wrong = [1 - route if at == layer else route for at, route in enumerate(ROUTES)]
     assert _changes(reference, "streaming", wrong) > 0.1
+
+
+def test_prompts_under_their_routes_would_show(reference) -> None:
+    changed = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 32, sparse_prefill=True)
+    assert _changes(reference, "streaming", changed) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["triangle", "xattention"])

@@ -85,13 +85,15 @@ def flash_attn_error(model):
     return tuple(max(column) for column in zip(*errors, strict=True))
 
 
-def _check(answers, model, allowed, block_size=16, routed=True, sources=None, kind="streaming"):
+def _check(
+    answers, model, allowed, block_size=16, routed=True, sources=None, kind="streaming", **phases
+):
     """Hold answers to twice the allowed errors. Returns: their replays.
 
     Of each answer `sources` has the replay whose blocks it may have found in the prefix cache.
     """
     folder, router, reference = model
-    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size, kind)
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, block_size, kind, **phases)
     worst, requests = (0.0, 0.0), []
     for answer, source in zip(answers, sources or [None] * len(answers), strict=True):
         request = replay(
@@ -320,6 +322,19 @@ def test_router_under_triangle(model, flash_attn_error, kernels):
         answers = engine.generate(_prompts([*LENGTHS, *TAILS]), 40, prompt_logprobs=True)
     assert len({tuple(answer.routes or ()) for answer in answers}) > 3
     _check(answers, model, flash_attn_error, kind="triangle")
+
+
+@pytest.mark.parametrize("kernels", ["fa3", "triton"])
+@pytest.mark.parametrize("policy", ["static", "router"])
+def test_prompt_and_answer_apart(model, flash_attn_error, policy, kernels):
+    """Prompts under SPARSE in every layer, SPARSE decode from an answer's tenth token on."""
+    phases = {"full_decode_tokens": 9, "sparse_prefill": True}
+    flux = STATIC if policy == "static" else {"router": str(model[1])}
+    flux = flux | {"sparse_pattern": "triangle", "kernels": kernels} | phases
+    with Engine(model[0], flux, **CHUNKED, **DEFAULTS) as engine:
+        answers = engine.generate(_prompts([*LENGTHS, *TAILS]), OUTPUT, prompt_logprobs=True)
+    routed = policy == "router"
+    _check(answers, model, flash_attn_error, routed=routed, kind="triangle", **phases)
 
 
 @pytest.mark.parametrize("case", ["static-fa3", "router-triton"])

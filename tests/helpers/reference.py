@@ -188,14 +188,18 @@ class Request:
             expected = f"{1 + len(drafts)} to {len(known) - start}"
             raise ValueError(f"length: expected {expected}, got {length}")
         phase = phase or ("prefill" if start < prompt_len else "decode")
-        is_early = phase == "decode" and end <= prompt_len + self.pattern.full_decode_tokens
+        routes = self.routes_at(end)
+        if phase == "decode" and end <= prompt_len + self.pattern.full_decode_tokens:
+            routes = [FULL] * self.model.num_layers
+        elif phase == "prefill" and self.pattern.sparse_prefill:
+            routes = [SPARSE] * self.model.num_layers
         hidden, self.history, record = self.model.step(
             self.history,
             known[start:end],
             phase=phase,
             pattern=self.pattern,
             prompt_len=prompt_len,
-            routes=[FULL] * self.model.num_layers if is_early else self.routes_at(end),
+            routes=routes,
         )
         self.steps.append(record)
         if self.score_prompt and not self.prompt_done:

@@ -45,6 +45,7 @@ BAD_VALUES = [
     ({"sink_tokens": -1}, "sink_tokens", f"a whole number from 0 to {2**30}", -1),
     ({"full_decode_tokens": -1}, "full_decode_tokens", f"a whole number from 0 to {2**30}", -1),
     ({"full_decode_tokens": 8.0}, "full_decode_tokens", WHOLE, 8.0),
+    ({"sparse_prefill": 1}, "sparse_prefill", "true or false", 1),
     ({"sink_tokens": 1.0}, "sink_tokens", WHOLE, 1.0),
     ({"sink_tokens": True}, "sink_tokens", WHOLE, True),
     ({"sink_tokens": "128"}, "sink_tokens", WHOLE, "128"),
@@ -96,6 +97,7 @@ class TestDefaults:
             "sparse_pattern": None,
             "pattern_options": None,
             "full_decode_tokens": None,
+            "sparse_prefill": False,
             "kernels": None,
             "free_kv": False,
         }
@@ -240,6 +242,7 @@ class TestAdditionalConfig:
             "sparse_pattern": "streaming",
             "pattern_options": {"an_option": 0.5},
             "full_decode_tokens": 8,
+            "sparse_prefill": True,
             "kernels": "triton",
             "free_kv": True,
         }
@@ -341,6 +344,11 @@ class TestWindow:
         )
         with pytest.raises(FluxConfigError, match="^" + re.escape(expected)):
             config.window(None)
+
+    def test_sparse_prefill_is_not_of_policy_full(self) -> None:
+        with pytest.raises(FluxConfigError, match='use "policy": "static" with "sparse_layers": '):
+            FluxConfig(policy="full", sparse_prefill=True)
+        assert FluxConfig(policy="static", sparse_layers=(), sparse_prefill=True).sparse_prefill
 
     def test_full_decode_tokens(self) -> None:
         trained = dataclasses.replace(INFO, full_decode_tokens=32)

@@ -85,7 +85,10 @@ class CpuRoutes:
     def plan(self, layer: int) -> LayerPlan:
         """Split the rows of one layer by their routes."""
         routes = self._runtime.table.routes[:, layer].numpy()[self._current.slots]
-        sparse = (routes == Route.SPARSE) & self._routes_differ
+        sparse = routes == Route.SPARSE
+        if self._runtime.config.sparse_prefill:
+            sparse |= (routes == Route.FULL) & self._current.batch.is_prefill
+        sparse &= self._routes_differ
         key = sparse.tobytes()
         if key not in self._plans:
             self._plans[key] = self._make_plan(sparse)

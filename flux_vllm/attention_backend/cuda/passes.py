@@ -44,11 +44,15 @@ class LayerPasses:
         """Leave out passes that no row needs, if the host knows the routes by now."""
         if not self._is_open:
             return
-        known = self._runtime.known_routes(self._apart)
-        if known is None:
-            return
+        runtime = self._runtime
+        if runtime.config.sparse_prefill:
+            is_sparse = runtime.is_decided[None, self._columns]
+        else:
+            known = runtime.known_routes(self._apart)
+            if known is None:
+                return
+            is_sparse = known[:, self._columns] == Route.SPARSE
         self._is_open = False
-        is_sparse = known[:, self._columns] == Route.SPARSE
         some = len(self._apart) > 0
         self.sparse = (is_sparse.any(axis=0) & some).tolist()
         self.full = (~(is_sparse.all(axis=0) & self._all_apart)).tolist()

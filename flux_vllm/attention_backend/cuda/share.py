@@ -44,7 +44,11 @@ def join_views(
     views = kinds.get(kind)
     if views is None or views.holds(columns):
         sizes = ViewSizes(
-            block_size, runtime.sink_tokens, runtime.window_tokens, runtime.pattern.reach
+            block_size,
+            runtime.sink_tokens,
+            runtime.window_tokens,
+            runtime.pattern.reach,
+            runtime.config.sparse_prefill,
         )
         views = kinds[kind] = ViewBuffers(
             capacity,

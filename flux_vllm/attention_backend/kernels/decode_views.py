@@ -43,6 +43,8 @@ class ViewSizes(NamedTuple):
     """Latest tokens attended under SPARSE, the query's own included."""
     sparse_beyond_tokens: int
     """Up to so many keys both routes are the same in prefill."""
+    sparse_prefill: bool = False
+    """Whether FULL is of decode alone: prefill rows of either route go to the sparse pass."""
 
 
 class StepRows(NamedTuple):
@@ -164,6 +166,7 @@ def write_views(
         SINK_TOKENS=sizes.sink_tokens,
         WINDOW_TOKENS=sizes.window_tokens,
         SPARSE_BEYOND=sizes.sparse_beyond_tokens,
+        SPARSE_PREFILL=sizes.sparse_prefill,
         COLUMNS=columns,
         LAYERS=power_of_two(num_layers),
         num_warps=4,
@@ -235,6 +238,7 @@ def _views_kernel(
     SINK_TOKENS: tl.constexpr,
     WINDOW_TOKENS: tl.constexpr,
     SPARSE_BEYOND: tl.constexpr,
+    SPARSE_PREFILL: tl.constexpr,
     COLUMNS: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
@@ -265,7 +269,10 @@ def _views_kernel(
             skipped_keys = tl.where(is_late, skipped_keys, 0)
         if is_prefill is not None:
             prefills = tl.load(is_prefill + row) != 0
-            apart = is_sparse & prefills & (seq_len > SPARSE_BEYOND)
+            apart = is_sparse
+            if SPARSE_PREFILL:
+                apart = apart | (route == _FULL)
+            apart = apart & prefills & (seq_len > SPARSE_BEYOND)
             tl.store(full_seqused_q + entry, tl.where(apart, 0, queries), mask=wanted)
             tl.store(sparse_seqused_q + entry, tl.where(apart, queries, 0), mask=wanted)
             compact = compact & ~prefills

@@ -23,6 +23,7 @@ class SparsePattern:
         stride: of xattention's anti-diagonals.
         threshold: of xattention: share of the estimated attention that the chosen blocks hold.
         full_decode_tokens: of an answer, for which decode is as under FULL.
+        sparse_prefill: whether prefill is as under SPARSE in all layers.
     """
 
     sink_tokens: int
@@ -33,6 +34,7 @@ class SparsePattern:
     stride: int = 16
     threshold: float = 0.9
     full_decode_tokens: int = 0
+    sparse_prefill: bool = False
 
     @classmethod
     def of(cls, pattern: Any) -> "SparsePattern":

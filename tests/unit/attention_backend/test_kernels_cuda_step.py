@@ -66,7 +66,11 @@ class _Server:
     """A hand-made worker: a KV cache, block tables, and a builder with its layers."""
 
     def __init__(
-        self, policy: str, monkeypatch: pytest.MonkeyPatch, full_decode_tokens: int = 0
+        self,
+        policy: str,
+        monkeypatch: pytest.MonkeyPatch,
+        full_decode_tokens: int = 0,
+        sparse_prefill: bool = False,
     ) -> None:
         from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
@@ -85,6 +89,7 @@ class _Server:
                 policy=policy,
                 sparse_layers=[0] if static else None,
                 full_decode_tokens=full_decode_tokens,
+                sparse_prefill=sparse_prefill,
             ),
             RouterInfo(
                 base_model="",
@@ -172,6 +177,8 @@ class _Server:
                 is_early = ends[name] <= PROMPTS[name] + self.runtime.full_decode_tokens
                 if route == OPEN or (is_early and not prefill):
                     route = FULL
+                elif prefill and self.runtime.config.sparse_prefill:
+                    route = SPARSE
                 self._check(name, index, count, route, prefill, out[part])
                 start += count
         self.runtime.end_step()
@@ -229,10 +236,18 @@ class _Server:
 
 
 @pytest.mark.parametrize(
-    ("policy", "full_decode_tokens"), [("router", 0), ("static", 0), ("router", 1), ("static", 2)]
+    ("policy", "phases"),
+    [
+        ("router", ()),
+        ("static", ()),
+        ("router", (1,)),
+        ("static", (2,)),
+        ("router", (0, True)),
+        ("static", (1, True)),
+    ],
 )
-def test_steps(policy: str, full_decode_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = _Server(policy, monkeypatch, full_decode_tokens)
+def test_steps(policy: str, phases: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = _Server(policy, monkeypatch, *phases)
     server.step([("a", 23, True), ("b", 21, True)])
     server.step([("b", 1, False), ("c", 50, True), ("a", 42, True)])
     server.step([("a", 1, True), ("c", 39, True)])  # a prompt's one-token tail

@@ -238,6 +238,18 @@ class TestWhatCounts:
         assert setup.tokens("attended", "decode") == 3 * (last + beyond)
         assert setup.tokens("attended", "prefill") == 3 * count_keys(rows[2], SPARSE, (32, 128, 32))
 
+    def test_prompts_may_be_sparse_in_every_layer(self, tmp_path: Path) -> None:
+        setup = Setup(tmp_path, (32, 128, 32))
+        pattern = make_pattern("streaming", 32, 128)
+        setup.reporter = RouteReporter(setup.store, LAYERS, 32, pattern, sparse_prefill=True)
+        rows: list[Row] = [(100, 300, 600), (650, 1, 600)]
+        setup.record(rows, [[SPARSE, FULL, FULL]] * 2, [False] * 2)
+        prompt, decode = (count_keys(row, SPARSE, (32, 128, 32)) for row in rows)
+        assert setup.tokens("attended", "prefill") == 3 * prompt
+        assert setup.tokens("attended", "decode") == decode + 2 * count_keys(
+            rows[1], FULL, (0, 0, 1)
+        )
+
     def test_warmup_does_not(self, one: Setup) -> None:
         before = one.scrape()
         one.record([(0, 200, 200)], [[SPARSE] * 3], [True], is_warmup=True)

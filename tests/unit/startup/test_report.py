@@ -54,6 +54,7 @@ class TestReport:
             "sink_tokens": "64",
             "window_tokens": "256",
             "full_decode_tokens": "0",
+            "sparse_prefill": "false",
             "probe": "128+128",
             "pools": "ends:48",
             "kernels": "cpu",
