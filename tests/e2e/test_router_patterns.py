@@ -30,3 +30,21 @@ def test_router_file_says_the_pattern(tiny_model, reference, reference_router, k
     for answer in answers:
         assert_routed(answer, reference, reference_router, pattern)
     assert any(SPARSE in answer.routes for answer in answers)
+
+
+def test_router_file_says_the_answers_first_tokens(
+    tiny_model, reference, reference_router, tmp_path
+):
+    """And the operator, that prompts are SPARSE in every layer: routes are of decode then."""
+    router, info = read_router(tiny_model)
+    info = dataclasses.replace(info, sparse_pattern="triangle", full_decode_tokens=7)
+    flux = {"router": str(write_router(tmp_path, router, info)), "sparse_prefill": True}
+    # One prompt is routed in decode alone, once it outgrows sinks and window.
+    prompts = [random_prompt(length, seed=length) for length in (150, 257, 500, 1100)]
+    with Engine(tiny_model, flux, block_size=32, max_num_batched_tokens=300) as engine:
+        answers = engine.generate(prompts, 24, prompt_logprobs=True)
+    phases = {"full_decode_tokens": 7, "sparse_prefill": True}
+    pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, 32, "triangle", **phases)
+    for answer in answers:
+        assert_routed(answer, reference, reference_router, pattern)
+    assert any(SPARSE in answer.routes for answer in answers)
