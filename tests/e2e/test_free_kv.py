@@ -236,21 +236,22 @@ ROUTED_PROMPTS = [random_prompt(length, seed=length) for length in ROUTED_LENGTH
 
 
 @pytest.mark.parametrize(
-    ("pattern", "chunk", "is_async", "always_sparse"),
+    ("pattern", "chunk", "is_async", "always_sparse", "sparse_prefill"),
     [
-        ("streaming", 97, False, ()),
-        pytest.param("streaming", 256, True, (0, 3), marks=pytest.mark.long),
-        ("triangle", 256, True, ()),
+        ("streaming", 97, False, (), False),
+        pytest.param("streaming", 256, True, (0, 3), False, marks=pytest.mark.long),
+        pytest.param("triangle", 256, True, (), False, marks=pytest.mark.long),
+        ("triangle", 256, True, (), True),
     ],
 )
 def test_routed_clusters(
-    tiny_model, tmp_path, monkeypatch, pattern, chunk, is_async, always_sparse
+    tiny_model, tmp_path, monkeypatch, pattern, chunk, is_async, always_sparse, sparse_prefill
 ):
     """Each request gives back what its own routes allow: no bit changes, as many as they say."""
     if is_async:
         _schedule_ahead(monkeypatch)
     flux = _routed(tmp_path, tiny_model, freeing_order=(2, 0, 3, 1), always_sparse=always_sparse)
-    flux |= {"sparse_pattern": pattern}
+    flux |= {"sparse_pattern": pattern, "sparse_prefill": sparse_prefill}
     arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": chunk}
     with PoisonedEngine(tiny_model, flux | {"free_kv": True}, **arguments) as engine:
         assert len(engine.managers) == 4
