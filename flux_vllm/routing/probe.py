@@ -165,6 +165,7 @@ class PromptProbe:
         self._positions = zeros(tokens, dtype=torch.int64)  # compiled code does not check them
         self._weights = zeros(len(inputs.pools), tokens)
         self._told = zeros(len(inputs.pools), WIDTH)
+        self._pooled = zeros(num_layers, len(inputs.pools), router.head_dim)
         self.set_threshold(threshold)
         self._mean_query = zeros(num_layers, tokens, router.head_dim)
         self._rotations = _rotations(layers, zeros, tokens)
@@ -182,7 +183,7 @@ class PromptProbe:
         """[L] int8: the routes of the latest prompt; UNDECIDED for layers that are not routed."""
         self.full_probability = zeros(num_layers)
         """[L] float32: P(FULL), NaN for layers that are not routed."""
-        self._replay: Callable[[], None] | None = None
+        self._replays: tuple[Callable[[], None], Callable[[], None]] | None = None
 
     @torch.inference_mode()
     def decide(self, prompt: Prompt) -> None:
@@ -190,12 +191,15 @@ class PromptProbe:
 
         Host sync: none.
         """
+        assert prompt.tokens is not None
         self._load(prompt)
-        if self._replay is not None:
-            self._replay()
-            return
-        self._model.use_adapter(prompt.adapter, len(self._token_ids))
-        self._run()
+        look, choose = self._replays or (self._look, self._choose)
+        if self._replays is None:
+            self._model.use_adapter(prompt.adapter, len(self._token_ids))
+        look()
+        # Found out by the host while the device runs the model.
+        upload(self._inputs.told(prompt.tokens), self._told)
+        choose()
 
     @torch.inference_mode()
     def set_threshold(self, threshold: float) -> None:
@@ -204,10 +208,10 @@ class PromptProbe:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture the whole of a probe as one CUDA graph, where the model's call allows that."""
+        """Capture a probe's two parts as CUDA graphs, where the model's call allows that."""
         if self._model.can_be_captured:
             self._load(Prompt("", 1, [0]))
-            self._replay = self._model.capture(self._run)
+            self._replays = self._model.capture(self._look), self._model.capture(self._choose)
 
     def _load(self, prompt: Prompt) -> None:
         """Write a prompt's ends into the buffers; padding is token 0 at position 0."""
@@ -220,15 +224,16 @@ class PromptProbe:
         upload(token_ids, self._token_ids)
         upload(positions, self._positions)
         upload(self._inputs.weights(prompt.length), self._weights)
-        upload(self._inputs.told(prompt.tokens), self._told)
         for rotation in self._rotations:
             for rows, buffer in zip(
                 rotation.rotary.rows(positions), (rotation.cos, rotation.sin), strict=True
             ):
                 upload(rows, buffer)
 
-    def _run(self) -> None:
-        """Run the model and decide; the same kernels on the same addresses each time."""
+    # The same kernels on the same addresses each time.
+
+    def _look(self) -> None:
+        """Run the model, and pool what the routers look at."""
         if self._needs_model:
             self._model(self._metadata, self._token_ids, self._positions)
         for rotation in self._rotations:
@@ -236,8 +241,11 @@ class PromptProbe:
             self._mean_query[layers] = rotation.rotary.undo(
                 self._mean_query[layers], rotation.cos, rotation.sin
             )
-        pooled = self._reduce_ranks(self._weights @ self._mean_query)
-        features = self._inputs.assemble(self._inputs.complete(pooled, self._told))
+        self._pooled.copy_(self._reduce_ranks(self._weights @ self._mean_query))
+
+    def _choose(self) -> None:
+        """Decide by what was pooled and told."""
+        features = self._inputs.assemble(self._inputs.complete(self._pooled, self._told))
         # One request: [L, 1, F].
         probability = full_probability(self._router.forward_all(features[:, None]))[:, 0]
         probability = probability[self._owners]
