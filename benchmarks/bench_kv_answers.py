@@ -43,7 +43,11 @@ def main() -> None:
             with _engine(args, flux, gib) as engine:
                 found = engine.answer_prompts(prompts, args.tokens, stop_ids)
                 if name == "freed" and args.soak:
-                    found["soak"] = engine.soak(prompts, args.soak, seed=0)
+                    found["soak"] = left = engine.soak(prompts, args.soak, seed=0)
+                    if left["free_blocks"] != left["blocks"]:
+                        raise RuntimeError(
+                            f"expected every block free after the soak, found {left}"
+                        )
             kept = kept or found
             row = {
                 "metric": "kv_answers",

@@ -55,6 +55,7 @@ def cluster_kv_cache(worker: Any) -> None:
         clusters,
         make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options),
     )
+    _warn_of_short_requests(runner, vllm_config.model_config.max_model_len)
 
 
 def hook_runner(runner: Any, clusters: Clusters, pattern: SparsePattern) -> None:
@@ -115,6 +116,22 @@ def cluster_specs(
         else first
         for name, layer in _indices(specs).items()
     }
+
+
+def _warn_of_short_requests(runner: Any, max_model_len: int) -> None:
+    """Say so where even the longest request keeps all its keys."""
+    from flux_vllm.kv.spec import FluxSpec
+
+    spec = next(s for s in runner.get_kv_cache_spec().values() if isinstance(s, FluxSpec))
+    if spec.freed_end(max_model_len) <= spec.sink_blocks:
+        logger.warning(
+            "flux: free_kv gives nothing back: expected requests to outgrow sinks and window (%d "
+            "and %d tokens) by some blocks, found max_model_len %d; serve longer requests, shorten "
+            "window_tokens, or drop it",
+            spec.sink_tokens,
+            spec.window_tokens,
+            max_model_len,
+        )
 
 
 def _indices(specs: dict[str, Any]) -> dict[str, int]:

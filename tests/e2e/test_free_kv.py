@@ -19,7 +19,12 @@ from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
 from tests.helpers.free_kv import PoisonedEngine, given_back
 from tests.helpers.metrics import parse, total
-from tests.helpers.models import random_prompt, write_tiny_model
+from tests.helpers.models import (
+    random_prompt,
+    write_random_router,
+    write_tiny_llama,
+    write_tiny_model,
+)
 from tests.helpers.tensor_parallel import RankedEngine
 
 pytestmark = pytest.mark.vllm
@@ -265,6 +270,38 @@ def test_routed_clusters(
         for answer, expected in zip(answers, engine.generate(ROUTED_PROMPTS, TOKENS), strict=True):
             assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
             assert answer.routes == expected.routes
+
+
+def test_clusters_of_several_layers(tmp_path):
+    """Six clusters of two layers: each request gives back those whose layers are both SPARSE."""
+    layers, sizes = 12, {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS}
+    model = write_tiny_llama(tmp_path / "model", layers=layers)
+    router = write_random_router(
+        tmp_path, num_layers=layers, head_dim=32, model_folder=model, **sizes
+    )
+    flux, arguments = {"router": str(router)}, {"block_size": BLOCK_SIZE}
+    with PoisonedEngine(model, flux | {"free_kv": True}, **arguments) as engine:
+        groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
+        clusters = [[int(name.split(".")[2]) for name in group.layer_names] for group in groups]
+        assert [len(cluster) for cluster in clusters] == [2] * 6
+        answers = engine.generate(ROUTED_PROMPTS, TOKENS)
+        expected = 0
+        for answer in answers:
+            if answer.routes:
+                routes = [max(answer.routes[i] for i in cluster) for cluster in clusters]
+                expected += given_back([answer], **SIZES, routes=routes)
+        assert len(engine.freed) == expected
+    mixed = [
+        {answer.routes[i] for i in cluster}
+        for answer in answers
+        for cluster in clusters
+        if answer.routes
+    ]
+    assert {0, 1} in mixed
+    assert {0} in mixed
+    with Engine(model, flux, **arguments) as engine:
+        for answer, plain in zip(answers, engine.generate(ROUTED_PROMPTS, TOKENS), strict=True):
+            assert (answer.tokens, answer.logprobs) == (plain.tokens, plain.logprobs)
 
 
 def test_routes_by_the_wrong_layers_change_answers(tiny_model, tmp_path, monkeypatch):

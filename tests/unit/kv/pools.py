@@ -37,6 +37,7 @@ def make_manager(
     enable_caching: bool = True,
     takes_over: bool = True,
     report: Any = None,
+    layers: Sequence[Sequence[int]] = (),
 ) -> KVCacheManager:
     """Make a manager as vLLM's scheduler does.
 
@@ -47,6 +48,7 @@ def make_manager(
         enable_caching: of prefixes.
         takes_over: whether FluxCoordinator stands before vLLM's; it is `manager.flux` then.
         report: for it.
+        layers: of each group; default one, of the group's own number.
     """
     register_all_kvcache_specs(None)
     register()
@@ -67,7 +69,7 @@ def make_manager(
         enable_caching=enable_caching,
     )
     if takes_over:
-        layers = [[i] for i in range(len(groups))]
+        layers = layers or [[i] for i in range(len(groups))]
         manager.flux = FluxCoordinator(
             manager.coordinator, layers, 2 * CHUNK_TOKENS, MAX_MODEL_LEN, report
         ).install()

@@ -217,6 +217,7 @@ def test_runner_names_clusters(caplog, pattern, frees):
 def _worker(folder, flux, count=30, without_rope=()):
     config = _config(folder, flux)
     config.model_config.get_total_num_hidden_layers = lambda: count
+    config.model_config.max_model_len = 4096
     model = Model([make_attention(i) for i in range(count)], None, RotatingWhereTold)
     for index, layer in enumerate(reversed(model.layers)):
         layer.self_attn.use_rope = index not in without_rope
@@ -249,6 +250,23 @@ def test_worker_clusters_by_the_routers_order(tmp_path, caplog, order):
     messages = [record.getMessage() for record in caplog.records]
     assert any("in which order layers are freed" in message for message in messages) != bool(order)
     assert sum("10 groups of 3 layers; 10 of them give" in message for message in messages) == 1
+
+
+@pytest.mark.parametrize(("max_model_len", "warns"), [(1024, False), (300, True)])
+def test_requests_too_short_to_give_back_are_told(tmp_path, caplog, max_model_len, warns):
+    """64 sink tokens and a window of 128, in blocks of 16: 128 tokens before it are kept too."""
+    from flux_vllm.kv.worker import cluster_kv_cache
+
+    write(tmp_path, num_layers=30, sink_tokens=64, window_tokens=128)
+    worker = _worker(tmp_path, {"free_kv": True})
+    worker.vllm_config.model_config.max_model_len = max_model_len
+    check_configuration(worker.vllm_config)
+    cluster_kv_cache(worker)
+    messages = [record.getMessage() for record in caplog.records]
+    expected = (
+        f"sinks and window (64 and 128 tokens) by some blocks, found max_model_len {max_model_len}"
+    )
+    assert any(expected in message for message in messages) == warns
 
 
 @pytest.mark.parametrize("order", [(), tuple(reversed(range(36)))], ids=["unknown", "known"])

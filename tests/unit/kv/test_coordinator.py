@@ -51,6 +51,28 @@ def _run(takes_over, lag=1, **arguments):
     return states
 
 
+@pytest.mark.parametrize(
+    ("routes", "sparse"),
+    [
+        ([0, 0, 0, 0, 0, 0], {0, 1, 2}),
+        ([0, 1, 0, 0, 0, 0], {1, 2}),  # one FULL layer keeps its cluster's keys
+        ([0, 0, 1, 0, 0, 1], {0}),
+        ([1, 1, 1, 1, 1, 1], set()),
+        ([0, 0, 0, -1, 0, 0], {0, 2}),  # a layer without a route attends to everything
+        ([-1, -1, -1, -1, -1, -1], set()),
+    ],
+)
+def test_a_cluster_gives_back_when_all_its_layers_are_sparse(routes, sparse):
+    manager = make_manager([None, None, None], layers=[[0, 1], [2, 3], [5, 4]])
+    manager.flux.settle("a", routes)
+    found = {
+        group
+        for group, single in enumerate(manager.coordinator.single_type_managers)
+        if "a" in single.sparse_requests
+    }
+    assert found == sparse
+
+
 @pytest.mark.parametrize("enable_caching", [True, False])
 def test_same_blocks_as_one_group_after_the_other(enable_caching):
     expected = _run(False, enable_caching=enable_caching)
