@@ -30,17 +30,18 @@ class RotaryInverse:
         compute = getattr(rotary, "_compute_cos_sin_cache", None)
         if compute is None:
             raise _unsupported(rotary, "no single table of cos and sin")
+        self._table = getattr(rotary, "cos_sin_table", None)
+        """Of embeddings without a last position: makes a longer one."""
+        self.cos: torch.Tensor
+        """[positions, D] float32 on the host, D = rotary_dim / 2."""
+        self.sin: torch.Tensor
         try:
             with torch.device("cpu"):
-                cos, sin = compute().float().cpu().chunk(2, dim=-1)
+                self._take(compute())
         except (TypeError, AttributeError) as error:
             raise _unsupported(rotary, str(error)) from error
-        scale = cos.square() + sin.square()
         self.rotary_dim: int = rotary.rotary_dim
         self.interleaved: bool = not rotary.is_neox_style
-        self.cos = (cos / scale).contiguous()
-        """[positions, D] float32 on the host, D = rotary_dim / 2."""
-        self.sin = (sin / scale).contiguous()
         if self.cos.shape[-1] * 2 != self.rotary_dim or self.rotary_dim > head_dim:
             raise _unsupported(rotary, f"rotary_dim {self.rotary_dim}, head_dim {head_dim}")
         self._check(rotary, head_dim, device)
@@ -49,13 +50,23 @@ class RotaryInverse:
         """Look up cos and sin for `undo`.
 
         Args:
-            positions: [T] int64. Beyond the model's own table, where vLLM itself promises nothing,
-                they count as its last.
+            positions: [T] int64. Beyond a table of vLLM's, which promises nothing there, they count
+                as its last.
 
         Returns: cos and sin, each [T, D] float32 on the host.
+        Host sync: where a table without an end grows, to twice what is asked for.
         """
+        last = int(positions.max(initial=0))
+        if self._table is not None and last >= len(self.cos):
+            self._take(self._table(2 * last))
         index = np.minimum(positions, len(self.cos) - 1)
         return self.cos.numpy()[index], self.sin.numpy()[index]
+
+    def _take(self, table: torch.Tensor) -> None:
+        """Take up cos and sin, side by side [positions, 2 D]."""
+        cos, sin = table.float().cpu().chunk(2, dim=-1)
+        scale = cos.square() + sin.square()
+        self.cos, self.sin = (cos / scale).contiguous(), (sin / scale).contiguous()
 
     def undo(self, query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Undo the rotation.

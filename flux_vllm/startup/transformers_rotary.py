@@ -57,8 +57,12 @@ class TransformersRotary:
 
     def _compute_cos_sin_cache(self) -> torch.Tensor:
         """Give cos and sin of all positions side by side: [positions, rotary_dim] float32."""
-        count, pairs = self.embed.config.max_position_embeddings, self._pairs()  # type: ignore[union-attr]
-        cos, sin = self._cos_sin(torch.arange(count, device=self._device))  # type: ignore[arg-type]
+        return self.cos_sin_table(self.embed.config.max_position_embeddings)  # type: ignore
+
+    def cos_sin_table(self, count: int) -> torch.Tensor:
+        """Give cos and sin of the first positions, as many as one likes: [count, rotary_dim]."""
+        pairs = self._pairs()
+        cos, sin = self._cos_sin(torch.arange(count, device=self._device))
         return torch.cat([cos[:, :pairs], sin[:, :pairs]], dim=-1)
 
     @property
@@ -101,7 +105,8 @@ def transformers_rotary(
         attention: the attention module.
         head_dim: of its queries.
 
-    Returns: None where it has another form, or frequencies that change with the batch (LongRoPE).
+    Returns: None where it has another form, or frequencies that change with the batch (LongRoPE,
+        dynamic scaling).
     """
     apply = vars(sys.modules[type(attention).__module__]).get(ROTATION)
     embeds = [
@@ -117,6 +122,6 @@ def transformers_rotary(
     if "layer_type" in inspect.signature(embed.forward).parameters:
         kind = attention.config.layer_types[attention.layer_idx]
     rope_type: Any = getattr(embed, "rope_type", None)
-    if (rope_type if kind is None else rope_type[kind]) == "longrope":
+    if (rope_type if kind is None else rope_type[kind]) in ("longrope", "dynamic"):
         return None
     return TransformersRotary(embed, apply, head_dim, kind)

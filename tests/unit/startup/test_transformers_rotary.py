@@ -63,6 +63,7 @@ LONG = {
     "short_factor": [1.0] * 8,
     "long_factor": [2.0] * 8,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 
@@ -77,6 +78,7 @@ def attention_of(config: PreTrainedConfig, layer: int) -> tuple[nn.Module, Any]:
 CASES: dict[str, tuple[PreTrainedConfig, int, int, bool]] = {
     "whole": (SmolLM3Config(**SIZES), 0, 16, True),
     "scaled": (LlamaConfig(**SIZES | {"rope_parameters": YARN}), 1, 16, True),
+    "linear": (LlamaConfig(**SIZES | {"rope_parameters": LINEAR}), 1, 16, True),
     "interleaved, half": (GlmConfig(**SIZES | {"rope_parameters": PARTIAL}), 0, 8, False),
     "a quarter": (
         GPTNeoXConfig(**SIZES | {"rope_parameters": None, "rotary_pct": 0.25}),
@@ -96,8 +98,9 @@ def test_rotations_are_undone(name: str) -> None:
     rotary = transformers_rotary(model, attention, 16)
     assert rotary is not None
     assert (rotary.rotary_dim, rotary.is_neox_style) == (rotary_dim, is_neox_style)
-    places = np.array([0, 3, 100, 255])
-    query = torch.randn(4, 16)
+    # Some past max_position_embeddings, which is no limit of transformers' code.
+    places = np.array([0, 3, 100, 255, 256, 900])
+    query = torch.randn(len(places), 16)
     kind = {"layer_type": config.layer_types[layer]} if "layers" in name else {}
     cos, sin = model.model.rotary_emb(query, torch.from_numpy(places)[None], **kind)
     apply = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
@@ -124,8 +127,9 @@ def test_tables_are_told_apart_by_the_kind_of_layer() -> None:
     [
         GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=64),
         Phi3Config(**SIZES | {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+        LlamaConfig(**SIZES | {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
     ],
-    ids=["no rotation", "frequencies by the batch"],
+    ids=["no rotation", "frequencies by the batch", "by the longest in the batch"],
 )
 def test_others_are_not_found(config: PreTrainedConfig) -> None:
     assert transformers_rotary(*attention_of(config, 0), 16) is None
