@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     print()
     print(describe_leanings(router))
     if args.model is not None:
-        layers, head_dim = model_shape(args.model)
+        layers, head_dims = model_shape(args.model)
+        head_dim = info.head_dim if info.head_dim in head_dims else min(head_dims)
         check_fits(path, info, args.model, layers, head_dim)
         print(f"\nFits {args.model}: {layers} layers, head_dim {head_dim}.")
     return 0
@@ -90,8 +91,8 @@ def describe_leanings(router: "LayerRouter") -> str:
     return "\n".join(lines)
 
 
-def model_shape(model: str) -> tuple[int, int]:
-    """Read a model's number of layers and head_dim from its configuration.
+def model_shape(model: str) -> tuple[int, set[int]]:
+    """Read a model's number of layers, and its head_dims, from its configuration.
 
     Raises: CommandError: there is no readable configuration.
     """
@@ -110,8 +111,12 @@ def model_shape(model: str) -> tuple[int, int]:
             f"expected a model with a readable config.json at {model}, found: {error}"
         ) from error
     text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, head_dim
+    layers = text.num_hidden_layers
+    try:
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    except RuntimeError:  # transformers tells no one size where layers differ (Gemma 4)
+        return layers, {text.per_layer_config[layer].head_dim for layer in range(layers)}
+    return layers, {head_dim}
 
 
 def check_fits(path: Path, info: "RouterInfo", model: str, layers: int, head_dim: int) -> None:

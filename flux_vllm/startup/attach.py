@@ -9,6 +9,7 @@ from flux_vllm.attention_backend.layer import LayerBinding
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError
 from flux_vllm.router.checkpoint import RouterInfo
+from flux_vllm.router.model import LayerRouter
 from flux_vllm.routing.model_call import RunnerModelCall
 from flux_vllm.routing.probe import ProbedLayer, PromptProbe
 from flux_vllm.routing.rotary import RotaryInverse
@@ -72,14 +73,11 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     if config.needs_router:
         assert router is not None
         assert info is not None
-        check_probe(info.inputs, vllm_config)
-        deciding = set(routed_by.values()) - set(info.always_sparse)
-        read = info.inputs.layers_read(router.linear("features.0")[0], deciding)
-        runtime.probe = PromptProbe(
-            info.inputs,
+        runtime.probe = _make_probe(
+            config,
+            info,
             router.to(device),
-            config.threshold,
-            _probed_layers(layers, read, device),
+            layers,
             routed_by,
             RunnerModelCall(
                 runner,
@@ -87,12 +85,47 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
                 StateLayers(vllm_config, info.inputs.probe.tokens, device),
                 device,
             ),
-            _over_ranks,
-            device,
+            vllm_config,
         )
     full = next(layer for layer in layers if layer.has_full_attention)
     start_reporting(runtime, vllm_config, full.attention.impl.kernels_name)
     return runtime
+
+
+def _make_probe(
+    config: FluxConfig,
+    info: RouterInfo,
+    router: LayerRouter,
+    layers: Sequence[AttentionLayer],
+    routed_by: Mapping[int, int],
+    model_call: RunnerModelCall,
+    vllm_config: Any,
+) -> PromptProbe:
+    """Make what decides by a router, whose weights are on the device.
+
+    Raises: RouterCheckpointError, UnsupportedConfigurationError.
+    """
+    from vllm.distributed import get_pp_group
+
+    check_probe(info.inputs, vllm_config)
+    weight, _ = router.linear("features.0")
+    read = info.inputs.layers_read(weight, set(routed_by.values()) - set(info.always_sparse))
+    unseen = sorted(read - {layer.index for layer in layers})
+    if unseen and get_pp_group().world_size == 1:  # else another stage may have them
+        raise RouterCheckpointError(
+            f"router: expected context_layers with attention, found {unseen} without (trained "
+            f"for {info.base_model or 'an unnamed model'!r}); give this model's own router"
+        )
+    return PromptProbe(
+        info.inputs,
+        router,
+        config.threshold,
+        _probed_layers(layers, read, weight.device),
+        routed_by,
+        model_call,
+        _over_ranks,
+        weight.device,
+    )
 
 
 def _check_sparse_layers(
@@ -111,7 +144,8 @@ def _check_sparse_layers(
     if unrouted:
         raise FluxConfigError(
             "flux config: expected sparse_layers with full attention in the model, found "
-            f"{unrouted}, which keep a sliding window of the model's own; remove them"
+            f"{unrouted}, which have none (a sliding window of the model's own, or a state); "
+            "remove them"
         )
     if config.needs_router and info is not None:
         always = set(info.always_sparse)

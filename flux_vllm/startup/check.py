@@ -95,7 +95,8 @@ def check_features(vllm_config: Any) -> None:
         "an encoder-decoder model": model.is_encoder_decoder,
         "a pooling or encoder model": model.runner_type != "generate",
         "a model without attention": model.is_attention_free,
-        "bidirectional attention over multimodal prefixes": model.is_mm_prefix_lm,
+        "bidirectional attention over images (for text alone: --limit-mm-per-prompt "
+        """'{"image": 0}')""": model.is_mm_prefix_lm,
         "reference sliding window attention": model.rswa_window is not None,
         **refused_speculation(vllm_config),
     }

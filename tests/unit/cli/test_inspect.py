@@ -121,6 +121,17 @@ def test_inspect_does_not_fit(
     assert "made for tiny" in error
 
 
+def test_inspect_model_whose_head_dims_differ(router: Path, tmp_path: Path) -> None:
+    """Gemma 4: a router fits by either, and not by a third."""
+    sizes = {"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 2}
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    config = sizes | {"model_type": "gemma4_text", "layer_types": kinds}
+    model = _model(tmp_path / "model", **config)
+    assert main(["inspect", str(router), "--model", model]) == 0
+    other = _model(tmp_path / "other", **config | {"head_dim": 32})
+    assert main(["inspect", str(router), "--model", other]) == 1
+
+
 def test_inspect_multimodal_model(router: Path, tmp_path: Path) -> None:
     text = {
         "model_type": "llama",

@@ -209,7 +209,7 @@ class TestAttach:
             attach(runner_of(model), make_config(tmp_path, flux), CPU)
         assert str(error.value) == (
             "flux config: expected sparse_layers with full attention in the model, found [1], "
-            "which keep a sliding window of the model's own; remove them"
+            "which have none (a sliding window of the model's own, or a state); remove them"
         )
 
     def test_only_sliding_windows(self, tmp_path: Path, rope: Any) -> None:
@@ -305,6 +305,14 @@ class TestAttach:
         assert attach(runner_of(Model(self.attentions(), rope)), config, CPU).probe is None
 
 
+@pytest.mark.usefixtures("_one_rank")
+def test_a_context_layer_without_attention_is_refused(tmp_path: Path, rope: Any) -> None:
+    write(tmp_path, context_layers=(3,), pools=("tail:8",))
+    model = Model([make_attention(i) for i in (0, 1, 2)], rope, RotatingWhereTold)
+    with pytest.raises(RouterCheckpointError, match=r"context_layers with attention, found \[3\]"):
+        attach(runner_of(model), make_config(tmp_path), CPU)
+
+
 class TestStages:
     """The first of two pipeline stages, which has half of the layers."""
 
@@ -353,7 +361,7 @@ class TestStages:
         self, tmp_path: Path, rope: Any, monkeypatch: Any
     ) -> None:
         self.other_stage_says(monkeypatch, [(3, 3)])
-        with pytest.raises(FluxConfigError, match=r"found \[2\], which keep a sliding window"):
+        with pytest.raises(FluxConfigError, match=r"found \[2\], which have none"):
             attach(runner_of(self.model(rope)), make_config(tmp_path, self.STATIC), CPU)
 
     def test_layers_without_rope_beside_a_stage_with_it(

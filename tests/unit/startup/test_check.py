@@ -60,7 +60,8 @@ REFUSED = {
     "an encoder-decoder model": {"model__is_encoder_decoder": True},
     "a pooling or encoder model": {"model__runner_type": "pooling"},
     "a model without attention": {"model__is_attention_free": True},
-    "bidirectional attention over multimodal prefixes": {"model__is_mm_prefix_lm": True},
+    "bidirectional attention over images (for text alone: --limit-mm-per-prompt "
+    """'{"image": 0}')""": {"model__is_mm_prefix_lm": True},
     "reference sliding window attention": {"model__rswa_window": 128},
     "prefill context parallel, dual batch overlap": {
         "parallel__prefill_context_parallel_size": 2,
