@@ -16,11 +16,11 @@ def attended(engine: Engine, prompt: list[int]) -> list[int]:
 
         impl._attend_probe = attend
     probe = engine.runtime.probe
-    replay, probe._replay = probe._replay, None
+    replays, probe._replays = probe._replays, None
     try:
         engine.probe(prompt)
     finally:
-        probe._replay = replay
+        probe._replays = replays
         for impl in impls:
             del impl._attend_probe
     return found

@@ -197,6 +197,15 @@ def answer_all(engine: Engine, family: Family) -> Iterator[Answer]:
         yield engine.generate([prompt], OUTPUT)[0]
 
 
+def answer_together(engine: Engine, family: Family) -> list[Answer]:
+    """Answer all prompts at once, in chunks, so that some are probed while others run."""
+    engine.limit_chunks(CHUNK)
+    engine.forget_prefixes()
+    answers = engine.generate([random_prompt(n, seed=n) for n in family.lengths], OUTPUT)
+    engine.limit_chunks(0)
+    return answers
+
+
 def _decided_layers(engine: Engine) -> set[int]:
     """List the layers for which `/metrics` has decisions."""
     engine.runtime.status()
@@ -236,7 +245,7 @@ def check_router(case: Case, kernels: str | None = None) -> None:
     """
     flux = {} if kernels is None else {"kernels": kernels}
     with start(case.folder, case.family, flux) as engine:
-        answers = list(answer_all(engine, case.family))
+        answers = [*answer_all(engine, case.family), *answer_together(engine, case.family)]
         decided = _decided_layers(engine)
         check_training_decides_alike(
             engine,

@@ -100,9 +100,8 @@ class ViewBuffers:
         self._routes = torch.full(
             (capacity, num_columns), NO_REQUEST, dtype=torch.int8, device=device
         )
-        self._sparse_from = (
-            torch.zeros(capacity, dtype=torch.int32, device=device) if decodes_fully else None
-        )
+        self._sparse_from = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self._decodes_fully = decodes_fully
         self._is_prefill = torch.zeros(capacity, dtype=torch.int8, device=device)
         self._layout = torch.zeros(_MOST_GROUPS, 4, dtype=torch.int64, device=device)
         self._tables: GroupTables | None = None
@@ -157,7 +156,7 @@ class ViewBuffers:
         if slots is not None and rows:
             index = to_device(slots, self.device)
             torch.index_select(table.routes, 0, index, out=self._routes[:rows])
-            if self._sparse_from is not None:
+            if self._decodes_fully:
                 torch.index_select(table.sparse_from, 0, index, out=self._sparse_from[:rows])
         if rows < self._known_rows:
             self._routes[rows : self._known_rows] = NO_REQUEST
@@ -188,7 +187,7 @@ class ViewBuffers:
                 seq_lens,
                 query_start_loc,
                 self._routes,
-                self._sparse_from,
+                self._sparse_from if self._decodes_fully else None,
                 self._is_prefill if has_prefill else None,
             ),
             self._layers,

@@ -131,6 +131,7 @@ def test_import_router(dtype: torch.dtype, logits: int, shards: int, tmp_path: P
         "sink_tokens": "128",
         "window_tokens": "1024",
         "sparse_pattern": "streaming",
+        "full_decode_tokens": "0",
         "probe": "[128, 128]",
         "provenance": "",
     }

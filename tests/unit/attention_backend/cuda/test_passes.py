@@ -19,9 +19,11 @@ SPARSE, FULL = int(Route.SPARSE), int(Route.FULL)
 class Runtime:
     """Stands in for FluxRuntime: what the host knows, by row of the batch."""
 
-    def __init__(self, known: dict[int, list[int]] | None) -> None:
+    def __init__(self, known: dict[int, list[int]] | None, sparse_prefill: bool = False) -> None:
         self.known = known
         self.asked = 0
+        self.config = SimpleNamespace(sparse_prefill=sparse_prefill)
+        self.is_decided = np.array([True, False, True, True])
 
     def known_routes(self, rows: np.ndarray) -> Any:
         self.asked += 1
@@ -36,6 +38,23 @@ def passes(runtime: Any, apart: list[bool], is_warmup: bool = False) -> LayerPas
     batch: Any = SimpleNamespace(is_warmup=is_warmup)
     assert hasattr(Batch, "is_warmup")
     return LayerPasses(runtime, [3, 1], batch, np.array(apart))
+
+
+@pytest.mark.parametrize(
+    ("apart", "full", "sparse"),
+    [
+        ([True, True], [False, True], [True, False]),
+        ([True, False], [True, True], [True, False]),
+        ([False], [True, True], [False, False]),
+    ],
+    ids=["all-apart", "beside-decode", "none-apart"],
+)
+def test_prompts_that_are_sparse_in_every_layer(apart: list, full: list, sparse: list) -> None:
+    """Nobody waits for routes; layer 1 has none, and attends to everything."""
+    runtime = Runtime(None, sparse_prefill=True)
+    found = passes(runtime, apart)
+    assert (found.full, found.sparse) == (full, sparse)
+    assert not runtime.asked
 
 
 @pytest.mark.parametrize(
