@@ -57,7 +57,7 @@ class TransformersRotary:
 
     def _compute_cos_sin_cache(self) -> torch.Tensor:
         """Give cos and sin of all positions side by side: [positions, rotary_dim] float32."""
-        return self.cos_sin_table(self.embed.config.max_position_embeddings)  # type: ignore
+        return self.cos_sin_table(self.embed.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
 
     def cos_sin_table(self, count: int) -> torch.Tensor:
         """Give cos and sin of the first positions, as many as one likes: [count, rotary_dim]."""

@@ -27,7 +27,7 @@ class MicroBatch:
     token_ids: torch.Tensor
     """[B, T] int64, padded at the end with 0."""
     is_tail: torch.Tensor
-    """[B, T] bool: the prompt's last queries, which attend to everything under both routes."""
+    """[B, T] bool: the `DenseQueries`, which attend to everything under both routes."""
     probe: ProbeBatch
     """What the routers look at."""
     answer_rows: torch.Tensor

@@ -38,7 +38,8 @@ class Evaluation:
         config: of the run.
         world: this process among the others.
 
-    Raises: ValueError: an unknown variant, or static layers that the model does not have.
+    Raises: ValueError: an unknown variant, a router with `full_decode_tokens`, or static layers
+        that the model does not have.
     """
 
     def __init__(self, config: EvalConfig, world: World) -> None:
@@ -46,6 +47,12 @@ class Evaluation:
         self.world = world
         self.variants = [read_variant(name) for name in config.variants]
         router, self.info = read_router(Path(config.router))
+        if self.info.full_decode_tokens:
+            raise ValueError(
+                f"expected a router without full_decode_tokens in {config.router}, found "
+                f"{self.info.full_decode_tokens}, under which nothing is scored here; measure it "
+                "with `python -m training divergence`"
+            )
         self.tokenizer = load_tokenizer(config.model)
         self.routed = load_routed(
             config.model, self.info.sink_tokens, self.info.window_tokens, config.system, world

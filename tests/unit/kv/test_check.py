@@ -47,6 +47,14 @@ def test_accepted(tmp_path, flux):
     check_configuration(_config(tmp_path, flux))
 
 
+def test_keys_that_an_answers_first_tokens_need_are_not_given_back(tmp_path):
+    """Refused before the model is loaded; the router's file says it, and the operator may not."""
+    write(tmp_path, full_decode_tokens=32)
+    with pytest.raises(FluxConfigError, match=r"found 32 \(the router file\); set it to 0"):
+        check_configuration(_config(tmp_path, STATIC))
+    check_configuration(_config(tmp_path, STATIC | {"full_decode_tokens": 0}))
+
+
 def test_one_group_alone_is_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(UnsupportedConfigurationError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
 from training.config import EvalConfig
 from training.data.encoding import Encoded
@@ -37,6 +38,13 @@ def test_an_unknown_variant_is_refused_before_anything_is_scored(
 ) -> None:
     config = dataclasses.replace(config, variants=("plain", name))
     with pytest.raises(ValueError, match=f"{name!r}; correct --variants"):
+        module.Evaluation(config, World(0, 1, torch.device("cpu")))
+
+
+def test_a_router_for_an_answers_first_tokens_is_refused(config: EvalConfig) -> None:
+    router, info = read_router(Path(config.router))
+    write_router(Path(config.router), router, dataclasses.replace(info, full_decode_tokens=32))
+    with pytest.raises(ValueError, match="found 32, under which nothing is scored here"):
         module.Evaluation(config, World(0, 1, torch.device("cpu")))
 
 
