@@ -62,7 +62,7 @@ def _bits(answer: Answer) -> tuple:
 
 
 def test_is_captured(engine: Engine) -> None:
-    assert engine.runtime.probe._replay is not None
+    assert engine.runtime.probe._replays is not None
 
 
 def test_same_bits_for_every_schedule(engine: Engine) -> None:
@@ -101,13 +101,13 @@ def test_short_prompt_is_probed_once_its_text_is_long(engine: Engine) -> None:
 
 def test_captured_equals_eager(engine: Engine) -> None:
     probe = engine.runtime.probe
-    replay = probe._replay
+    replays = probe._replays
     for length in LENGTHS:
         prompt = random_prompt(length, seed=length)
         captured = engine.probe(prompt)
-        probe._replay = None
+        probe._replays = None
         eager = engine.probe(prompt)
-        probe._replay = replay
+        probe._replays = replays
         worst = (captured[0] - eager[0]).abs().max()
         print(f"\n{length} tokens: pooled queries differ by at most {worst:.2e}", flush=True)
         torch.testing.assert_close(captured[0], eager[0], rtol=0, atol=1e-2)
@@ -169,11 +169,11 @@ def test_router_that_reads_one_early_layer(files, tmp_path, monkeypatch, argumen
     prompts = [random_prompt(length, seed=length) for length in LENGTHS]
     with Engine(files[0], {"router": str(router)}, **(DEFAULTS | arguments)) as early:
         probe = early.runtime.probe
-        assert (probe._replay is None) == bool(arguments)
+        assert (probe._replays is None) == bool(arguments)
         _check_schedules(early)
         captured = [early.probe(prompt)[1:] for prompt in prompts]
         assert attended(early, prompts[0]) == [0]
-        probe._replay = None
+        probe._replays = None
         ended = [early.probe(prompt)[1:] for prompt in prompts]
         for metadata in probe._metadata.values():
             monkeypatch.setattr(metadata, "is_last", False)

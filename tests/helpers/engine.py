@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 
@@ -113,8 +114,18 @@ class Engine:
         scheduler = self.core.scheduler
         schedule, update = scheduler.schedule, scheduler.update_from_output
 
+        counts = scheduler.get_request_counts
+
+        def one_more() -> tuple[int, int]:
+            """Let no request be the only one: vLLM would compute it in whole steps."""
+            running, waiting = counts()
+            return running + 1, waiting
+
         def logged(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
+            with patch.object(scheduler, "get_request_counts", one_more):
+                output = schedule(*args, **kwargs)
+            most = scheduler.scheduler_config.long_prefill_token_threshold
+            assert not 0 < most < max(output.num_scheduled_tokens.values(), default=0), output
             starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
             cached = output.scheduled_cached_reqs
             starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
