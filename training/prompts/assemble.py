@@ -10,7 +10,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.prompts import code, far, local, shots, sums, tables
+from training.prompts import (
+    changes,
+    code,
+    dated,
+    entries_on,
+    far,
+    local,
+    program_files,
+    programs,
+    records,
+    reference_works,
+    shots,
+    sums,
+    tables,
+)
 from training.prompts.answers import render
 from training.prompts.drawing import Draw, Kind, Made
 from training.prompts.passages import Library
@@ -18,9 +32,11 @@ from training.prompts.written import Written
 
 logger = logging.getLogger(__name__)
 
-KINDS: list[Kind] = [
-    kind for module in (far, shots, sums, code, local, tables) for kind in module.KINDS
-]
+_MODULES = (
+    *(far, shots, sums, code, local, tables),
+    *(program_files, records, dated, reference_works, programs, changes, entries_on),
+)
+KINDS: list[Kind] = [kind for module in _MODULES for kind in module.KINDS]
 _CHINESE_SHARE = 0.16
 _MIDDLE_SHARE = 0.55
 """Share of lengths drawn from 4K to 16K tokens; the others from the whole range."""

@@ -1,0 +1,161 @@
+"""Small pieces of the library that structured material is made of: titles, sentences, names."""
+
+import datetime
+import re
+from collections.abc import Iterator
+
+from training.prompts.drawing import Draw
+from training.prompts.texts import Text
+from training.prompts.wordings_file import phrases
+
+PROSE = {
+    "en": ("book", "essay", "novel", "story", "manual", "news", "mail", "report", "policy", "help"),
+    "zh": ("book", "news", "manual", "help", "review"),
+}
+_TITLED = {"en": ("manual", "book", "mail", "help", "report"), "zh": ("help", "news", "manual")}
+_ENDS = {"en": re.compile(r"(?<=[.!?])\s+"), "zh": re.compile(r"(?<=[。！？])\s*")}
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_ODD = re.compile(r"[|<>{}\[\]_=\\*#^~“”\"「」]|[ -]{3}")
+_REPLY = re.compile(r"^(?:(?:re|fwd?|aw)\s*:\s*|\[[^\]]*\]\s*)+", re.I)
+_IDENTIFIER = re.compile(r"\b[a-z]{2,12}_[a-z][a-z_]{1,18}[a-z]\b")
+_PACKED = re.compile(r"^(?:cache/)?(?:pypi-)?")
+
+
+def _group(draw: Draw, registers: tuple[str, ...]) -> str:
+    """Name one of the registers that the library has in the drawn language."""
+    there = [f"{draw.language}/{register}" for register in registers]
+    return draw.rng.choice([group for group in there if draw.library.indices(group)])
+
+
+def sentence(draw: Draw, low: int = 25, high: int = 150) -> str:
+    """Draw a sentence of so many characters; of a third of them where it is Chinese."""
+    if draw.language == "zh":
+        low, high = low // 3, high // 3
+    found = ""
+    for _ in range(40):
+        index = draw.library.draw_index(draw.rng, _group(draw, PROSE[draw.language]))
+        text = draw.library.texts[index].text
+        at = draw.rng.randrange(max(1, len(text) - 1200))
+        # The first and the last may be cut.
+        pieces = _ENDS[draw.language].split(text[at : at + 1200])[1:-1]
+        pieces = [" ".join(piece.split()) for piece in pieces]
+        fitting = [piece for piece in pieces if low <= len(piece) <= high]
+        clean = [piece for piece in fitting if _is_clean(piece, draw.language)]
+        if clean:
+            return draw.rng.choice(clean)
+        found = found or (fitting[0] if fitting else "")
+    return found or " ".join(text.split())[:high]
+
+
+def _is_clean(piece: str, language: str) -> bool:
+    if _ODD.search(piece):
+        return False
+    if language == "zh":
+        return len(_CHINESE.findall(piece)) > 0.6 * len(piece)
+    letters = sum(character.isalpha() or character == " " for character in piece)
+    return piece[0].isupper() and letters > 0.9 * len(piece)
+
+
+def titled(draw: Draw, high: int = 44) -> tuple[str, int] | None:
+    """Draw a telling title and its text's index; None where a few texts have none."""
+    for _ in range(6):
+        index = draw.library.draw_index(draw.rng, _group(draw, _TITLED[draw.language]))
+        found = _REPLY.sub("", " ".join(draw.library.texts[index].title.split()))
+        found = found.partition(": ")[0].partition(" — ")[0].strip(" .,。")
+        if _is_telling(found, draw.language) and len(found) <= high:
+            return found, index
+    return None
+
+
+def title(draw: Draw, high: int = 44) -> str:
+    """Draw a title, or the beginning of a sentence."""
+    found = titled(draw, high) if draw.rng.random() < 0.75 else None
+    if found:
+        return found[0]
+    words = sentence(draw, 40, 150)
+    if draw.language == "zh":
+        return re.split(r"[，。；：、！？]", words)[0][: high // 2]
+    return " ".join(words.split()[: draw.rng.randint(3, 6)]).rstrip(",;:.!?")
+
+
+def own_sentences(draw: Draw, index: int, low: int = 25, high: int = 220) -> list[str]:
+    """List the sentences of a text, in their order."""
+    if draw.language == "zh":
+        low, high = low // 3, high // 3
+    lines = draw.library.texts[index].text[:20000].split("\n\n")
+    pieces = [
+        " ".join(piece.split()) for line in lines for piece in _ENDS[draw.language].split(line)
+    ]
+    fitting = [piece for piece in pieces if low <= len(piece) <= high and piece[-1] in ".!?。！？"]
+    return [piece for piece in fitting if _is_clean(piece, draw.language)]
+
+
+def _is_telling(words: str, language: str) -> bool:
+    if _ODD.search(words):
+        return False
+    if language == "zh":
+        return len(_CHINESE.findall(words)) >= 3
+    return words.count(" ") >= 1 and sum(map(str.isalpha, words)) >= 8
+
+
+def people(draw: Draw) -> Iterator[str]:
+    """Draw people, never one twice; some have three names."""
+    first, last = phrases("first_names", draw.language), phrases("last_names", draw.language)
+    more = (
+        "ABCDEFGHJKLMNPRSTW"
+        if draw.language == "en"
+        else [name for name in first if len(name) == 1]
+    )
+    drawn: set[str] = set()
+    while True:
+        own, family = draw.rng.choice(first), draw.rng.choice(last)
+        middle = draw.rng.choice(more) if draw.rng.random() < 0.3 else ""
+        if draw.language == "en":
+            name = f"{own} {middle}. {family}" if middle else f"{own} {family}"
+        else:
+            name = family + own + middle
+        if name not in drawn:
+            drawn.add(name)
+            yield name
+
+
+def identifiers(draw: Draw) -> Iterator[str]:
+    """Draw names of variables and functions from code, or of usual words; never one twice."""
+    plain = phrases("key_words", "en")
+    drawn: set[str] = set()
+    while True:
+        text = draw.library.texts[draw.library.draw_index(draw.rng, "code")].text
+        found = sorted(set(_IDENTIFIER.findall(text)) - drawn)
+        batch = draw.rng.sample(found, min(len(found), 10))
+        batch += ["_".join(draw.rng.sample(plain, draw.rng.randint(2, 3))) for _ in range(2)]
+        for name in batch:
+            if name not in drawn:
+                drawn.add(name)
+                yield name
+
+
+def code_title(text: Text) -> str:
+    """Give the path of a file of code as inside its repository."""
+    return _PACKED.sub("", text.title)
+
+
+def code_path(draw: Draw) -> str:
+    """Draw the path of a file of code."""
+    index = draw.library.draw_index(draw.rng, "code")
+    return code_title(draw.library.texts[index])
+
+
+def day(draw: Draw, first_year: int = 2019, last_year: int = 2026) -> datetime.date:
+    """Draw a day."""
+    start = datetime.date(first_year, 1, 1)
+    days = (datetime.date(last_year, 12, 31) - start).days
+    return start + datetime.timedelta(days=draw.rng.randrange(days))
+
+
+def date_style(draw: Draw) -> str:
+    """Draw a way to write days, for `strftime`."""
+    styles = {
+        "en": ("%Y-%m-%d", "%d %B %Y", "%B %d, %Y", "%d/%m/%Y", "%a %d %b %Y"),
+        "zh": ("%Y-%m-%d", "%Y年%m月%d日", "%Y/%m/%d", "%Y.%m.%d"),
+    }
+    return draw.rng.choice(styles[draw.language])
