@@ -11,7 +11,7 @@ from training.prompts.pieces import code_title, date_style, day, identifiers, pe
 from training.prompts.wordings_file import phrases
 
 _WORD = re.compile(r"\b[A-Za-z_]\w{4,24}\b")
-_NUMBER = re.compile(r"\b\d{1,4}\b")
+_NUMBER = re.compile(r"(?<![\w.])\d{1,4}(?![\w.])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def _edit(draw: Draw, lines: list[str]) -> tuple[str, str, str, list[str]]:
         return sort, old, new, [re.sub(rf"\b{old}\b", new, line) for line in lines]
     if sort == "number" and numbered:
         at = rng.choice(numbered)
-        old = _NUMBER.search(lines[at])[0]  # type: ignore[index]
+        [old, *_] = _NUMBER.findall(lines[at])
         new = str(int(old) * rng.randint(2, 9) + 1)
-        changed = re.sub(rf"\b{old}\b", new, lines[at], count=1)
+        changed = _NUMBER.sub(new, lines[at], count=1)
         return sort, old, new, [*lines[:at], changed, *lines[at + 1 :]]
     at = rng.randrange(len(lines))
     end = at + rng.randint(1, 5)

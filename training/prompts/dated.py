@@ -251,13 +251,13 @@ def timetable(draw: Draw) -> Made | None:
 
 
 def dated_events(draw: Draw) -> Made | None:
-    """Dated notes in no order: which came first, when a thing was, what a year brought."""
+    """Dated notes in no order: which came first, when a thing was, what a month brought."""
     rng = draw.rng
     dates = date_style(draw)
     form = rng.choice(("{d}: {s}", "[{d}] {s}", "* {d} {s}", "{s} ({d})"))
 
     def make() -> tuple[datetime.date, str]:
-        return day(draw, 1840, 1999), sentence(draw, 40, 220)
+        return day(draw, 1996, 2025), sentence(draw, 40, 220)
 
     def write(event: tuple[datetime.date, str]) -> str:
         return form.replace("{d}", event[0].strftime(dates)).replace("{s}", event[1])
@@ -269,17 +269,20 @@ def dated_events(draw: Draw) -> Made | None:
     one, two = rng.sample(alone, 2)
     first = min(one, two)
     fields = {"quote": _start(draw, one[1]), "other": _start(draw, two[1])}
-    year = [words for moment, words in sorted(events) if moment.year == one[0].year]
-    value = {"value": one[0].strftime(dates), "n": str(one[0].year)}
+    month = one[0].strftime("%B %Y" if draw.language == "en" else "%Y年%m月")
+    same = [
+        words for when, words in sorted(events) if (when.year, when.month) == one[0].timetuple()[:2]
+    ]
+    value = {"value": one[0].strftime(dates), "n": month}
     asks = [
         Ask(wording="dated_events/first", fields=fields, reference=_start(draw, first[1])),
         Ask(wording="dated_events/when", fields=fields, reference=value["value"]),
         Ask(wording="dated_events/what", fields=value, reference=one[1], max_new_tokens=80),
     ]
-    if len(year) <= MOST_COUNTED:
-        listed = "\n".join(year)
+    if len(same) <= MOST_COUNTED:
+        listed = "\n".join(same)
         asks.append(
-            Ask(wording="dated_events/year", fields=value, reference=listed, max_new_tokens=160)
+            Ask(wording="dated_events/month", fields=value, reference=listed, max_new_tokens=160)
         )
     return asked(draw, list(map(write, events)), asks)
 
@@ -310,7 +313,8 @@ def transcript_turns(draw: Draw) -> tuple[list[Turn], list[str]]:
         seconds += rng.randint(3, 40)
         if not talk:
             found = pick(draw, draw.written.dialogues) if rng.random() < 0.7 else None
-            talk = [turn.partition(": ")[2] for turn in found.turns] if found else [sentence(draw)]
+            talk = [turn.partition(": ")[2] for turn in found.turns] if found else []
+            talk = [words.strip('"“” ') for words in talk] or [sentence(draw)]
         time = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         return Turn(time, rng.choice(speakers), talk.pop(0))
 

@@ -15,8 +15,12 @@ PROSE = {
 _TITLED = {"en": ("manual", "book", "mail", "help", "report"), "zh": ("help", "news", "manual")}
 _ENDS = {"en": re.compile(r"(?<=[.!?])\s+"), "zh": re.compile(r"(?<=[。！？])\s*")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_ODD = re.compile(r"[|<>{}\[\]_=\\*#^~“”\"「」]|[ -]{3}")
+_ODD = re.compile(r"[|●@<>{}\[\]_=\\*#^~“”\"「」]|[ -]{3}")
 _REPLY = re.compile(r"^(?:(?:re|fwd?|aw)\s*:\s*|\[[^\]]*\]\s*)+", re.I)
+_NUMBERED = re.compile(
+    r"^(?:(?:Chapter|Appendix|第|附录) ?)?(?:\d|[A-Z]\.)[.\d]*(?: ?[章节])?\.? +(?=\S)"
+)
+_PART = re.compile(r", part \d+$")
 _IDENTIFIER = re.compile(r"\b[a-z]{2,12}_[a-z][a-z_]{1,18}[a-z]\b")
 _PACKED = re.compile(r"^(?:cache/)?(?:pypi-)?")
 
@@ -27,13 +31,14 @@ def _group(draw: Draw, registers: tuple[str, ...]) -> str:
     return draw.rng.choice([group for group in there if draw.library.indices(group)])
 
 
-def sentence(draw: Draw, low: int = 25, high: int = 150) -> str:
+def sentence(draw: Draw, low: int = 25, high: int = 150, registers: tuple[str, ...] = ()) -> str:
     """Draw a sentence of so many characters; of a third of them where it is Chinese."""
+    registers = registers or PROSE[draw.language]
     if draw.language == "zh":
         low, high = low // 3, high // 3
     found = ""
     for _ in range(40):
-        index = draw.library.draw_index(draw.rng, _group(draw, PROSE[draw.language]))
+        index = draw.library.draw_index(draw.rng, _group(draw, registers))
         text = draw.library.texts[index].text
         at = draw.rng.randrange(max(1, len(text) - 1200))
         # The first and the last may be cut.
@@ -56,12 +61,16 @@ def _is_clean(piece: str, language: str) -> bool:
     return piece[0].isupper() and letters > 0.9 * len(piece)
 
 
-def titled(draw: Draw, high: int = 44) -> tuple[str, int] | None:
+def titled(draw: Draw, high: int = 44, registers: tuple[str, ...] = ()) -> tuple[str, int] | None:
     """Draw a telling title and its text's index; None where a few texts have none."""
+    high = high if draw.language == "en" else high // 2
     for _ in range(6):
-        index = draw.library.draw_index(draw.rng, _group(draw, _TITLED[draw.language]))
+        group = _group(draw, registers or _TITLED[draw.language])
+        # All pages alike: works of few pages would give the same titles again and again.
+        index = draw.rng.choice(draw.library.indices(group))
         found = _REPLY.sub("", " ".join(draw.library.texts[index].title.split()))
-        found = found.partition(": ")[0].partition(" — ")[0].strip(" .,。")
+        found = _PART.sub("", _NUMBERED.sub("", found))
+        found = re.split(r": | — | \(", found)[0].strip(" .,。")
         if _is_telling(found, draw.language) and len(found) <= high:
             return found, index
     return None
@@ -74,7 +83,7 @@ def title(draw: Draw, high: int = 44) -> str:
         return found[0]
     words = sentence(draw, 40, 150)
     if draw.language == "zh":
-        return re.split(r"[，。；：、！？]", words)[0][: high // 2]
+        return re.split(r"[，。；：、！？ ]", _NUMBERED.sub("", words))[0][: high // 2]
     return " ".join(words.split()[: draw.rng.randint(3, 6)]).rstrip(",;:.!?")
 
 
@@ -91,7 +100,7 @@ def own_sentences(draw: Draw, index: int, low: int = 25, high: int = 220) -> lis
 
 
 def _is_telling(words: str, language: str) -> bool:
-    if _ODD.search(words):
+    if _ODD.search(words) or re.search(r"[/`（]", words):
         return False
     if language == "zh":
         return len(_CHINESE.findall(words)) >= 3
@@ -110,6 +119,7 @@ def people(draw: Draw) -> Iterator[str]:
     while True:
         own, family = draw.rng.choice(first), draw.rng.choice(last)
         middle = draw.rng.choice(more) if draw.rng.random() < 0.3 else ""
+        middle = "" if draw.language == "zh" and (len(own) > 1 or own == middle) else middle
         if draw.language == "en":
             name = f"{own} {middle}. {family}" if middle else f"{own} {family}"
         else:
@@ -136,7 +146,7 @@ def identifiers(draw: Draw) -> Iterator[str]:
 
 def code_title(text: Text) -> str:
     """Give the path of a file of code as inside its repository."""
-    return _PACKED.sub("", text.title)
+    return _PART.sub("", _PACKED.sub("", text.title))
 
 
 def code_path(draw: Draw) -> str:

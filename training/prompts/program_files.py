@@ -55,7 +55,7 @@ def log_lines(draw: Draw) -> tuple[list[LogLine], list[str]]:
 
 
 def _message(draw: Draw, words: str) -> str:
-    fields = {"n": str(draw.rng.randint(2, 9000))}
+    fields = {"n": str(draw.rng.randint(2, 9000)), "few": str(draw.rng.randint(2, 9))}
     if "{path}" in words:
         fields["path"] = code_path(draw)
     if "{title}" in words:
@@ -145,7 +145,11 @@ def settings_sections(draw: Draw) -> tuple[list[Section], list[str], str]:
         return _written_section(section, style)
 
     sections = grow(draw, make, write)
-    return sections, [write(section) for section in sections], style
+    written = [write(section) for section in sections]
+    if style == "json":
+        written = [f"{inner}," for inner in written]
+        written[0], written[-1] = "{\n" + written[0], written[-1].rstrip(",") + "\n}"
+    return sections, written, style
 
 
 def _written_section(section: Section, style: str) -> str:
@@ -161,7 +165,8 @@ def _written_section(section: Section, style: str) -> str:
         lines = [f"# {section.note} ({section.name})"]
         return "\n".join(lines + [f"{head}__{key}={value}" for key, value in plain.items()])
     inner = {"description": section.note, **section.values}
-    return json.dumps({section.name: inner}, ensure_ascii=False, indent=2)
+    # Without the outer braces, which stand around all sections.
+    return json.dumps({section.name: inner}, ensure_ascii=False, indent=2)[2:-2]
 
 
 def _plain(value: Any) -> str:

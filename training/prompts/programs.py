@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ class Table:
 
     name: str
     note: str
+    """May be empty."""
     columns: dict[str, str]
     """Types by names."""
     parent: str
@@ -32,7 +33,7 @@ class Table:
 def _tables(draw: Draw) -> tuple[list[Table], list[str]]:
     rng = draw.rng
     names, more = phrases("table_names", "en"), identifiers(draw)
-    style = rng.choice(("sql", "sql", "lines"))
+    style, noted = rng.choice(("sql", "sql", "lines")), draw.language == "zh" or rng.random() < 0.3
     made: list[Table] = []
     taken: set[str] = set()
 
@@ -41,10 +42,12 @@ def _tables(draw: Draw) -> tuple[list[Table], list[str]]:
         while name in taken:
             name = f"{next(more).partition('_')[0]}_{rng.choice(names)}"
         taken.add(name)
-        keys = [next(more) for _ in range(rng.randint(2, 7))]
+        keys = rng.sample(phrases("column_names", "en"), rng.randint(2, 6))
+        keys += [next(more) for _ in range(rng.randint(0, 2))]
+        rng.shuffle(keys)
         columns = {key: rng.choice(_TYPES) for key in keys}
         parent = rng.choice(made).name if made and rng.random() < 0.8 else ""
-        made.append(Table(name, title(draw), columns, parent))
+        made.append(Table(name, f"-- {title(draw)}" if noted else "", columns, parent))
         return made[-1]
 
     def write(table: Table) -> str:
@@ -52,13 +55,13 @@ def _tables(draw: Draw) -> tuple[list[Table], list[str]]:
         if style == "lines":
             cells = ["id", *([f"{refers} -> {table.parent}.id"] if table.parent else [])]
             cells += [f"{name} {sort.lower()}" for name, sort in table.columns.items()]
-            return f"{table.name}({', '.join(cells)})  -- {table.note}"
+            return f"{table.name}({', '.join(cells)}) {table.note}".rstrip()
         lines = ["id INTEGER PRIMARY KEY"]
         lines += [f"{name} {sort}" for name, sort in table.columns.items()]
         if table.parent:
             lines.insert(1, f"{refers} INTEGER NOT NULL REFERENCES {table.parent}(id)")
         inner = ",\n  ".join(lines)
-        return f"-- {table.note}\nCREATE TABLE {table.name} (\n  {inner}\n);"
+        return f"{table.note}\nCREATE TABLE {table.name} (\n  {inner}\n);".lstrip()
 
     tables = grow(draw, make, write)
     return tables, [write(table) for table in tables]
@@ -83,8 +86,12 @@ def database_schema(draw: Draw) -> Made | None:
         Ask(wording="database_schema/query", fields=fields, reference=query, max_new_tokens=120),
         Ask(wording="database_schema/change", fields=fields, max_new_tokens=120),
         Ask(wording="database_schema/columns", fields=fields, reference=columns, max_new_tokens=96),
-        Ask(wording="database_schema/table", fields=fields, reference=child.name),
     ]
+    counts = Counter(key for table in tables for key in table.columns)
+    alone = [(key, table) for table in tables for key in table.columns if counts[key] == 1]
+    if alone:
+        key, table = rng.choice(alone)
+        asks.append(Ask(wording="database_schema/table", fields={"key": key}, reference=table.name))
     if len(children) <= MOST_COUNTED:
         listed = ", ".join(children)
         asks.append(
@@ -177,7 +184,7 @@ def _python_functions(draw: Draw) -> Iterator[Function]:
         text = draw.library.texts[draw.library.draw_index(draw.rng, "code")]
         if text.language != "py":
             continue
-        found = sorted(_functions(text.text), key=lambda one: not one.words)
+        found = [one for one in _functions(text.text) if one.words] or _functions(text.text)
         for one in found[: draw.rng.randint(3, 25)]:
             if one.name not in taken:
                 taken.add(one.name)

@@ -8,7 +8,7 @@ from itertools import islice
 
 from training.prompts.drawing import Draw, Kind, Made, fill
 from training.prompts.entries import MOST_COUNTED, Ask, asked, at_most_one, grow
-from training.prompts.pieces import date_style, day, people, sentence, title
+from training.prompts.pieces import date_style, day, people, sentence, title, titled
 from training.prompts.wordings_file import phrases
 
 
@@ -69,7 +69,7 @@ def records(draw: Draw) -> Made | None:
         for other in found
         if (other[author], other[group]) == (record[author], record[group])
     ]
-    fields = {"name": record[author], "value": record[group], "key": identity, "other": group}
+    fields = {"name": record[author], "key": identity, "other": record[group]}
     if len(both) <= MOST_COUNTED:
         listed = ", ".join(both)
         asks.append(
@@ -80,6 +80,10 @@ def records(draw: Draw) -> Made | None:
         asks.append(Ask(wording="records/count", fields=fields, reference=str(count)))
     blocks = written if style in ("xml", "") else ["\n".join(written)]
     return asked(draw, blocks, asks, fence=style)
+
+
+_REMARKS = {"en": ("mail", "essay", "story"), "zh": ("review",)}
+"""Registers whose sentences people could have written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,8 @@ def payment_list(draw: Draw) -> tuple[list[Payment], list[str]]:
     def make() -> Payment:
         nonlocal now
         now += datetime.timedelta(days=rng.choice((0, 0, 1, 2)))
-        payee = next(names) if rng.random() < 0.4 else title(draw)
+        shop = titled(draw)
+        payee = shop[0] if shop and rng.random() < 0.5 else next(names)
         [category] = rng.choices(categories, weights=weights)
         return Payment(now.strftime(dates), payee, category, int(rng.lognormvariate(8.5, 1.1)))
 
@@ -167,7 +172,7 @@ def survey(draw: Draw) -> Made | None:
 
     def make() -> tuple[str, list[str], str]:
         said = [rng.choices(options, weights=weights)[0] for weights in likely]
-        return next(names), said, sentence(draw)
+        return next(names), said, sentence(draw, registers=_REMARKS[language])
 
     def write(answer: tuple[str, list[str], str]) -> str:
         name, said, remark = answer

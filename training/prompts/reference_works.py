@@ -8,17 +8,21 @@ from pathlib import PurePosixPath
 
 from training.prompts.drawing import Draw, Kind, Made
 from training.prompts.entries import MOST_COUNTED, Ask, asked, at_most_one, grow, once
-from training.prompts.pieces import code_path, identifiers, own_sentences, sentence, title, titled
+from training.prompts.pieces import code_title, identifiers, own_sentences, sentence, title, titled
 
 _ENTRY = re.compile(
     r"\n\n(?P<term>[A-Za-z][^\n:{}<>]{1,38})\n\n {3}(?P<words>\S[^\n]+(?:\n {3}[^\n]+)*)"
 )
+_SUFFIXES = ("odt", "md", "pdf", "txt", "docx")
+_LOOKED_UP = ("help", "manual", "book")
 _DO = {
     "en": re.compile(
         r"(?:Choose|Click|Select|Open|Enter|Press|Drag|Set|Go|Type|Right-click|Create|Use|Add|Make"
         r"|Install|Run|Check|Remove|Move|Copy|Start|Change|Insert|Double-click)\b"
     ),
-    "zh": re.compile(r"选择|点击|单击|打开|输入|按|拖|设置|在|将|使用|添加|创建|运行|安装"),
+    "zh": re.compile(
+        r"选择|点击|单击|双击|打开|输入|按下?|拖动|设置|添加|创建|运行|安装|插入|关闭"
+    ),
 }
 
 
@@ -37,7 +41,7 @@ def _dictionary_entry(draw: Draw) -> tuple[str, str] | None:
 
 def _page_entry(draw: Draw) -> tuple[str, str] | None:
     """Take the title of a page and how it begins."""
-    found = titled(draw)
+    found = titled(draw, registers=_LOOKED_UP)
     own = own_sentences(draw, found[1]) if found else []
     return (found[0], " ".join(own[: draw.rng.randint(1, 2)])) if found and own else None
 
@@ -89,14 +93,15 @@ class Task:
 
 
 def _task(draw: Draw) -> Task:
-    """Take instructions from a page that has some; else from sentences of any page."""
-    for _ in range(12):
-        found = titled(draw)
+    """Take instructions from a page that has some; else any sentences that follow each other."""
+    for tries in range(16):
+        found = titled(draw, registers=_LOOKED_UP)
         own = own_sentences(draw, found[1]) if found else []
-        steps = [words for words in own if _DO[draw.language].match(words)]
+        steps = [words for words in own if _DO[draw.language].match(words)] if tries < 12 else own
+        steps = list(dict.fromkeys(steps))
         if found and len(steps) >= 3:
             start = draw.rng.randrange(len(steps) - 2)
-            return Task(found[0], list(dict.fromkeys(steps[start : start + 9])))
+            return Task(found[0], steps[start : start + draw.rng.randint(3, 9)])
     return Task(title(draw), [sentence(draw) for _ in range(draw.rng.randint(3, 8))])
 
 
@@ -127,24 +132,31 @@ def instructions(draw: Draw) -> Made | None:
 
 
 def _paths(draw: Draw) -> list[PurePosixPath]:
-    """Make paths: of code, or of documents by their titles."""
+    """Make paths of some works: of code, or of documents by their titles."""
     rng, library = draw.rng, draw.library
     names = identifiers(draw)
+    group = "code" if draw.language == "en" and rng.random() < 0.7 else draw.language
+    works = [
+        library.indices(f"source/{library.texts[library.draw_index(rng, group)].source}")
+        for _ in range(2 + draw.tokens // 1000)
+    ]
     taken: set[PurePosixPath] = set()
 
     def make() -> PurePosixPath:
-        if draw.language == "en" and rng.random() < 0.7:
-            path = PurePosixPath(code_path(draw))
-            if path in taken:
-                path = path.with_name(next(names) + path.suffix)
+        text = library.texts[rng.choice(rng.choice(works))]
+        if text.is_code:
+            path = PurePosixPath(code_title(text))
         else:
-            text = library.texts[library.draw_index(rng, draw.language)]
-            name = f"{title(draw)}.{rng.choice(('odt', 'md', 'pdf', 'txt', 'docx'))}"
-            path = PurePosixPath(text.register, text.source, name.replace("/", " "))
+            found = titled(draw)
+            name = f"{found[0] if found else next(names)}.{rng.choice(_SUFFIXES)}"
+            path = PurePosixPath(text.register, text.source, name)
+        if path in taken:
+            path = path.with_name(next(names) + path.suffix)
         taken.add(path)
         return path
 
-    return sorted(set(grow(draw, make, lambda path: f"{path} 12345")))
+    # Folders and rules are tokens too.
+    return sorted(grow(draw, make, lambda path: f"{path} 12345 {'|-' * len(path.parts)}"))
 
 
 def _written_tree(paths: list[PurePosixPath], sizes: dict[PurePosixPath, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Kinds on structured material. Oracle: the lines of the material, read again by eye-like rules."""
+"""Kinds on structured material. Oracle: the material itself, read line by line."""
 
 import random
 import re
@@ -81,7 +81,7 @@ def test_chinese_prompts_are_chinese(kind: Kind, made_of: MadeOf) -> None:
     # A file to go on with holds no request; code is not Chinese, what is asked about it is.
     asked = [each for each in made if each.messages]
     assert asked
-    assert all(re.search(r"[\u4e00-\u9fff]{4}", each.text) for each in asked)
+    assert all(re.search(r"[\u4e00-\u9fff]{3}", each.text) for each in asked)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
