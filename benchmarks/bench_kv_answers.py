@@ -31,8 +31,7 @@ def main() -> None:
     args = _parse()
     prompts, stop_ids = _prompts(args)
     rows = RowFile(args.out)
-    flux = {"router": str(args.router), "threshold": args.threshold}
-    flux |= {"sparse_pattern": args.pattern} if args.pattern else {}
+    flux = flux_config(args)
     kept: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("kept", "kept_2x", "freed"):
@@ -63,6 +62,16 @@ def main() -> None:
                 **{k: v for k, v in found.items() if k not in ("tokens", "routes")},
             }
             rows.keep(name, row, describe(row))
+
+
+def flux_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what all three engines have in common.
+
+    A router's file may let an answer's first tokens attend to everything, for which `free_kv` has
+    not the keys.
+    """
+    flux = {"router": str(args.router), "threshold": args.threshold, "full_decode_tokens": 0}
+    return flux | ({"sparse_pattern": args.pattern} if args.pattern else {})
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -1,6 +1,13 @@
-"""Is flux ever slower than plain vLLM? Decode, first tokens and mixed steps, engines in turns.
+r"""Is flux ever slower than plain vLLM? Decode, first tokens and mixed steps, engines in turns.
 
     python -m benchmarks.bench_never_slower --model SHAPE_FOLDER --load-format dummy --out OUT.json
+
+Of a hybrid, whose rows each take a block of states (8 GiB hold fewer than the 1,024 rows that vLLM
+would capture graphs for on an H200, and it refuses to start):
+
+    python -m benchmarks.bench_never_slower --model benchmarks/shapes/qwen3.5-9b \
+        --load-format dummy --kv-gib 8 --gpu-memory-utilization 0.3 --policies static \
+        --engine-arguments '{"max_num_seqs": 256}' --out OUT.json
 
 All engines are alive at once on one GPU, each in processes of its own: vLLM's backend twice (what
 two alike differ by), and flux under the policies asked for. `static` has a share of its layers

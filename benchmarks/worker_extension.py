@@ -17,8 +17,12 @@ class BenchmarkWorker:
         time whatever they are, so a benchmark of decode need not wait for attention in prefill.
         Replays of decode graphs are not affected.
         """
+        from vllm.model_executor.layers.attention import Attention
+
         context = self.model_runner.vllm_config.compilation_config.static_forward_context
         for layer in context.values():
+            if not isinstance(layer, Attention):  # layers of experts and states are there too
+                continue
             if skip:
                 layer.impl.forward = _leave_output
             else:

@@ -153,8 +153,11 @@ class LossSettings:
     budget_nats, by costs measured once; `online`: the same by sampled routes, the model running at
     every update, which takes many times the prompts; `paper`: cross-entropy on the answers, and a
     share of SPARSE layers for each task (`targets`)."""
-    budget_nats: float = 0.03
+    budget_nats: float = 0.05
     """Mean KL(full attention || routed) on answers that routes may cost, nats a token."""
+    budget_share: float = 0.2
+    """Most of what all SPARSE would cost that the budget may be (objective `budget`): a model that
+    loses little by SPARSE would be routed SPARSE altogether by nats alone."""
     answer_tokens: int = 128
     """Most answer tokens of a prompt that the loss looks at, evenly spaced."""
     multiplier_rate: float = 0.02
@@ -170,6 +173,8 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         _check(self.budget_nats > 0, "loss.budget_nats", "above 0", self.budget_nats)
+        is_share = 0 < self.budget_share <= 1
+        _check(is_share, "loss.budget_share", "above 0 and at most 1", self.budget_share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def online(model: str = "", out: str = "") -> TrainConfig:
             widths=(64, 64, 64, 32),
         ),
         data=DataSettings(min_tokens=1024, max_tokens=32000),
-        loss=LossSettings(objective="online", budget_nats=0.05),
+        loss=LossSettings(objective="online"),
         optimizer=OptimizerSettings(steps=600, batch_size=12, learning_rate=1.5e-3),
         system=SystemSettings(compile_layers=True),
     )

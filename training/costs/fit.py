@@ -8,6 +8,7 @@ view of the prompt (`_SharedTrunk`), noise on what it sees, and weight decay.
 Dimension legend: N prompts, L layers, P pools, H head dim, F features of a layer's router.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -63,7 +64,8 @@ def fit_router(
         inputs: what the routers look at.
         config: seed, widths, budget, optimizer.
 
-    Returns: the routers, and the last update's nats, share of SPARSE and multiplier.
+    Returns: the routers; the last update's nats, the budget, what all SPARSE costs, share of SPARSE
+    and multiplier.
     """
     torch.manual_seed(config.seed)
     seen = assemble(measured, inputs)
@@ -72,8 +74,11 @@ def fit_router(
     gains = beyond(measured, config.router) ** config.costs.length_power
     gains = gains / gains.mean()
     settings, loss, most = config.optimizer, config.loss, config.costs.most_nats
+    everything = costs.nats(torch.ones_like(costs.lengths))
+    at_stake = (most * -torch.expm1(-everything / most)).mean().item()
+    nats_budget = min(loss.budget_nats, loss.budget_share * at_stake)
     optimizer = _make_optimizer(network, settings)
-    budget = QualityBudget(loss)
+    budget = QualityBudget(dataclasses.replace(loss, budget_nats=nats_budget))
     budget.weight = _FIRST_MULTIPLIER
     world = World(0, 1, torch.device("cpu"))
     nats = math.nan
@@ -96,7 +101,9 @@ def fit_router(
         optimizer.step()
         nats = answers.item()
         budget.ascend(nats)
-    return network.to_router(), {"nats": round(nats, 5)} | budget.describe()
+    told = {"nats": nats, "budget_nats": nats_budget, "all_sparse_nats": at_stake}
+    rounded = {name: round(value, 5) for name, value in told.items()}
+    return network.to_router(), rounded | budget.describe()
 
 
 def beyond(measured: Measurements, settings: RouterSettings) -> torch.Tensor:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import bench_free_kv
 from benchmarks.bench_free_kv import ENGINES, expected_held, table, variant
 from benchmarks.queue_load import QueueLoad
 from benchmarks.serve_cases import K, Shape
@@ -172,3 +173,48 @@ def test_table_puts_engines_beside_vllm(tmp_path):
         "tokens_s_flash_attn": 100.0,
     }
     assert wanted.items() <= written.items()
+
+
+class _Engine:
+    """Stands in for an engine's process; each start takes a minute of a clock that is made up."""
+
+    clock = 0.0
+
+    def __init__(self, vocab_size, **arguments):
+        type(self).clock += 60
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+    def prefill_seconds(self, tokens):
+        return 1.0
+
+    def answer_queue(self, context, tokens, seconds):
+        type(self).clock += 59
+        keys = ("mean_running", "tokens_per_second", "generations", "seconds", "preemptions")
+        keys += ("most_running", "fill_seconds", "decode_tokens_per_second", "decode_step_ms")
+        return dict.fromkeys(keys, 1.0)
+
+    def settings(self):
+        return {}
+
+
+def test_a_run_that_lacks_time_says_what_was_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_Engine, "clock", 0.0)
+    monkeypatch.setattr(bench_free_kv, "Engine", _Engine)
+    monkeypatch.setattr(bench_free_kv.time, "monotonic", lambda: _Engine.clock)
+    model = REPOSITORY / "benchmarks" / "shapes" / "llama-3.1-8b"
+    out = tmp_path / "rows.json"
+    options = f"--model {model} --out {out} --kv-gib 66 --engines vllm router free_kv"
+    monkeypatch.setattr("sys.argv", ["bench_free_kv", *options.split(), "--seconds", "190"])
+    with pytest.raises(RuntimeError, match=r"found 11; not measured: router, free_kv; give more"):
+        bench_free_kv.main()
+    assert [row["engine"] for row in json.loads(out.read_text())] == ["vllm"]
+    assert "router: started in 60 s, 11 s are left" in capsys.readouterr().out
+    monkeypatch.setattr(_Engine, "clock", 0.0)
+    monkeypatch.setattr("sys.argv", ["bench_free_kv", *options.split(), "--seconds", "400"])
+    bench_free_kv.main()
+    assert [row["engine"] for row in json.loads(out.read_text())] == ["vllm", "router", "free_kv"]

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import prompt_load
-from benchmarks.bench_kv_answers import compare, freeing_order, sparse_share
+from benchmarks.bench_kv_answers import compare, flux_config, freeing_order, sparse_share
+from flux_vllm.config import FluxConfig
+from flux_vllm.router.checkpoint import read_router
+from tests.conftest import REPOSITORY
 
 S, F, U = 0, 1, -1
 
@@ -23,6 +26,19 @@ def test_compare_counts_answers_and_prefixes():
     found = compare([[1, 2, 3], [1, 2, 3, 4], [5]], [[1, 2, 3], [1, 2, 9, 9], [6]])
     assert found == {"equal_answers": 1 / 3, "equal_prefix": pytest.approx((1 + 0.5 + 0) / 3)}
     assert compare([[1, 2]], [[1, 2, 3, 4]]) == {"equal_answers": 0.0, "equal_prefix": 0.5}
+
+
+@pytest.mark.parametrize("pattern", [None, "streaming"])
+def test_keys_of_a_router_that_ships_can_be_given_back(pattern):
+    """Its file lets an answer's first tokens attend to everything."""
+    router = REPOSITORY / "flux_vllm" / "data" / "qwen2.5-coder-1.5b-instruct"
+    _, info = read_router(router)
+    assert info.full_decode_tokens > 0
+    flux = flux_config(SimpleNamespace(router=router, threshold=0.7, pattern=pattern))
+    config = FluxConfig(**flux, free_kv=True)
+    assert config.full_decode(info) == 0
+    assert config.threshold == 0.7
+    assert config.pattern_name(info) == (pattern or info.sparse_pattern)
 
 
 class _Engine:

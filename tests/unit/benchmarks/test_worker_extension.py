@@ -1,7 +1,8 @@
-"""What benchmarks do to a worker's routes, on a runtime without an engine."""
+"""What benchmarks do to a worker's layers and routes, without an engine."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks.worker_extension import BenchmarkWorker
@@ -28,3 +29,25 @@ def test_mix_rows_gives_live_requests_routes_of_their_own() -> None:
         rows = runtime.table.routes[slots].tolist()
         wanted = [sparse] * count + [full] * (3 - count)
         assert rows == [[route, unrouted, route] for route in wanted]
+
+
+class _Attends:
+    def forward(self, output: str) -> str:
+        return f"attended {output}"
+
+
+@pytest.mark.vllm
+def test_skip_attention_leaves_layers_of_other_kinds_alone() -> None:
+    """Layers of experts and states stand beside those of attention, and call nothing `impl`."""
+    from vllm.model_executor.layers.attention import Attention
+
+    attention = Attention.__new__(Attention)  # without an engine's configuration
+    attention.impl = _Attends()
+    layers = {"model.layers.0.attn": attention, "model.layers.0.experts": torch.nn.Module()}
+    compilation = SimpleNamespace(static_forward_context=layers)
+    config = SimpleNamespace(compilation_config=compilation)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(vllm_config=config))
+    for skip, wanted in ((True, "as it was"), (False, "attended as it was")):
+        BenchmarkWorker.skip_attention(worker, skip)
+        BenchmarkWorker.skip_attention(worker, skip)  # twice is once
+        assert attention.impl.forward(output="as it was") == wanted

@@ -54,7 +54,7 @@ def test_train_flags_are_frozen() -> None:
         "-h", "--help", "--recipe", "--model", "--out", "--seed",
         "--router", "--data", "--relaxation", "--loss", "--costs", "--optimizer", "--system",
     }  # fmt: skip
-    assert len(flags("train")) == 59
+    assert len(flags("train")) == 60
 
 
 def test_apply_flags_changes_only_what_was_given() -> None:

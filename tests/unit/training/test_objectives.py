@@ -257,6 +257,12 @@ def test_a_budget_of_nothing_is_refused(nats: float) -> None:
         LossSettings(budget_nats=nats)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_budget_of_more_than_is_at_stake_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"loss\.budget_share to be above 0 and at most 1"):
+        LossSettings(budget_share=share)
+
+
 def test_targets_by_task_resolves_names_and_groups() -> None:
     settings = LossSettings(targets=("local=0.9", "needle=0.3"))
     found = targets_by_task(["needle", "multi_key", "repeat_end", "mine"], settings)

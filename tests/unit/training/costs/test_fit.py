@@ -31,7 +31,7 @@ def config(nats: float = 0.02, length_power: float = 0.5) -> TrainConfig:
         model="",
         out="",
         router=RouterSettings(widths=(8, 8, 8, 8)),
-        loss=LossSettings(budget_nats=nats),
+        loss=LossSettings(budget_nats=nats, budget_share=1.0),
         costs=CostSettings(input_noise=0.3, length_power=length_power),
         optimizer=OptimizerSettings(steps=300, batch_size=64, learning_rate=1e-2),
     )
@@ -83,6 +83,20 @@ def test_a_larger_budget_leaves_fewer_full_layers() -> None:
     shares = [float(fit(nats).mean()) for nats in (1e-4, 0.02, 1.0)]
     assert shares[0] > shares[1] > shares[2]
     assert shares[2] < 0.2
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_the_budget_is_a_share_of_what_is_at_stake(share: float) -> None:
+    measured, costs = make()
+    settings = config(10.0)
+    settings = replace(settings, loss=replace(settings.loss, budget_share=share))
+    router, told = fit_router(measured, costs, INPUTS, settings)
+    assert told["all_sparse_nats"] == pytest.approx(float(measured.nats.mean()), rel=0.3)
+    assert told["budget_nats"] == pytest.approx(share * told["all_sparse_nats"], abs=1e-5)
+    with torch.no_grad():
+        full = router(assemble(measured, INPUTS)).softmax(dim=-1)[..., Route.FULL] > 0.5
+    needed = full[NEEDED, torch.arange(PROMPTS) % 2 == 1].float().mean()
+    assert needed > 0.8 if share < 1 else needed < 0.2
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
