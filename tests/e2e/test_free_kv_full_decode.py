@@ -5,6 +5,7 @@ docs/KV_MEMORY.md.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from prometheus_client import generate_latest
@@ -190,9 +191,7 @@ def test_preempted_answers(tiny_model, pattern, gave_back):
         assert answer.resumed_at == [0]
         (answered,) = (
             before + length - len(answer.prompt)
-            for (before, length, _), (start, _, _) in zip(
-                answer.steps, answer.steps[1:], strict=False
-            )
+            for (before, length, _), (start, _, _) in pairwise(answer.steps)
             if start < before
         )
         assert (answered > EARLY) == gave_back
