@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.prompts import code, far, local, shots, sums, tables
+from training.prompts import (
+    code,
+    composing,
+    far,
+    local,
+    numbered,
+    reading,
+    shots,
+    sums,
+    tables,
+    turns,
+)
 from training.prompts.answers import render
 from training.prompts.drawing import Draw, Kind, Made
 from training.prompts.passages import Library
@@ -18,8 +29,9 @@ from training.prompts.written import Written
 
 logger = logging.getLogger(__name__)
 
+_PROSE = (reading, numbered, composing, turns)
 KINDS: list[Kind] = [
-    kind for module in (far, shots, sums, code, local, tables) for kind in module.KINDS
+    kind for module in (far, shots, sums, code, local, tables, *_PROSE) for kind in module.KINDS
 ]
 _CHINESE_SHARE = 0.16
 _MIDDLE_SHARE = 0.55

@@ -1,0 +1,103 @@
+"""Sentences, names and openings of running text, and slips put into it."""
+
+import random
+import re
+
+_ENDS = {"en": re.compile(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])"), "zh": re.compile(r"(?<=[。！？])")}
+_NAME = {
+    "en": re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?\b"),
+    "zh": re.compile(r"(?<=[《“「])[\u4e00-\u9fff]{2,12}(?=[》”」])|[A-Z][A-Za-z]{2,}"),
+}
+_CHINESE = re.compile(r"[\u4e00-\u9fff，、：；“”《》]")
+_LENGTHS = {"en": (50, 260), "zh": (16, 110)}
+
+
+def squeezed(text: str) -> str:
+    """Put one space for every run of spaces and line breaks."""
+    return " ".join(text.split())
+
+
+def sentences_of(text: str, language: str) -> list[str]:
+    """List the whole sentences of prose, in their order, each on one line.
+
+    Headings, rows of numbers, menus and very short or long sentences are left out.
+    """
+    low, high = _LENGTHS[language]
+    found = []
+    for paragraph in text.split("\n\n"):
+        for sentence in _ENDS[language].split(squeezed(paragraph)):
+            whole = sentence[-1:] in (".!?" if language == "en" else "。！？")
+            if whole and low <= len(sentence) <= high and _is_prose(sentence, language):
+                found.append(sentence)
+    return found
+
+
+def unique_sentences(text: str, language: str) -> list[str]:
+    """List the sentences whose opening words stand in the text only once."""
+    joined = squeezed(text)
+    return [
+        sentence
+        for sentence in sentences_of(text, language)
+        if joined.count(opening(sentence, language)) == 1 and sentence in joined
+    ]
+
+
+def opening(words: str, language: str) -> str:
+    """Give the first six words of a text, or its first nine Chinese characters."""
+    joined = squeezed(words)
+    return joined[:9] if language == "zh" else " ".join(joined.split(" ")[:6])
+
+
+def names_of(text: str, language: str) -> list[str]:
+    """List names and quoted terms that stand within sentences."""
+    sentences = sentences_of(text, language)
+    return sorted({name for sentence in sentences for name in _NAME[language].findall(sentence)})
+
+
+def mentions(text: str, name: str, language: str) -> list[str]:
+    """List the sentences that hold a name, in their order.
+
+    Returns: none where the name also stands outside sentences or in other words: then the first
+        sentence that holds it need not be its first mention.
+    """
+    whole = re.compile(rf"\b{re.escape(name)}\b" if language == "en" else re.escape(name))
+    holding = [sentence for sentence in sentences_of(text, language) if whole.search(sentence)]
+    seen = sum(len(whole.findall(sentence)) for sentence in holding)
+    return holding if seen == squeezed(text).count(name) else []
+
+
+def misspell(rng: random.Random, words: str, language: str, slips: int) -> str:
+    """Put slips of the hand into a text: letters swapped or dropped, words doubled or missing.
+
+    Args:
+        rng: source of chance.
+        words: on one line.
+        language: of the words; Chinese has characters in place of words.
+        slips: how many; fewer where the text is short.
+
+    Returns: the text with slips.
+    """
+    units = list(words) if language == "zh" else words.split(" ")
+    long_enough = [at for at, unit in enumerate(units) if language == "zh" or len(unit) > 4]
+    for at in rng.sample(long_enough, min(slips, len(long_enough))):
+        units[at] = _slip(rng, units[at], language)
+    return "".join(units) if language == "zh" else squeezed(" ".join(units))
+
+
+def _slip(rng: random.Random, unit: str, language: str) -> str:
+    choice = rng.random()
+    if language == "zh":
+        return unit * 2 if choice < 0.5 else ""
+    place = rng.randrange(1, len(unit) - 2)
+    if choice < 0.4:
+        return unit[:place] + unit[place + 1] + unit[place] + unit[place + 2 :]
+    if choice < 0.75:
+        return unit[:place] + unit[place + 1 :]
+    return f"{unit} {unit}" if choice < 0.9 else ""
+
+
+def _is_prose(sentence: str, language: str) -> bool:
+    if language == "zh":
+        return len(_CHINESE.findall(sentence)) > 0.7 * len(sentence)
+    letters = sum(char.isalpha() or char == " " for char in sentence)
+    return letters > 0.88 * len(sentence) and sentence[0].isupper() and " " in sentence
