@@ -1,6 +1,5 @@
 """Kinds whose answer is composed: outlines, titles, comparisons, replies, more in one style."""
 
-
 from training.prompts.drawing import (
     Draw,
     Kind,

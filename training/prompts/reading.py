@@ -1,5 +1,6 @@
 """Kinds that look one place of a long text up: a sentence, a paragraph, a name, an answer."""
 
+import re
 from dataclasses import replace
 
 from training.prompts.drawing import (
@@ -12,12 +13,19 @@ from training.prompts.drawing import (
     paragraphs_of,
     pick_question,
 )
-from training.prompts.sentences import mentions, names_of, opening, squeezed, unique_sentences
+from training.prompts.sentences import (
+    is_prose,
+    mentions,
+    names_of,
+    opening,
+    squeezed,
+    unique_sentences,
+)
 from training.prompts.written import Question
 
 PROSE = {
     "en": ("book", "essay", "novel", "story", "news", "report", "manual", "policy", "rfc", "mail"),
-    "zh": ("book", "news", "manual", "help", "man page", "review"),
+    "zh": ("book", "news", "news", "manual", "help", "man page", "review"),
 }
 _TALES = {"en": ("novel", "story", "play", "news", "essay", "book"), "zh": ("news", "book")}
 _YES_NO = ("yes", "no", "是", "否", "不")
@@ -50,8 +58,11 @@ def gap(draw: Draw) -> Made | None:
         return None
     rng, sentence = draw.rng, draw.rng.choice(sentences)
     if draw.language == "zh":
-        at, size = rng.randrange(9, len(sentence) - 5), rng.randint(2, 4)
-        missing, before, after = sentence[at : at + size], sentence[:at], sentence[at + size :]
+        runs = [run for run in re.finditer(r"[\u4e00-\u9fff]{2,4}", sentence) if run.start() > 8]
+        if not runs:
+            return None
+        run = rng.choice(runs)
+        missing, before, after = run[0], sentence[: run.start()], sentence[run.end() :]
     else:
         words = sentence.split()
         places = [
@@ -113,7 +124,9 @@ def paragraph_task(draw: Draw) -> Made | None:
     fit = [
         part
         for part in parts
-        if low <= len(part) <= high and joined.count(opening(part, draw.language)) == 1
+        if low <= len(part) <= high
+        and is_prose(part, draw.language)
+        and joined.count(opening(part, draw.language)) == 1
     ]
     if not fit:
         return None
@@ -123,22 +136,29 @@ def paragraph_task(draw: Draw) -> Made | None:
 
 
 def wrong_answer(draw: Draw, question: Question, taken: tuple[str, ...] = ()) -> str:
-    """Draw the answer of another question of the same type, none that says the same.
+    """Draw the answer of another question, as near in subject and type as there is one.
+
+    Args:
+        draw: the source of chance, and what was written.
+        question: whose right answer is not to be drawn, nor one that says the same.
+        taken: answers that are not to be drawn again.
 
     Returns: the answer; an empty string where there is none.
     """
+    library = draw.library
+    own = library.texts[question.passages[0].text_index]
     right = squeezed(question.answer).lower().rstrip(".。")
-    pool = [
-        other.answer
-        for other in draw.written.questions
-        if other.language == question.language
-        and other.answer_type == question.answer_type
-        and other.answer not in taken
-        and not other.answer.lower().startswith(_YES_NO)
-    ]
-    others = [answer for answer in pool if right not in answer.lower()]
-    others = [answer for answer in others if answer.lower().rstrip(".。") not in right]
-    return draw.rng.choice(others) if others else ""
+    ranked: dict[int, list[str]] = {}
+    for other in draw.written.questions:
+        said = other.answer.lower().rstrip(".。")
+        same = said in right or right in said or said.startswith(_YES_NO)
+        if other.language != question.language or same or other.answer in taken:
+            continue
+        text = library.texts[other.passages[0].text_index]
+        distance = 0 if text is own else 1 if text.source == own.source else 2
+        rank = distance + (0 if other.answer_type == question.answer_type else 2)
+        ranked.setdefault(rank, []).append(other.answer)
+    return draw.rng.choice(ranked[min(ranked)]) if ranked else ""
 
 
 def _question_with_content(draw: Draw) -> Question | None:
@@ -160,7 +180,7 @@ def true_or_false(draw: Draw) -> Made | None:
     if not claimed:
         return None
     parts = paragraphs_of(long_document(draw, question.passages[0], ""))
-    fields = {"question": question.question, "words": claimed}
+    fields = {"question": question.question, "words": claimed.rstrip(".。")}
     text, position = lay_out(draw, "true_or_false", parts, fields)
     verdict = "right" if right else f"wrong: {question.answer}"
     return finish(draw, text, position=position, reference=verdict, max_new_tokens=64)

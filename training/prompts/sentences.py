@@ -3,12 +3,17 @@
 import random
 import re
 
-_ENDS = {"en": re.compile(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])"), "zh": re.compile(r"(?<=[。！？])")}
+_TITLES = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "St", "No", "vs"))
+_ENDS = {
+    "en": re.compile(rf"(?:(?<=[.!?])|(?<=[.!?][\"”')])){_TITLES}(?<!\b[A-Z]\.)\s+(?=[\"“A-Z])"),
+    "zh": re.compile(r"(?<=[。！？])(?![”’」』）])"),
+}
 _NAME = {
     "en": re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?\b"),
     "zh": re.compile(r"(?<=[《“「])[\u4e00-\u9fff]{2,12}(?=[》”」])|[A-Z][A-Za-z]{2,}"),
 }
 _CHINESE = re.compile(r"[\u4e00-\u9fff，、：；“”《》]")
+_PAIRS = ("“”", "「」", "《》", "()", "（）", "[]")
 _LENGTHS = {"en": (50, 260), "zh": (16, 110)}
 
 
@@ -25,9 +30,9 @@ def sentences_of(text: str, language: str) -> list[str]:
     low, high = _LENGTHS[language]
     found = []
     for paragraph in text.split("\n\n"):
-        for sentence in _ENDS[language].split(squeezed(paragraph)):
-            whole = sentence[-1:] in (".!?" if language == "en" else "。！？")
-            if whole and low <= len(sentence) <= high and _is_prose(sentence, language):
+        for sentence in map(str.strip, _ENDS[language].split(squeezed(paragraph))):
+            whole = sentence.rstrip("\"”’」')").endswith((".", "!", "?", "。", "！", "？"))
+            if whole and low <= len(sentence) <= high and is_prose(sentence, language):
                 found.append(sentence)
     return found
 
@@ -45,7 +50,7 @@ def unique_sentences(text: str, language: str) -> list[str]:
 def opening(words: str, language: str) -> str:
     """Give the first six words of a text, or its first nine Chinese characters."""
     joined = squeezed(words)
-    return joined[:9] if language == "zh" else " ".join(joined.split(" ")[:6])
+    return joined[:9].strip() if language == "zh" else " ".join(joined.split(" ")[:6])
 
 
 def names_of(text: str, language: str) -> list[str]:
@@ -96,8 +101,11 @@ def _slip(rng: random.Random, unit: str, language: str) -> str:
     return f"{unit} {unit}" if choice < 0.9 else ""
 
 
-def _is_prose(sentence: str, language: str) -> bool:
+def is_prose(words: str, language: str) -> bool:
+    """Tell running words from rows of numbers, commands, menus and cut quotes."""
+    if words.count('"') % 2 or any(words.count(a) != words.count(b) for a, b in _PAIRS):
+        return False
     if language == "zh":
-        return len(_CHINESE.findall(sentence)) > 0.7 * len(sentence)
-    letters = sum(char.isalpha() or char == " " for char in sentence)
-    return letters > 0.88 * len(sentence) and sentence[0].isupper() and " " in sentence
+        return len(_CHINESE.findall(words)) > 0.7 * len(words)
+    letters = sum(char.isalpha() or char.isspace() for char in words)
+    return letters > 0.88 * len(words) and words.lstrip('"“')[:1].isupper() and " " in words
