@@ -78,7 +78,7 @@ def compare_documents(draw: Draw) -> Made | None:
     heads = rng.choice(phrases("pair_heads", draw.language))
     parts = [f"{head}{document}" for head, document in zip(heads, (first, second), strict=True)]
     names = [head.strip(" \n:：#=<>-[]【】") for head in heads]
-    fields = {"name": names[0], "other": names[1]}
+    fields = {"name": names[0], "other": names[1], "n": str(rng.randint(3, 8))}
     text, position = lay_out(draw, "compare_documents", parts, fields)
     return finish(draw, text, position=position, max_new_tokens=256)
 
@@ -94,7 +94,9 @@ def _mails(draw: Draw) -> list[tuple[str, str]]:
         index = library.draw_index(rng, "en/mail")
         mail = library.texts[index]
         if index not in found:
-            words = library.run(rng, index, int(left)) if len(found) else mail.text[:6000]
+            # No mail fills more than a third, so that there are several.
+            most = max(1200, library.chars(mail, int(min(left, draw.tokens / 3))))
+            words = mail.text[:most]
             found[index] = (squeezed(mail.title), words)
             left -= len(words) / max(1, library.chars(mail, 1000)) * 1000
     return list(found.values())

@@ -114,14 +114,14 @@ def _of_one_work(draw: Draw) -> tuple[Passage, list[str]] | None:
         text = library.texts[first.text_index]
         group, wanted = f"source/{text.source}", library.chars(text, draw.tokens)
         have = sum(len(library.texts[index].text) for index in library.indices(group))
-        if have > 3 * wanted:
+        if have > 1.5 * wanted:
             break
     else:
         return None
     found = {library.words(first): first}
     chars = len(library.words(first))
     for _ in range(300):
-        if chars >= wanted:
+        if chars >= wanted and len(found) > 2:
             break
         passage = library.passage(rng, group)
         words = library.words(passage)
@@ -165,7 +165,7 @@ def passage_twice(draw: Draw) -> Made | None:
     rng = draw.rng
     passage = draw.library.passage(rng, draw.language)
     pieces = list(dict.fromkeys(other_passages(draw, (passage,), 0)))
-    if len(pieces) < 3:
+    if len(pieces) < 2:
         return None
     double = rng.choice(pieces)
     pieces.insert(rng.randrange(len(pieces) + 1), double)

@@ -32,9 +32,18 @@ _YES_NO = ("yes", "no", "是", "否", "不")
 
 
 def prose(draw: Draw, registers: dict[str, tuple[str, ...]] = PROSE, share: float = 1.0) -> str:
-    """Give a long text of one of the registers, as long as a share of the drawn length."""
-    group = f"{draw.language}/{draw.rng.choice(registers[draw.language])}"
-    return long_document(replace(draw, tokens=max(100, int(draw.tokens * share))), None, group)
+    """Give a long text of one of the registers, as long as a share of the drawn length.
+
+    Some works are short: another is drawn then.
+    """
+    library, tokens = draw.library, max(100, int(draw.tokens * share))
+    for _ in range(5):
+        group = f"{draw.language}/{draw.rng.choice(registers[draw.language])}"
+        document = long_document(replace(draw, tokens=tokens), None, group)
+        sample = library.texts[library.indices(group)[0]]
+        if len(document) > 0.6 * library.chars(sample, tokens):
+            break
+    return document
 
 
 def finish_sentence(draw: Draw) -> Made | None:
@@ -100,20 +109,30 @@ def which_first(draw: Draw) -> Made | None:
 
 def mention(draw: Draw) -> Made | None:
     """The first or the last mention of a name in a long text, and what is said there."""
-    document = prose(draw, _TALES)
-    names = names_of(document, draw.language)
-    draw.rng.shuffle(names)
-    for name in names[:12]:
-        found = mentions(document, name, draw.language)
-        if len(found) > 1:
+    for _ in range(3):
+        document = prose(draw, _TALES)
+        named = _often_named(draw, document)
+        if named:
             break
     else:
         return None
+    name, found = named
     first = draw.rng.random() < 0.5
     kind = "first_mention" if first else "last_mention"
     text, position = lay_out(draw, kind, paragraphs_of(document), {"name": name})
     reference = found[0] if first else found[-1]
     return finish(draw, text, position=position, reference=reference, max_new_tokens=96)
+
+
+def _often_named(draw: Draw, document: str) -> tuple[str, list[str]] | None:
+    """Draw a name that several sentences hold, and give these."""
+    names = names_of(document, draw.language)
+    draw.rng.shuffle(names)
+    for name in names[:12]:
+        found = mentions(document, name, draw.language)
+        if len(found) > 1:
+            return name, found
+    return None
 
 
 def paragraph_task(draw: Draw) -> Made | None:
@@ -161,7 +180,7 @@ def wrong_answer(draw: Draw, question: Question, taken: tuple[str, ...] = ()) ->
     return draw.rng.choice(ranked[min(ranked)]) if ranked else ""
 
 
-def _question_with_content(draw: Draw) -> Question | None:
+def content_question(draw: Draw) -> Question | None:
     """Draw a question whose answer is more than yes or no."""
     for _ in range(10):
         found: Question | None = pick_question(draw)
@@ -172,7 +191,7 @@ def _question_with_content(draw: Draw) -> Question | None:
 
 def true_or_false(draw: Draw) -> Made | None:
     """Somebody's answer to a question about a long document: right or wrong."""
-    question = _question_with_content(draw)
+    question = content_question(draw)
     if not question:
         return None
     right = draw.rng.random() < 0.5
@@ -188,7 +207,7 @@ def true_or_false(draw: Draw) -> Made | None:
 
 def choices(draw: Draw) -> Made | None:
     """A question about a long document with three to five answers to choose from."""
-    question = _question_with_content(draw)
+    question = content_question(draw)
     if not question:
         return None
     answers = [question.answer]

@@ -13,8 +13,8 @@ _NAME = {
     "zh": re.compile(r"(?<=[《“「])[\u4e00-\u9fff]{2,12}(?=[》”」])|[A-Z][A-Za-z]{2,}"),
 }
 _CHINESE = re.compile(r"[\u4e00-\u9fff，、：；“”《》]")
-_PAIRS = ("“”", "「」", "《》", "()", "（）", "[]")
-_LENGTHS = {"en": (50, 260), "zh": (16, 110)}
+_PAIRS = {"“": "”", "「": "」", "《": "》", "(": ")", "（": "）", "[": "]"}
+_LENGTHS = {"en": (50, 260), "zh": (12, 110)}
 
 
 def squeezed(text: str) -> str:
@@ -27,14 +27,22 @@ def sentences_of(text: str, language: str) -> list[str]:
 
     Headings, rows of numbers, menus and very short or long sentences are left out.
     """
+    return [sentence for sentence in _split(text, language) if _is_whole(sentence, language)]
+
+
+def _split(text: str, language: str) -> list[str]:
+    """Cut every paragraph at the ends of its sentences."""
+    return [
+        sentence.strip()
+        for paragraph in text.split("\n\n")
+        for sentence in _ENDS[language].split(squeezed(paragraph))
+    ]
+
+
+def _is_whole(sentence: str, language: str) -> bool:
     low, high = _LENGTHS[language]
-    found = []
-    for paragraph in text.split("\n\n"):
-        for sentence in map(str.strip, _ENDS[language].split(squeezed(paragraph))):
-            whole = sentence.rstrip("\"”’」')").endswith((".", "!", "?", "。", "！", "？"))
-            if whole and low <= len(sentence) <= high and is_prose(sentence, language):
-                found.append(sentence)
-    return found
+    ends = sentence.rstrip("\"”’」')").endswith((".", "!", "?", "。", "！", "？"))
+    return ends and low <= len(sentence) <= high and is_prose(sentence, language)
 
 
 def unique_sentences(text: str, language: str) -> list[str]:
@@ -62,13 +70,15 @@ def names_of(text: str, language: str) -> list[str]:
 def mentions(text: str, name: str, language: str) -> list[str]:
     """List the sentences that hold a name, in their order.
 
-    Returns: none where the name also stands outside sentences or in other words: then the first
-        sentence that holds it need not be its first mention.
+    Returns: none where the name is also part of other words, or is first or last mentioned outside
+        whole sentences.
     """
     whole = re.compile(rf"\b{re.escape(name)}\b" if language == "en" else re.escape(name))
-    holding = [sentence for sentence in sentences_of(text, language) if whole.search(sentence)]
-    seen = sum(len(whole.findall(sentence)) for sentence in holding)
-    return holding if seen == squeezed(text).count(name) else []
+    if len(whole.findall(text)) != text.count(name):
+        return []
+    holding = [sentence for sentence in _split(text, language) if whole.search(sentence)]
+    fit = holding and all(_is_whole(sentence, language) for sentence in (holding[0], holding[-1]))
+    return holding if fit else []
 
 
 def misspell(rng: random.Random, words: str, language: str, slips: int) -> str:
@@ -83,7 +93,9 @@ def misspell(rng: random.Random, words: str, language: str, slips: int) -> str:
     Returns: the text with slips.
     """
     units = list(words) if language == "zh" else words.split(" ")
-    long_enough = [at for at, unit in enumerate(units) if language == "zh" or len(unit) > 4]
+    # Slips at ends of sentences could not be told from other punctuation.
+    fit = re.compile(r"[\u4e00-\u9fff]" if language == "zh" else r"[A-Za-z]{5,}")
+    long_enough = [at for at, unit in enumerate(units) if fit.fullmatch(unit)]
     for at in rng.sample(long_enough, min(slips, len(long_enough))):
         units[at] = _slip(rng, units[at], language)
     return "".join(units) if language == "zh" else squeezed(" ".join(units))
@@ -103,7 +115,7 @@ def _slip(rng: random.Random, unit: str, language: str) -> str:
 
 def is_prose(words: str, language: str) -> bool:
     """Tell running words from rows of numbers, commands, menus and cut quotes."""
-    if words.count('"') % 2 or any(words.count(a) != words.count(b) for a, b in _PAIRS):
+    if words.count('"') % 2 or any(words.count(a) != words.count(b) for a, b in _PAIRS.items()):
         return False
     if language == "zh":
         return len(_CHINESE.findall(words)) > 0.7 * len(words)

@@ -1,5 +1,7 @@
 """Kinds of several turns, or with rules before them: corrections, new documents, proof-reading."""
 
+from dataclasses import replace
+
 from training.prompts.drawing import (
     Draw,
     Kind,
@@ -12,14 +14,17 @@ from training.prompts.drawing import (
     pick,
     pick_question,
 )
-from training.prompts.reading import prose, wrong_answer
+from training.prompts.reading import content_question, prose, wrong_answer
 from training.prompts.sentences import misspell, sentences_of
-from training.prompts.wordings_file import choose, phrases
+from training.prompts.wordings_file import choose, phrases, wordings
+from training.prompts.written import Question
+
+_HANDBOOKS = ("manual", "help", "man page", "policy", "book", "faq", "rfc", "report", "review")
 
 
 def correction(draw: Draw) -> Made | None:
     """A document, a question and an answer, mostly a wrong one; the user wants it checked."""
-    question = pick_question(draw)
+    question = content_question(draw)
     if not question:
         return None
     said = wrong_answer(draw, question) if draw.rng.random() < 0.75 else question.answer
@@ -37,42 +42,60 @@ def correction(draw: Draw) -> Made | None:
 
 
 def new_document(draw: Draw) -> Made | None:
-    """Long documents earlier in a chat, then a short one and a question about it alone."""
-    question = pick_question(draw)
-    if not question:
+    """A long document earlier in a chat, then a short one and a question about it alone."""
+    question, before = pick_question(draw), _answered_before(draw)
+    if not question or not before:
         return None
     own = draw.library.words(question.passages[0])
-    document = prose(draw, share=max(0.2, 1 - 500 / draw.tokens))
-    if own in document:
-        return None
-    before = draw.rng.choice(phrases("short_requests", draw.language))
-    abstract = pick(draw, draw.written.abstracts)
-    answered = abstract.words if abstract else paragraphs_of(document)[0][:200]
     wording = choose(draw.rng, "new_document", draw.language, follow=False)
     ask = fill(wording.ask, {"piece": own, "question": question.question})
-    turns = (
-        *chat(draw, f"{before}\n\n{document}"),
-        {"role": "assistant", "content": answered},
-        {"role": "user", "content": ask},
-    )
+    if own in before[-2]["content"]:
+        return None
+    turns = (*before, {"role": "user", "content": ask})
     return Made(messages=turns, reference=question.answer, max_new_tokens=72)
 
 
+def _answered_before(draw: Draw) -> tuple[dict[str, str], ...]:
+    """Turns about a long document: a question or its gist, and what an assistant answered."""
+    shorter = replace(draw, tokens=max(200, draw.tokens - 400))
+    abstract, question = pick(draw, draw.written.abstracts), pick_question(draw)
+    if abstract and draw.rng.random() < 0.5:
+        ask = draw.rng.choice(phrases("short_requests", draw.language))
+        text = f"{ask}\n\n{long_document(shorter, abstract.passage, '')}"
+        return (*chat(draw, text), {"role": "assistant", "content": abstract.words})
+    if not question:
+        return ()
+    text = f"{long_document(shorter, question.passages[0], '')}\n\n{question.question}"
+    return (*chat(draw, text), {"role": "assistant", "content": question.answer})
+
+
 def rules_first(draw: Draw) -> Made | None:
-    """A system message of a house's long documents and a rule on answers, then a short question."""
-    question = pick_question(draw)
+    """A system message of a house's papers with rules on answers in them, then a short question."""
+    question = _handbook_question(draw)
     if not question:
         return None
     rng = draw.rng
     parts = paragraphs_of(long_document(draw, question.passages[0], ""))
-    rule = choose(rng, "answer_rule", draw.language).ask
-    parts.insert(rng.randrange(len(parts) + 1), rule)
+    rules = [wording.ask for wording in wordings("answer_rule", draw.language)]
+    rules = rng.sample(rules, rng.randint(1, 2))
+    for rule in rules:
+        parts.insert(rng.randrange(len(parts) + 1), rule)
     intro = choose(rng, "rules_intro", draw.language, follow=False).ask
     turns = (
         {"role": "system", "content": "\n\n".join([intro, *parts])},
         {"role": "user", "content": question.question},
     )
-    return Made(messages=turns, position="start", reference=question.answer, max_new_tokens=96)
+    reference = "\n".join([question.answer, *rules])
+    return Made(messages=turns, position="start", reference=reference, max_new_tokens=96)
+
+
+def _handbook_question(draw: Draw) -> Question | None:
+    """Draw a question about a text that a help desk might have."""
+    for _ in range(30):
+        found: Question | None = pick_question(draw)
+        if found and draw.library.texts[found.passages[0].text_index].register in _HANDBOOKS:
+            return found
+    return None
 
 
 def proofread(draw: Draw) -> Made | None:
@@ -92,12 +115,13 @@ def proofread(draw: Draw) -> Made | None:
 def proofread_chat(draw: Draw) -> Made | None:
     """A long chat in which sentence after sentence is sent, and sent back without its slips."""
     rng = draw.rng
-    sentences = sentences_of(prose(draw, share=1.5), draw.language)
-    if len(sentences) < 6:
+    document = prose(draw, share=1.5)
+    sentences = sentences_of(document, draw.language)
+    # Sentences stand there twice; the marks of a chat's turns take some of the length.
+    left = 0.6 * len(document)
+    if len(sentences) < 6 or 2 * sum(map(len, sentences)) < 0.6 * left:
         return None
     ask = choose(rng, "proofread_chat", draw.language).ask
-    # A sentence is sent twice, with and without slips; chat marks take some tokens a turn.
-    left = draw.tokens * (3.8 if draw.language == "en" else 1.4)
     turns: list[dict[str, str]] = []
     for right in sentences:
         wrong = misspell(rng, right, draw.language, rng.choice((0, 1, 1, 2, 3)))
