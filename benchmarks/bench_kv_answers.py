@@ -53,6 +53,7 @@ def main() -> None:
                 "model": args.model.name,
                 "engine": name,
                 "pattern": args.pattern,
+                "full_decode_tokens": args.full_decode_tokens,
                 "threshold": args.threshold,
                 "kv_gib": gib,
                 "prompts": len(prompts),
@@ -65,13 +66,13 @@ def main() -> None:
 
 
 def flux_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what all three engines have in common.
-
-    A router's file may let an answer's first tokens attend to everything, for which `free_kv` has
-    not the keys.
-    """
-    flux = {"router": str(args.router), "threshold": args.threshold, "full_decode_tokens": 0}
-    return flux | ({"sparse_pattern": args.pattern} if args.pattern else {})
+    """Return what all three engines have in common."""
+    return {
+        "router": str(args.router),
+        "threshold": args.threshold,
+        "sparse_pattern": args.pattern,
+        "full_decode_tokens": args.full_decode_tokens,
+    }
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -151,6 +152,7 @@ def _parse() -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="most tokens of an answer (default 128)")
     add("--threshold", type=float, default=0.5, help="of the router (default 0.5)")
     add("--pattern", help="sparse pattern (default the router's)")
+    add("--full-decode-tokens", type=int, help="of an answer (default the router's)")
     add("--soak", type=int, default=0, help="mixed requests afterwards (default 0)")
     add("--max-model-len", type=int, default=32768, help="default 32768")
     add("--block-size", type=int, default=64, help="tokens of a KV block (default 64)")

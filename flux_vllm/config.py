@@ -183,21 +183,10 @@ class FluxConfig:
         return sink, window
 
     def full_decode(self, info: RouterInfo | None) -> int:
-        """Settle `full_decode_tokens` from this config and the router's own.
-
-        Raises: FluxConfigError: some, where `free_kv` gives back the keys that they need.
-        """
-        tokens = self.full_decode_tokens
-        if tokens is None:
-            tokens = 0 if info is None else info.full_decode_tokens
-        if tokens and self.free_kv:
-            where = "this config" if self.full_decode_tokens else "the router file"
-            raise FluxConfigError(
-                'flux config: expected "full_decode_tokens": 0 with "free_kv", which gives back '
-                f"the keys that an answer's first tokens would attend to, found {tokens} "
-                f'({where}); set it to 0, or drop "free_kv"'
-            )
-        return tokens
+        """Settle `full_decode_tokens` from this config and the router's own."""
+        if self.full_decode_tokens is not None:
+            return self.full_decode_tokens
+        return 0 if info is None else info.full_decode_tokens
 
     def pattern_name(self, info: RouterInfo | None) -> str:
         """Settle the sparse pattern from this config and the router's own."""

@@ -25,7 +25,7 @@ class _Live:
     """A request that holds blocks, or asks for its first ones."""
 
     prefill_end: int
-    """Its prompt's length, or the tokens that it computes again after a preemption."""
+    """Its prompt's length; after a preemption, of what it computes again all but the newest."""
     freed_end: int = 0
     """Blocks up to which its SPARSE groups have given back."""
     given_back: int = 0
@@ -126,15 +126,13 @@ class FluxCoordinator:
         self,
         request_id: str,
         processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
+        num_prompt_tokens: int,
     ) -> None:
         """Free what a request's SPARSE layers no longer read; FULL ones keep everything."""
-        del num_prompt_tokens  # a resumed request computes more than its prompt again
         live = self._live.get(request_id)
-        if live is None:
+        if live is None or not live.is_admitted:
             return
-        # Model runner V2 takes the last recomputed token for prefill too.
-        if not self._spec.frees_in_prefill and processed_computed_tokens <= live.prefill_end:
+        if processed_computed_tokens < self._spec.whole_until(num_prompt_tokens, live.prefill_end):
             return
         end = self._spec.freed_end(processed_computed_tokens)
         if end <= live.freed_end:

@@ -18,7 +18,7 @@ def longest_hit(
     """Find the longest prefix whose next token finds its keys in every group.
 
     A FULL group needs every block of it. A SPARSE one needs the sinks and the window before the
-    prefix's end, or every block too where SPARSE prefill reads other keys.
+    prefix's end, or every block too where SPARSE prefill or an answer's first tokens read others.
 
     Args:
         hashes: of a request's full blocks.

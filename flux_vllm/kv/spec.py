@@ -27,8 +27,10 @@ class FluxSpec(AttentionSpec):
     sink_tokens: int
     window_tokens: int
     """The query's own included."""
-    frees_in_prefill: bool
+    is_local: bool
     """Whether SPARSE prefill reads no key between sinks and window."""
+    full_decode_tokens: int = 0
+    """First tokens of an answer that read every key."""
     waits_for_routes: bool = False
     """Whether each request's routes say if the cluster is SPARSE for it; until they are known it
     holds every block. False: it is SPARSE for all."""
@@ -41,7 +43,8 @@ class FluxSpec(AttentionSpec):
         cluster: int,
         sink_tokens: int,
         window_tokens: int,
-        frees_in_prefill: bool,
+        is_local: bool,
+        full_decode_tokens: int = 0,
         waits_for_routes: bool = False,
     ) -> "FluxSpec":
         """Take over vLLM's spec of a layer; its pages stay as they are."""
@@ -51,9 +54,28 @@ class FluxSpec(AttentionSpec):
             cluster=cluster,
             sink_tokens=sink_tokens,
             window_tokens=window_tokens,
-            frees_in_prefill=frees_in_prefill,
+            is_local=is_local,
+            full_decode_tokens=full_decode_tokens,
             waits_for_routes=waits_for_routes,
         )
+
+    @property
+    def frees_in_prefill(self) -> bool:
+        """Whether a prompt's blocks are given back before it is complete, and hits lack them."""
+        return self.is_local and not self.full_decode_tokens
+
+    def whole_until(self, prompt_tokens: int, prefill_end: int) -> int:
+        """Return how many tokens are processed before a request gives back its first block.
+
+        Args:
+            prompt_tokens: of the request.
+            prefill_end: the same; after a preemption one less than the tokens that it computes
+                anew, of which model runner V2 takes the newest for prefill too.
+        """
+        if self.frees_in_prefill:
+            return 0
+        answered = prompt_tokens + self.full_decode_tokens
+        return answered if self.is_local else max(answered, prefill_end + 1)
 
     @property
     def sink_blocks(self) -> int:

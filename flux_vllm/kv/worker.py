@@ -54,29 +54,36 @@ def cluster_kv_cache(worker: Any) -> None:
         runner,
         clusters,
         make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options),
+        config.full_decode(info),
     )
     _warn_of_short_requests(runner, vllm_config.model_config.max_model_len)
 
 
-def hook_runner(runner: Any, clusters: Clusters, pattern: SparsePattern) -> None:
+def hook_runner(
+    runner: Any, clusters: Clusters, pattern: SparsePattern, full_decode_tokens: int = 0
+) -> None:
     """Have a model runner give vLLM specs by cluster from now on.
 
     Args:
         runner: vLLM's, its model loaded.
         clusters: of its layers.
         pattern: what SPARSE means.
+        full_decode_tokens: of an answer, for which SPARSE layers attend to everything.
     """
     specs = runner.get_kv_cache_spec()
-    _log(clusters, next(iter(specs.values())).block_size, pattern)
+    _log(clusters, next(iter(specs.values())).block_size, pattern, full_decode_tokens)
 
     def get_kv_cache_spec(original: Callable) -> dict[str, Any]:
-        return cluster_specs(original(), clusters, pattern)
+        return cluster_specs(original(), clusters, pattern, full_decode_tokens)
 
     wrap_object(runner, "get_kv_cache_spec", get_kv_cache_spec)
 
 
 def cluster_specs(
-    specs: dict[str, Any], clusters: Clusters, pattern: SparsePattern
+    specs: dict[str, Any],
+    clusters: Clusters,
+    pattern: SparsePattern,
+    full_decode_tokens: int = 0,
 ) -> dict[str, Any]:
     """Give layers that can be freed the spec of their cluster.
 
@@ -84,6 +91,7 @@ def cluster_specs(
         specs: vLLM's KV cache specs by name of the layer.
         clusters: of these layers.
         pattern: what SPARSE means.
+        full_decode_tokens: of an answer, for which SPARSE layers attend to everything.
 
     Returns: the specs in the same order; the other layers keep vLLM's own.
     Raises: UnsupportedConfigurationError: layers whose KV caches differ.
@@ -109,7 +117,8 @@ def cluster_specs(
             cluster=cluster_of[layer],
             sink_tokens=pattern.sink_tokens,
             window_tokens=pattern.window_tokens,
-            frees_in_prefill=pattern.is_local,
+            is_local=pattern.is_local,
+            full_decode_tokens=full_decode_tokens,
             waits_for_routes=cluster_of[layer] >= static,
         )
         if layer in cluster_of
@@ -123,13 +132,16 @@ def _warn_of_short_requests(runner: Any, max_model_len: int) -> None:
     from flux_vllm.kv.spec import FluxSpec
 
     spec = next(s for s in runner.get_kv_cache_spec().values() if isinstance(s, FluxSpec))
-    if spec.freed_end(max_model_len) <= spec.sink_blocks:
+    processed = max_model_len - 2  # as the longest request's last step begins
+    if spec.freed_end(processed) <= spec.sink_blocks or processed < spec.whole_until(1, 1):
         logger.warning(
             "flux: free_kv gives nothing back: expected requests to outgrow sinks and window (%d "
-            "and %d tokens) by some blocks, found max_model_len %d; serve longer requests, shorten "
-            "window_tokens, or drop it",
+            "and %d tokens) by some blocks, and answers full_decode_tokens (%d), found "
+            "max_model_len %d; serve longer requests, shorten window_tokens or full_decode_tokens, "
+            "or drop it",
             spec.sink_tokens,
             spec.window_tokens,
+            spec.full_decode_tokens,
             max_model_len,
         )
 
@@ -144,7 +156,12 @@ def _routed(model: Any) -> set[int]:
     return {layer.index for layer in layers_for_router(model, attention_layers(model))}
 
 
-def _log(clusters: Clusters, block_size: int, pattern: SparsePattern) -> None:
+def _log(
+    clusters: Clusters, block_size: int, pattern: SparsePattern, full_decode_tokens: int
+) -> None:
+    begin = "as a prompt goes on" if pattern.is_local else "once a prompt is complete"
+    if full_decode_tokens:
+        begin = f"once an answer has {full_decode_tokens} tokens"
     logger.info(
         "flux: free_kv cuts the KV cache into %d groups of %d layers; %d of them give blocks back, "
         "%d where a request routes all their layers SPARSE, %s",
@@ -152,7 +169,7 @@ def _log(clusters: Clusters, block_size: int, pattern: SparsePattern) -> None:
         clusters.size,
         len(clusters.sparse) - clusters.kept,
         clusters.routed - clusters.kept,
-        "as a prompt goes on" if pattern.is_local else "once a prompt is complete",
+        begin,
     )
     if clusters.unfreed:
         logger.warning(

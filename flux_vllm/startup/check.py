@@ -52,7 +52,6 @@ def check_configuration(vllm_config: Any) -> None:
         if config.needs_router:
             check_probe(info.inputs, vllm_config)
     make_pattern(config.pattern_name(info), *config.window(info), config.pattern_options)
-    config.full_decode(info)
     if config.free_kv:
         if model.is_hybrid:
             raise UnsupportedConfigurationError(

@@ -11,13 +11,12 @@ from transformers import Gemma4TextConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from flux_vllm.errors import UnsupportedConfigurationError
-from flux_vllm.kv.check import SCHEDULERS
 from flux_vllm.kv.groups import cluster_layers
 from flux_vllm.router.checkpoint import read_router, write_router
 from flux_vllm.router.route import Route
 from tests.e2e.conftest import SINK_TOKENS, WINDOW_TOKENS
 from tests.helpers.engine import Engine
-from tests.helpers.free_kv import PoisonedEngine, given_back
+from tests.helpers.free_kv import PoisonedEngine, given_back, schedule_ahead
 from tests.helpers.metrics import parse, total
 from tests.helpers.models import (
     random_prompt,
@@ -48,26 +47,6 @@ def _plain(model, flux=None, **arguments):
         return _answers(engine)
 
 
-def _schedule_ahead(monkeypatch):
-    """Schedule each step before the one before it is processed, as on GPUs.
-
-    vLLM has this off on CPUs, whose model runner is made for it no more than for streams; the
-    scheduler does not mind.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    initialize = EngineCore._initialize_kv_caches
-
-    def initialized(self, vllm_config):
-        kv_cache_config = initialize(self, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-        if vllm_config.scheduler_config.scheduler_cls is not None:
-            vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[True]
-        return kv_cache_config
-
-    monkeypatch.setattr(EngineCore, "_initialize_kv_caches", initialized)
-
-
 @pytest.mark.parametrize(
     ("pattern", "chunk", "is_async"),
     [
@@ -80,7 +59,7 @@ def _schedule_ahead(monkeypatch):
 def test_freed_and_overwritten_equals_kept(tiny_model, monkeypatch, pattern, chunk, is_async):
     arguments = {"max_num_batched_tokens": chunk}
     if is_async:
-        _schedule_ahead(monkeypatch)
+        schedule_ahead(monkeypatch)
     pattern = {"sparse_pattern": pattern}
     expected = _plain(tiny_model, flux=pattern, **arguments)
     with PoisonedEngine(tiny_model, FREE | pattern, block_size=BLOCK_SIZE, **arguments) as engine:
@@ -205,10 +184,11 @@ def _speculate(model, flux):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_ngram_speculation(tiny_model):
+@pytest.mark.parametrize("early", [0, 20])
+def test_ngram_speculation(tiny_model, early):
     """Rows of several queries, drafts refused: what is freed counts verified tokens alone."""
     (freeing, drafted, freed), (plain, _, none) = (
-        _speculate(tiny_model, flux) for flux in (FREE, FLUX)
+        _speculate(tiny_model, flux | {"full_decode_tokens": early}) for flux in (FREE, FLUX)
     )
     assert freeing == plain
     assert drafted
@@ -254,7 +234,7 @@ def test_routed_clusters(
 ):
     """Each request gives back what its own routes allow: no bit changes, as many as they say."""
     if is_async:
-        _schedule_ahead(monkeypatch)
+        schedule_ahead(monkeypatch)
     flux = _routed(tmp_path, tiny_model, freeing_order=(2, 0, 3, 1), always_sparse=always_sparse)
     flux |= {"sparse_pattern": pattern, "sparse_prefill": sparse_prefill}
     arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": chunk}

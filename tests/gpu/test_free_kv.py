@@ -15,7 +15,7 @@ from tests.helpers.models import random_prompt, write_bfloat16_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
-SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE, TOKENS = 32, 128, 32, 70
+SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE, TOKENS, EARLY = 32, 128, 32, 70, 40
 PATTERN = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS}
 SIZES = PATTERN | {"block_size": BLOCK_SIZE}
 STATIC = PATTERN | {"policy": "static", "sparse_layers": [0, 1, 2]}
@@ -80,10 +80,18 @@ def _serve(make, folder, flux):
         return answers, followed, held
 
 
-@pytest.mark.parametrize("case", ["streaming-fa3", "triangle-triton"])
-def test_static_clusters(model, case):
+@pytest.mark.parametrize(
+    ("case", "early"),
+    [
+        ("streaming-fa3", 0),
+        ("triangle-triton", 0),
+        ("streaming-triton", EARLY),
+        ("triangle-fa3", EARLY),
+    ],
+)
+def test_static_clusters(model, case, early):
     pattern, kernels = case.split("-")
-    flux = STATIC | {"sparse_pattern": pattern, "kernels": kernels}
+    flux = STATIC | {"sparse_pattern": pattern, "kernels": kernels, "full_decode_tokens": early}
     answers, followed, held = _serve(PoisonedEngine, model[0], flux | {"free_kv": True})
     assert held == (4, given_back(answers, routes=[0, 0, 0, 1], **SIZES))
     plain, plain_followed, _ = _serve(Engine, model[0], flux)
@@ -91,14 +99,24 @@ def test_static_clusters(model, case):
     _assert_same(followed, plain_followed, "follow-ups")
 
 
-def test_routed_clusters(model):
+@pytest.mark.parametrize("early", [0, EARLY])
+def test_routed_clusters(model, early):
     folder, flux = model
+    flux = flux | {"full_decode_tokens": early}
     answers, followed, held = _serve(PoisonedEngine, folder, flux | {"free_kv": True})
     assert held == (4, given_back(answers, **SIZES))
     assert len({tuple(answer.routes) for answer in answers if answer.routes}) > 1
     plain, plain_followed, _ = _serve(Engine, folder, flux)
     _assert_same(answers, plain, "prompts")
     _assert_same(followed, plain_followed, "follow-ups")
+
+
+@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+def test_nothing_is_given_back_within_an_answers_first_tokens(model, pattern):
+    flux = STATIC | {"sparse_pattern": pattern, "full_decode_tokens": EARLY, "free_kv": True}
+    with PoisonedEngine(model[0], flux, **ARGUMENTS) as engine:
+        engine.generate(PROMPTS, EARLY + 1)
+        assert not engine.freed
 
 
 def test_few_blocks(model):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flux_vllm.kv.check import SCHEDULERS
 from flux_vllm.router.route import Route
 from tests.helpers.engine import Answer, Engine
 
@@ -69,6 +70,26 @@ class PoisonedEngine(Engine):
         """Take what living requests gave back out of the prefix cache: it is overwritten then."""
         blocks = self.manager.block_pool.blocks
         self.manager.evict_blocks({i for i in self.freed if blocks[i].ref_cnt == 0})
+
+
+def schedule_ahead(monkeypatch: Any) -> None:
+    """Have later engines schedule each step before the one before it is processed, as on GPUs.
+
+    vLLM has this off on CPUs, whose model runner is made for it no more than for streams; the
+    scheduler does not mind.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    initialize = EngineCore._initialize_kv_caches
+
+    def initialized(self: Any, vllm_config: Any) -> Any:
+        kv_cache_config = initialize(self, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+        if vllm_config.scheduler_config.scheduler_cls is not None:
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[True]
+        return kv_cache_config
+
+    monkeypatch.setattr(EngineCore, "_initialize_kv_caches", initialized)
 
 
 def given_back(

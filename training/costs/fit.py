@@ -38,7 +38,7 @@ _HEAD = ("head.0", "head.2", "head.4")
 _LEAST_DEVIATION = 0.1
 """Deviations below this share of the median are raised to it: they are noise."""
 _BIAS_RATE = 10
-_LEAST_NATS = 3e-3
+_LEAST_NATS = 5e-4
 _TOLD_WEIGHTS = {"length": 2.0, "overlap": 1.0}
 """Of a number that is told of a prompt beside one number of a query."""
 _LEAST_TOLD_DEVIATION = 0.01

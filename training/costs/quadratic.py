@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from training.costs.measurements import Measurements
 
-_LEAST_NATS = 2e-3
+_LEAST_NATS = 3e-4
 """Costs below this are told apart no better than rounding tells them."""
 _LARGEST_ERROR = 3.0
 _SLOPE_WEIGHT = 0.5

@@ -20,6 +20,7 @@ from training.data.encoding import Encoded
 from training.data.text import Split
 from training.prompts.jsonl import read_numbered_lines
 
+_SHOWN_TOKENS = 8
 _NO_TASK = "prompt"
 
 
@@ -113,8 +114,11 @@ def encode_prompt(
         max_answer_tokens: the answer is cut to this many.
 
     Returns: Encoded.
+    Raises: ValueError: the answer's tokens are another tokenizer's.
     """
     answer = list(prompt.answer_ids)
+    if answer and prompt.answer:
+        _check_tokens(answer, prompt.answer, tokenizer)
     if not answer:
         answer = tokenizer(prompt.answer, add_special_tokens=False, verbose=False)["input_ids"]
     answer = answer[:max_answer_tokens]
@@ -125,6 +129,21 @@ def encode_prompt(
         prompt_len=len(ids),
         shared_len=0,
     )
+
+
+def _check_tokens(token_ids: list[int], text: str, tokenizer: Any) -> None:
+    """Hold the first tokens against the text; a cut character or spaces do not count."""
+    known = len(tokenizer)
+    shown = token_ids[:_SHOWN_TOKENS]
+    said = "".join(
+        tokenizer.decode([at for at in shown if at < known], skip_special_tokens=True).split()
+    )
+    if max(shown) >= known or not "".join(text.split()).startswith(said.rstrip("\ufffd")):
+        raise ValueError(
+            f"expected answer_ids of this model's tokenizer, which say {text[:40]!r}, found tokens "
+            f"that say {said[:40]!r}; answers are those of the model that is trained: make them "
+            "with `python -m training answers --model` and the same model"
+        )
 
 
 def prompt_ids(

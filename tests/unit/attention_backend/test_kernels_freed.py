@@ -98,7 +98,7 @@ def _free(batch: PagedBatch, too_many: int = 0) -> tuple[PagedBatch, int]:
         cluster=0,
         sink_tokens=shape.sink_tokens,
         window_tokens=shape.window_tokens,
-        frees_in_prefill=True,
+        is_local=True,
     )
     for index, row in enumerate(batch.rows):
         if row.route == SPARSE and row.query_len:

@@ -29,14 +29,16 @@ def test_compare_counts_answers_and_prefixes():
 
 
 @pytest.mark.parametrize("pattern", [None, "streaming"])
-def test_keys_of_a_router_that_ships_can_be_given_back(pattern):
+@pytest.mark.parametrize("early", [None, 0])
+def test_keys_of_a_router_that_ships_can_be_given_back(pattern, early):
     """Its file lets an answer's first tokens attend to everything."""
     router = REPOSITORY / "flux_vllm" / "data" / "qwen2.5-coder-1.5b-instruct"
     _, info = read_router(router)
     assert info.full_decode_tokens > 0
-    flux = flux_config(SimpleNamespace(router=router, threshold=0.7, pattern=pattern))
+    asked = {"threshold": 0.7, "pattern": pattern, "full_decode_tokens": early}
+    flux = flux_config(SimpleNamespace(router=router, **asked))
     config = FluxConfig(**flux, free_kv=True)
-    assert config.full_decode(info) == 0
+    assert config.full_decode(info) == (info.full_decode_tokens if early is None else early)
     assert config.threshold == 0.7
     assert config.pattern_name(info) == (pattern or info.sparse_pattern)
 

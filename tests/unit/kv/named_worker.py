@@ -37,6 +37,7 @@ class NamedWorker:
         sink_tokens: of SPARSE groups.
         window_tokens: of SPARSE groups.
         is_local: whether SPARSE prefill reads sinks and window alone.
+        full_decode_tokens: of an answer, for which SPARSE decode reads everything.
         chooser: of routes and tokens.
     """
 
@@ -47,11 +48,14 @@ class NamedWorker:
         sink_tokens: int,
         window_tokens: int,
         is_local: bool,
+        full_decode_tokens: int,
         chooser: random.Random,
     ) -> None:
         self.pool = scheduler.kv_cache_manager.block_pool
         self.block_size = block_size
-        self.keys_read = KeysRead(block_size, sink_tokens, window_tokens, is_local)
+        self.keys_read = KeysRead(
+            block_size, sink_tokens, window_tokens, is_local, full_decode_tokens
+        )
         self.chooser = chooser
         self.rows: dict[str, _Row] = {}
         self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
@@ -130,7 +134,7 @@ class NamedWorker:
         is_prefill = position < row.prefill_end
         for group, table in enumerate(row.tables):
             is_sparse = row.routes[group] == Route.SPARSE
-            for key in self.keys_read.of(position, is_prefill, is_sparse):
+            for key in self.keys_read.of(position, row.prompt_len, is_prefill, is_sparse):
                 block, offset = divmod(key, self.block_size)
                 found = self._slots.get((table[block], offset))
                 assert found == (group, prefixes[key]), (

@@ -1,6 +1,7 @@
 """vLLM's KVCacheManager over FULL groups and clusters of SPARSE layers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,17 +24,19 @@ MAX_MODEL_LEN, CHUNK_TOKENS = 1024, 96
 FULL = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
-def sparse_spec(cluster: int = 0, frees_in_prefill: bool = True, **changes: Any) -> FluxSpec:
+def sparse_spec(cluster: int = 0, is_local: bool = True, **changes: Any) -> FluxSpec:
     """Make the spec of a cluster."""
     sizes = {"sink_tokens": SINK_TOKENS, "window_tokens": WINDOW_TOKENS} | changes
-    return FluxSpec.of(FULL, cluster=cluster, frees_in_prefill=frees_in_prefill, **sizes)
+    return FluxSpec.of(FULL, cluster=cluster, is_local=is_local, **sizes)
 
 
 def make_manager(
     is_sparse: Sequence[bool | None],
     *,
     num_blocks: int = 160,
-    frees_in_prefill: bool = True,
+    is_local: bool = True,
+    full_decode_tokens: int = 0,
+    window_tokens: int = WINDOW_TOKENS,
     enable_caching: bool = True,
     takes_over: bool = True,
     report: Any = None,
@@ -44,7 +47,9 @@ def make_manager(
     Args:
         is_sparse: by KV cache group; None where each request's routes say.
         num_blocks: of the pool, the null block included.
-        frees_in_prefill: of the SPARSE groups.
+        is_local: of the SPARSE groups.
+        full_decode_tokens: likewise.
+        window_tokens: likewise.
         enable_caching: of prefixes.
         takes_over: whether FluxCoordinator stands before vLLM's; it is `manager.flux` then.
         report: for it.
@@ -54,9 +59,11 @@ def make_manager(
     register()
     specs: dict[bool | None, Any] = {
         False: FULL,
-        True: sparse_spec(0, frees_in_prefill),
-        None: sparse_spec(0, frees_in_prefill, waits_for_routes=True),
+        True: sparse_spec(
+            0, is_local, full_decode_tokens=full_decode_tokens, window_tokens=window_tokens
+        ),
     }
+    specs[None] = replace(specs[True], waits_for_routes=True)
     groups = [
         KVCacheGroupSpec([f"layers.{i}"], specs[sparse]) for i, sparse in enumerate(is_sparse)
     ]
@@ -75,3 +82,22 @@ def make_manager(
         ).install()
         wrap_object(manager, "get_computed_blocks", manager.flux.look_up)
     return manager
+
+
+class CountingReport:
+    """What FluxCoordinator counts, for tests."""
+
+    def __init__(self) -> None:
+        self.freed_blocks, self.held_blocks, self.admitted_requests = 0, [], 0
+
+    def freed(self, blocks: int) -> None:
+        """Add blocks that a living request gave back."""
+        self.freed_blocks += blocks
+
+    def held(self, blocks: int) -> None:
+        """Note the blocks that a request held at its end."""
+        self.held_blocks.append(blocks)
+
+    def admitted(self) -> None:
+        """Count a request that others made room for."""
+        self.admitted_requests += 1

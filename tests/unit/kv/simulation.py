@@ -55,6 +55,11 @@ class Row:
     tables: list[list[int]]
     is_prefill: bool
 
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the request's prompt."""
+        return self.live.request.num_prompt_tokens
+
 
 class Simulation:
     """Runs random requests.
@@ -69,6 +74,7 @@ class Simulation:
         is_local: whether prefill of SPARSE groups reads sinks and window alone.
         lag: steps in flight while the next one is scheduled: 1 is asynchronous scheduling.
         seed: of everything random.
+        full_decode_tokens: of an answer, for which SPARSE groups read everything.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Simulation:
         is_local: bool,
         lag: int,
         seed: int,
+        full_decode_tokens: int = 0,
     ) -> None:
         init_none_hash(sha256)
         self.manager = manager
@@ -89,7 +96,10 @@ class Simulation:
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
         self.is_local = is_local
-        self.keys_read = KeysRead(block_size, sink_tokens, window_tokens, is_local)
+        self.full_decode_tokens = full_decode_tokens
+        self.keys_read = KeysRead(
+            block_size, sink_tokens, window_tokens, is_local, full_decode_tokens
+        )
         self.lag = lag
         self.chooser = random.Random(seed)
         self.running: list[Live] = []
@@ -179,7 +189,8 @@ class Simulation:
             return None
         live.tables = [[] for _ in self.is_sparse]
         live.prefill_end = max(request.num_prompt_tokens, request.num_tokens)
-        skipped = self._block_of_window(hit_tokens) if self.is_local else 0
+        lacks_middle = self.is_local and not self.full_decode_tokens
+        skipped = self._block_of_window(hit_tokens) if lacks_middle else 0
         live.freed_to = [skipped * self._gives_back(live, i) for i in range(len(self.is_sparse))]
         request.num_computed_tokens = hit_tokens
         request.status = RequestStatus.RUNNING
@@ -261,7 +272,8 @@ class Simulation:
 
     def _read(self, row: Row, position: int) -> None:
         for group, table in enumerate(row.tables):
-            for key in self.keys_read.of(position, row.is_prefill, row.live.sparse[group]):
+            is_sparse = row.live.sparse[group]
+            for key in self.keys_read.of(position, row.prompt_len, row.is_prefill, is_sparse):
                 block, offset = divmod(key, self.block_size)
                 found = self._slots.get((table[block], offset))
                 assert found == (group, row.live.prefixes[key]), (
@@ -286,7 +298,9 @@ class Simulation:
         """Note what a request should hold from now on, by the formula of docs/KV_MEMORY.md."""
         processed = computed - live.request.num_in_flight_tokens
         past = max(live.request.num_prompt_tokens, live.prefill_end - 1)
-        if self.is_local or processed > past:
+        early = self.full_decode_tokens
+        is_late = not early or processed >= live.request.num_prompt_tokens + early
+        if is_late and (self.is_local or processed > past):
             end = self._block_of_window(processed - max(self.block_size, 128))
             for group, freed_to in enumerate(live.freed_to):
                 if self._gives_back(live, group):

@@ -47,14 +47,6 @@ def test_accepted(tmp_path, flux):
     check_configuration(_config(tmp_path, flux))
 
 
-def test_keys_that_an_answers_first_tokens_need_are_not_given_back(tmp_path):
-    """Refused before the model is loaded; the router's file says it, and the operator may not."""
-    write(tmp_path, full_decode_tokens=32)
-    with pytest.raises(FluxConfigError, match=r"found 32 \(the router file\); set it to 0"):
-        check_configuration(_config(tmp_path, STATIC))
-    check_configuration(_config(tmp_path, STATIC | {"full_decode_tokens": 0}))
-
-
 def test_one_group_alone_is_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(UnsupportedConfigurationError) as error:
@@ -260,21 +252,55 @@ def test_worker_clusters_by_the_routers_order(tmp_path, caplog, order):
     assert sum("10 groups of 3 layers; 10 of them give" in message for message in messages) == 1
 
 
-@pytest.mark.parametrize(("max_model_len", "warns"), [(1024, False), (300, True)])
-def test_requests_too_short_to_give_back_are_told(tmp_path, caplog, max_model_len, warns):
-    """64 sink tokens and a window of 128, in blocks of 16: 128 tokens before it are kept too."""
+@pytest.mark.parametrize(
+    ("max_model_len", "full_decode_tokens", "warns"),
+    # A block behind the sinks is free once 335 tokens are processed: 4 + 1 blocks, then 255.
+    [(337, 0, False), (336, 0, True), (1024, 1021, False), (1024, 1022, True)],
+)
+@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+def test_requests_too_short_to_give_back_are_told(
+    tmp_path, caplog, pattern, max_model_len, full_decode_tokens, warns
+):
+    """64 sink tokens and a window of 128, in blocks of 16: 128 tokens before it are kept too.
+
+    The longest request is one token fewer when its last step begins, one of them not processed.
+    """
     from flux_vllm.kv.worker import cluster_kv_cache
 
     write(tmp_path, num_layers=30, sink_tokens=64, window_tokens=128)
-    worker = _worker(tmp_path, {"free_kv": True})
+    flux = {"sparse_pattern": pattern, "full_decode_tokens": full_decode_tokens}
+    worker = _worker(tmp_path, flux | {"free_kv": True})
     worker.vllm_config.model_config.max_model_len = max_model_len
     check_configuration(worker.vllm_config)
     cluster_kv_cache(worker)
     messages = [record.getMessage() for record in caplog.records]
     expected = (
-        f"sinks and window (64 and 128 tokens) by some blocks, found max_model_len {max_model_len}"
+        "sinks and window (64 and 128 tokens) by some blocks, and answers full_decode_tokens "
+        f"({full_decode_tokens}), found max_model_len {max_model_len}; serve longer requests"
     )
     assert any(expected in message for message in messages) == warns
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 32), (8, 8), (0, 0)])
+@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+def test_an_answers_first_tokens_keep_their_keys(tmp_path, caplog, pattern, own, expected):
+    """As many as the operator says, else the router's file; it is in every cluster's spec."""
+    from flux_vllm.kv.worker import cluster_kv_cache
+
+    write(tmp_path, num_layers=30, full_decode_tokens=32)
+    flux = {"free_kv": True, "sparse_pattern": pattern, "full_decode_tokens": own}
+    worker = _worker(tmp_path, flux)
+    check_configuration(worker.vllm_config)
+    caplog.set_level("INFO", logger="vllm.flux")
+    cluster_kv_cache(worker)
+    specs = worker.model_runner.get_kv_cache_spec().values()
+    assert {(spec.full_decode_tokens, spec.is_local) for spec in specs} == {
+        (expected, pattern == "streaming")
+    }
+    begin = "as a prompt goes on" if pattern == "streaming" else "once a prompt is complete"
+    if expected:
+        begin = f"once an answer has {expected} tokens"
+    assert f"a request routes all their layers SPARSE, {begin}" in caplog.text
 
 
 @pytest.mark.parametrize("order", [(), tuple(reversed(range(36)))], ids=["unknown", "known"])

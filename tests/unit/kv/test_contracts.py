@@ -78,6 +78,9 @@ CALLS = {
         "num_tokens",
         "prefill_end",
     },
+    ("v1/core/kv_cache_manager.py", "allocate_slots", "remove_skipped_blocks"): {
+        "num_prompt_tokens",
+    },
     ("v1/core/sched/scheduler.py", "_request_remaining_blocks", "get_num_blocks_to_allocate"): {
         "request_id",
         "num_tokens",

@@ -5,24 +5,16 @@ Oracle: vLLM's own coordinator and managers, one group after the other.
 
 import pytest
 
-from tests.unit.kv.pools import BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, make_manager
+from tests.unit.kv.pools import (
+    BLOCK_SIZE,
+    SINK_TOKENS,
+    WINDOW_TOKENS,
+    CountingReport,
+    make_manager,
+)
 from tests.unit.kv.simulation import Simulation
 
 pytestmark = pytest.mark.vllm
-
-
-class _Report:
-    def __init__(self):
-        self.freed_blocks, self.held_blocks, self.admitted_requests = 0, [], 0
-
-    def freed(self, blocks):
-        self.freed_blocks += blocks
-
-    def held(self, blocks):
-        self.held_blocks.append(blocks)
-
-    def admitted(self):
-        self.admitted_requests += 1
 
 
 def _run(takes_over, lag=1, **arguments):
@@ -111,7 +103,7 @@ def test_a_step_inside_a_block_asks_no_manager(monkeypatch):
 
 
 def test_report_counts_freed_and_held_blocks():
-    report = _Report()
+    report = CountingReport()
     manager = make_manager([False, True, True], report=report)
     run = Simulation(
         manager, [False, True, True], BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, True, 0, seed=0
@@ -151,7 +143,7 @@ def test_admission_asks_for_what_a_prompt_holds_at_once():
 def test_prompt_held_until_recomputed_after_preemption():
     """Patterns that read everything in prefill: a resumed request's own tokens are prefill too."""
     run = Simulation(
-        make_manager([False, True], frees_in_prefill=False),
+        make_manager([False, True], is_local=False),
         [False, True],
         BLOCK_SIZE,
         SINK_TOKENS,
@@ -217,7 +209,7 @@ def test_a_preempted_request_is_admitted_by_its_routes():
 
 
 def test_a_request_that_fits_thanks_to_others_is_counted():
-    report = _Report()
+    report = CountingReport()
     whole = 3 * -(-500 // BLOCK_SIZE)
     run = _routed(2 * whole, report=report)
     for expected in (0, 1):
@@ -232,7 +224,7 @@ def test_a_request_that_fits_thanks_to_others_is_counted():
 
 
 def test_hits_without_their_middle_count_as_given_back():
-    report = _Report()
+    report = CountingReport()
     run = Simulation(
         make_manager([True, False], report=report),
         [True, False],
@@ -260,7 +252,7 @@ def test_hits_without_their_middle_count_as_given_back():
 )
 def test_admission_counts_whole_prompts_for_the_metric_alone(counts, num_blocks, asked):
     """A request that waits asks in every step, so what nobody reads is not counted."""
-    run = _routed(num_blocks, report=_Report() if counts else None)
+    run = _routed(num_blocks, report=CountingReport() if counts else None)
     flux = run.manager.flux
     needed, caps = flux._num_to_allocate, []
 
@@ -320,8 +312,8 @@ def test_nobody_asks_once_a_hit_is_looked_up():
 
 
 def test_blocks_that_another_request_holds_are_not_given_back():
-    report = _Report()
-    manager = make_manager([True, True], frees_in_prefill=False, report=report)
+    report = CountingReport()
+    manager = make_manager([True, True], is_local=False, report=report)
     run = Simulation(
         manager, [True, True], BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, False, 0, seed=0
     )

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.long]
 OTHER_VERSION = "0.33.0"
 FILES = (
     "test_coordinator.py",
+    "test_full_decode.py",
     "test_groups.py",
     "test_scheduler.py",
     "test_simulation.py",

@@ -51,9 +51,10 @@ class Service:
         is_async: whether each step is scheduled while the one before it runs.
         is_local: whether SPARSE prefill reads sinks and window alone.
         seed: of everything random.
+        full_decode_tokens: of an answer, for which SPARSE decode reads everything.
     """
 
-    def __init__(self, folder, is_async, is_local, seed):
+    def __init__(self, folder, is_async, is_local, seed, full_decode_tokens=0):
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.structured_output import StructuredOutputManager
 
@@ -74,7 +75,12 @@ class Service:
         groups = [
             KVCacheGroupSpec(
                 [f"model.layers.{layer}.self_attn.attn"],
-                sparse_spec(layer, is_local, waits_for_routes=True),
+                sparse_spec(
+                    layer,
+                    is_local,
+                    waits_for_routes=True,
+                    full_decode_tokens=full_decode_tokens,
+                ),
             )
             for layer in range(GROUPS)
         ]
@@ -89,7 +95,13 @@ class Service:
         )
         self.chooser = random.Random(seed)
         self.worker = NamedWorker(
-            self.scheduler, BLOCK_SIZE, SINK_TOKENS, WINDOW_TOKENS, is_local, self.chooser
+            self.scheduler,
+            BLOCK_SIZE,
+            SINK_TOKENS,
+            WINDOW_TOKENS,
+            is_local,
+            full_decode_tokens,
+            self.chooser,
         )
         self.lag = int(is_async)
         self.counts = {"preempted": 0, "aborted": 0, "hits": 0, "freed": 0}
@@ -184,10 +196,11 @@ class Service:
         assert not any(manager.sparse_requests for manager in flux._waiting)
 
 
+@pytest.mark.parametrize("full_decode_tokens", [0, 20])
 @pytest.mark.parametrize("is_local", [True, False], ids=["streaming", "triangle"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_mixed_requests(folder, is_async, is_local):
-    service = Service(folder, is_async, is_local, seed=3)
+def test_mixed_requests(folder, is_async, is_local, full_decode_tokens):
+    service = Service(folder, is_async, is_local, 3, full_decode_tokens)
     service.run(120)
     service.check_end()
     assert min(service.counts.values()) > 0, service.counts

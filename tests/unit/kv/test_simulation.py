@@ -16,16 +16,19 @@ pytestmark = pytest.mark.vllm
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
 
 
-def _simulation(is_local=True, lag=0, seed=0, is_sparse=(False, True, True), **manager):
+def _simulation(
+    is_local=True, lag=0, seed=0, is_sparse=(False, True, True), full_decode_tokens=0, **manager
+):
+    patterns = {"is_local": is_local, "full_decode_tokens": full_decode_tokens}
     return Simulation(
-        make_manager(is_sparse, frees_in_prefill=is_local, **manager),
+        make_manager(is_sparse, **patterns, **manager),
         list(is_sparse),
         BLOCK_SIZE,
         SINK_TOKENS,
         WINDOW_TOKENS,
-        is_local,
-        lag,
-        seed,
+        lag=lag,
+        seed=seed,
+        **patterns,
     )
 
 
@@ -53,6 +56,34 @@ def test_every_query_finds_its_keys_under_routes_of_its_own(is_sparse, is_local,
     assert not flux._live
     assert flux._given_back == 0
     assert not any(manager.sparse_requests for manager in flux._waiting)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("lag", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("is_local", [True, False], ids=["streaming", "triangle"])
+@pytest.mark.parametrize("is_sparse", [(False, True, True), (True, None, None)])
+def test_an_answers_first_tokens_find_every_key(is_sparse, is_local, lag, seed):
+    run = _simulation(is_local, lag, seed, is_sparse, full_decode_tokens=30)
+    run.run(300)
+    assert run.manager.block_pool.get_num_free_blocks() == len(run.manager.block_pool.blocks) - 1
+    assert min(run.counts[what] for what in ("hits", "preemptions", "null")) > 0, run.counts
+    assert not run.counts["null_hits"], "the first tokens read the middle of a prefix"
+
+
+@pytest.mark.parametrize("lag", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("is_sparse", [(False, True, True), (None, None, None)])
+def test_keys_freed_before_the_last_full_decode_are_noticed(monkeypatch, is_sparse, lag):
+    """One token too early; two where a step is in flight, which reads them before they go."""
+    whole_until = FluxSpec.whole_until
+    monkeypatch.setattr(
+        FluxSpec, "whole_until", lambda *arguments: whole_until(*arguments) - 1 - lag
+    )
+    run = _simulation(
+        lag=lag, is_sparse=is_sparse, full_decode_tokens=30, num_blocks=400, enable_caching=False
+    )
+    run.check_blocks = lambda: None
+    with pytest.raises(AssertionError, match=r"group .*query .*: key .* in block"):
+        run.run(300)
 
 
 def test_routes_of_another_request_are_noticed():

@@ -15,6 +15,7 @@ import torch
 
 from flux_vllm.kv.register import register
 from tests.conftest import REPOSITORY
+from tests.unit.kv.keys_read import KeysRead
 from tests.unit.kv.pools import BLOCK_SIZE, FULL, sparse_spec
 
 pytestmark = pytest.mark.vllm
@@ -61,7 +62,33 @@ def test_most_blocks_is_what_the_worst_moment_holds():
             worst = max(worst, last - freed)
         assert worst <= spec.most_blocks(in_flight, 10**6) <= worst + 1
     assert spec.most_blocks(192, 100) == -(-100 // BLOCK_SIZE)
-    assert sparse_spec(frees_in_prefill=False).most_blocks(1, 1000) == -(-1000 // BLOCK_SIZE)
+    assert sparse_spec(is_local=False).most_blocks(1, 1000) == -(-1000 // BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("is_local", [True, False], ids=["streaming", "triangle"])
+@pytest.mark.parametrize("full_decode_tokens", [0, 1, 30])
+@pytest.mark.parametrize("resumed_tokens", [0, 101, 110, 130, 131, 160])
+def test_whole_until_the_last_query_that_reads_everything(
+    is_local, full_decode_tokens, resumed_tokens
+):
+    """By position, whether an answer's first tokens are decoded or computed anew."""
+    prompt = 100
+    spec = sparse_spec(is_local=is_local, full_decode_tokens=full_decode_tokens)
+    keys = KeysRead(BLOCK_SIZE, 0, 1, is_local, full_decode_tokens)
+    expected = 0
+    for position in range(50, 300):
+        for prefill_end in (prompt, max(prompt, resumed_tokens)):
+            if len(keys.of(position, prompt, position < prefill_end, True)) == position + 1:
+                expected = position + 1
+    if not (is_local or full_decode_tokens or resumed_tokens):
+        expected += 1  # vLLM's end of a fresh prefill is that of a resumed one, less its last token
+    assert spec.whole_until(prompt, max(prompt, resumed_tokens - 1)) == expected
+
+
+def test_most_blocks_is_everything_where_an_answers_first_tokens_read_it():
+    spec = sparse_spec(full_decode_tokens=1)
+    assert not spec.frees_in_prefill
+    assert spec.most_blocks(1, 1000) == -(-1000 // BLOCK_SIZE)
 
 
 def test_max_memory_usage_bytes():
@@ -76,7 +103,7 @@ def test_max_memory_usage_bytes():
 
 
 def test_copies_are_equal():
-    spec = sparse_spec(3, frees_in_prefill=False)
+    spec = sparse_spec(3, is_local=False)
     assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
     assert spec != replace(spec, cluster=2)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.conftest import WordTokenizer
+from tests.unit.training.conftest import VOCABULARY, WordTokenizer
 from training.config import DataSettings
 from training.data.prompt_files import FilePrompts, encode_prompt, prompt_ids, read_prompt_files
 
 BEGIN = 0
+PIECES = {5: "wo", 6: " r", 7: "ds\ufffd"}
 
 
 class BeginningTokenizer(WordTokenizer):
@@ -23,6 +24,12 @@ class BeginningTokenizer(WordTokenizer):
             assert isinstance(texts, str)
             ids = [BEGIN, *ids]
         return {"input_ids": ids}
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def decode(self, ids: list[int], **options: object) -> str:
+        return "".join(PIECES[at] for at in ids)
 
 
 TOKENIZER = BeginningTokenizer()
@@ -115,6 +122,17 @@ def test_answer_ids_are_preferred_to_text(tmp_path: Path) -> None:
     file = write(tmp_path / "ids.jsonl", row)
     found = encode_prompt(*read_prompt_files([Path(file)]), TOKENIZER, 100, 2)
     assert found.token_ids.tolist() == [BEGIN, *words("ask"), 5, 6]  # and cut
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"), [("other", [5, 6]), ("words", [5, 6, VOCABULARY])], ids=["text", "vocabulary"]
+)
+def test_answers_of_another_model_are_refused(text: str, ids: list[int], tmp_path: Path) -> None:
+    file = write(tmp_path / "ids.jsonl", {"prompt": "ask", "answer": text, "answer_ids": ids})
+    with pytest.raises(
+        ValueError, match="expected answer_ids of this model's tokenizer, which say"
+    ):
+        encode_prompt(*read_prompt_files([Path(file)]), TOKENIZER, 100, 2)
 
 
 @pytest.mark.parametrize("limit", [7, 8])
