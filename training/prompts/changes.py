@@ -130,5 +130,5 @@ def last_change(draw: Draw) -> Made | None:
 
 KINDS = [
     Kind(name="change_series", weight=2, local=False, make=change_series),
-    Kind(name="last_change", weight=2.5, local=True, make=last_change),
+    Kind(name="last_change", weight=3, local=True, make=last_change),
 ]

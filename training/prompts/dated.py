@@ -247,7 +247,10 @@ def timetable(draw: Draw) -> Made | None:
     ]
     listed = "; ".join(own)
     asks.append(Ask(wording="timetable/own", fields=fields, reference=listed, max_new_tokens=80))
-    return asked(draw, list(map(write, events)), asks)
+    days: dict[str, list[str]] = {}
+    for one in events:
+        days.setdefault(one.day, []).append(write(one))
+    return asked(draw, ["\n".join(lines) for lines in days.values()], asks)
 
 
 def dated_events(draw: Draw) -> Made | None:
@@ -257,7 +260,7 @@ def dated_events(draw: Draw) -> Made | None:
     form = rng.choice(("{d}: {s}", "[{d}] {s}", "* {d} {s}", "{s} ({d})"))
 
     def make() -> tuple[datetime.date, str]:
-        return day(draw, 1996, 2025), sentence(draw, 40, 220)
+        return day(draw, 1996, 2025), sentence(draw, 220)
 
     def write(event: tuple[datetime.date, str]) -> str:
         return form.replace("{d}", event[0].strftime(dates)).replace("{s}", event[1])

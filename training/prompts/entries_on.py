@@ -35,6 +35,6 @@ def convert_entry(draw: Draw) -> Made | None:
 
 
 KINDS = [
-    Kind(name="next_entry", weight=2.5, local=True, make=next_entry),
-    Kind(name="convert_entry", weight=2.5, local=True, make=convert_entry),
+    Kind(name="next_entry", weight=3, local=True, make=next_entry),
+    Kind(name="convert_entry", weight=3, local=True, make=convert_entry),
 ]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from training.prompts.drawing import Draw
+from training.prompts.sentences import sentences_of, squeezed
 from training.prompts.texts import Text
 from training.prompts.wordings_file import phrases
 
@@ -13,7 +14,6 @@ PROSE = {
     "zh": ("book", "news", "manual", "help", "review"),
 }
 _TITLED = {"en": ("manual", "book", "mail", "help", "report"), "zh": ("help", "news", "manual")}
-_ENDS = {"en": re.compile(r"(?<=[.!?])\s+"), "zh": re.compile(r"(?<=[。！？])\s*")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _ODD = re.compile(r"[|●@<>{}\[\]_=\\*#^~“”\"「」]|[ -]{3}")
 _REPLY = re.compile(r"^(?:(?:re|fwd?|aw)\s*:\s*|\[[^\]]*\]\s*)+", re.I)
@@ -31,34 +31,19 @@ def _group(draw: Draw, registers: tuple[str, ...]) -> str:
     return draw.rng.choice([group for group in there if draw.library.indices(group)])
 
 
-def sentence(draw: Draw, low: int = 25, high: int = 150, registers: tuple[str, ...] = ()) -> str:
-    """Draw a sentence of so many characters; of a third of them where it is Chinese."""
-    registers = registers or PROSE[draw.language]
-    if draw.language == "zh":
-        low, high = low // 3, high // 3
-    found = ""
-    for _ in range(40):
-        index = draw.library.draw_index(draw.rng, _group(draw, registers))
+def sentence(draw: Draw, high: int = 150, registers: tuple[str, ...] = ()) -> str:
+    """Draw a sentence of at most so many characters; of a third of them where it is Chinese."""
+    high = high // 3 if draw.language == "zh" else high
+    for _ in range(60):
+        index = draw.library.draw_index(draw.rng, _group(draw, registers or PROSE[draw.language]))
         text = draw.library.texts[index].text
         at = draw.rng.randrange(max(1, len(text) - 1200))
         # The first and the last may be cut.
-        pieces = _ENDS[draw.language].split(text[at : at + 1200])[1:-1]
-        pieces = [" ".join(piece.split()) for piece in pieces]
-        fitting = [piece for piece in pieces if low <= len(piece) <= high]
-        clean = [piece for piece in fitting if _is_clean(piece, draw.language)]
-        if clean:
-            return draw.rng.choice(clean)
-        found = found or (fitting[0] if fitting else "")
-    return found or " ".join(text.split())[:high]
-
-
-def _is_clean(piece: str, language: str) -> bool:
-    if _ODD.search(piece):
-        return False
-    if language == "zh":
-        return len(_CHINESE.findall(piece)) > 0.6 * len(piece)
-    letters = sum(character.isalpha() or character == " " for character in piece)
-    return piece[0].isupper() and letters > 0.9 * len(piece)
+        found = sentences_of(text[at : at + 1200], draw.language)[1:-1]
+        found = [words for words in found if len(words) <= high]
+        if found:
+            return draw.rng.choice(found)
+    return squeezed(text[at:])[:high]
 
 
 def titled(draw: Draw, high: int = 44, registers: tuple[str, ...] = ()) -> tuple[str, int] | None:
@@ -68,7 +53,7 @@ def titled(draw: Draw, high: int = 44, registers: tuple[str, ...] = ()) -> tuple
         group = _group(draw, registers or _TITLED[draw.language])
         # All pages alike: works of few pages would give the same titles again and again.
         index = draw.rng.choice(draw.library.indices(group))
-        found = _REPLY.sub("", " ".join(draw.library.texts[index].title.split()))
+        found = _REPLY.sub("", squeezed(draw.library.texts[index].title))
         found = _PART.sub("", _NUMBERED.sub("", found))
         found = re.split(r": | — | \(", found)[0].strip(" .,。")
         if _is_telling(found, draw.language) and len(found) <= high:
@@ -81,22 +66,10 @@ def title(draw: Draw, high: int = 44) -> str:
     found = titled(draw, high) if draw.rng.random() < 0.75 else None
     if found:
         return found[0]
-    words = sentence(draw, 40, 150)
+    words = sentence(draw)
     if draw.language == "zh":
         return re.split(r"[，。；：、！？ ]", _NUMBERED.sub("", words))[0][: high // 2]
     return " ".join(words.split()[: draw.rng.randint(3, 6)]).rstrip(",;:.!?")
-
-
-def own_sentences(draw: Draw, index: int, low: int = 25, high: int = 220) -> list[str]:
-    """List the sentences of a text, in their order."""
-    if draw.language == "zh":
-        low, high = low // 3, high // 3
-    lines = draw.library.texts[index].text[:20000].split("\n\n")
-    pieces = [
-        " ".join(piece.split()) for line in lines for piece in _ENDS[draw.language].split(line)
-    ]
-    fitting = [piece for piece in pieces if low <= len(piece) <= high and piece[-1] in ".!?。！？"]
-    return [piece for piece in fitting if _is_clean(piece, draw.language)]
 
 
 def _is_telling(words: str, language: str) -> bool:

@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 
 from training.prompts.drawing import Draw, Kind, Made
 from training.prompts.entries import MOST_COUNTED, Ask, asked, at_most_one, grow, once
-from training.prompts.pieces import code_title, identifiers, own_sentences, sentence, title, titled
+from training.prompts.pieces import code_title, identifiers, sentence, title, titled
+from training.prompts.sentences import sentences_of, squeezed
 
 _ENTRY = re.compile(
     r"\n\n(?P<term>[A-Za-z][^\n:{}<>]{1,38})\n\n {3}(?P<words>\S[^\n]+(?:\n {3}[^\n]+)*)"
@@ -42,7 +43,7 @@ def _dictionary_entry(draw: Draw) -> tuple[str, str] | None:
 def _page_entry(draw: Draw) -> tuple[str, str] | None:
     """Take the title of a page and how it begins."""
     found = titled(draw, registers=_LOOKED_UP)
-    own = own_sentences(draw, found[1]) if found else []
+    own = sentences_of(draw.library.texts[found[1]].text, draw.language)[:2] if found else []
     return (found[0], " ".join(own[: draw.rng.randint(1, 2)])) if found and own else None
 
 
@@ -59,7 +60,7 @@ def glossary(draw: Draw) -> Made | None:
             if entry and entry[0] not in terms:
                 break
         else:
-            words = sentence(draw, 60, 200)
+            words = sentence(draw, 200)
             entry = (words[: len(words) // 3].strip(), words)
         terms.add(entry[0])
         return entry
@@ -92,14 +93,26 @@ class Task:
     steps: list[str]
 
 
+def _steps(text: str, language: str) -> list[str]:
+    """List the short paragraphs that tell what to do."""
+    paragraphs = map(squeezed, text.split("\n\n"))
+    return [
+        words
+        for words in paragraphs
+        if _DO[language].match(words) and len(words) <= 200 and words[-1] in ".。"
+    ]
+
+
 def _task(draw: Draw) -> Task:
     """Take instructions from a page that has some; else any sentences that follow each other."""
     for tries in range(16):
         found = titled(draw, registers=_LOOKED_UP)
-        own = own_sentences(draw, found[1]) if found else []
-        steps = [words for words in own if _DO[draw.language].match(words)] if tries < 12 else own
+        if not found:
+            continue
+        text = draw.library.texts[found[1]].text
+        steps = _steps(text, draw.language) if tries < 12 else sentences_of(text, draw.language)
         steps = list(dict.fromkeys(steps))
-        if found and len(steps) >= 3:
+        if len(steps) >= 3:
             start = draw.rng.randrange(len(steps) - 2)
             return Task(found[0], steps[start : start + draw.rng.randint(3, 9)])
     return Task(title(draw), [sentence(draw) for _ in range(draw.rng.randint(3, 8))])

@@ -214,7 +214,8 @@ def test_people_and_identifiers_are_drawn_once(
 
 def test_sentences_are_of_the_asked_length(library: Library, written: Written) -> None:
     draw = Draw(random.Random(1), library, written, 1000, "en")
-    assert all(40 <= len(sentence(draw, 40, 90)) <= 90 for _ in range(40))
+    drawn = [sentence(draw, 90) for _ in range(40)]
+    assert all(50 <= len(words) <= 90 and words.endswith(".") for words in drawn)
 
 
 def test_estimate_tokens_counts_digits_one_by_one() -> None:
