@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from training.prompts.asking import make_requests
@@ -21,8 +21,10 @@ CHAT = (
 )
 _EN_REGISTERS = (
     *("book", "essay", "novel", "story", "play", "manual", "news", "mail", "rfc", "quotes"),
-    *("report", "policy", "dialogue"),
+    *("report", "policy", "dialogue", "man page", "help"),
 )
+_NAMES = ("Orlando", "Wilhelmina", "Kasimir", "Quentin", "Yolanda", "Zachary")
+_TERMS = ("长河", "雪山", "风铃", "黑马")
 _ZH_REGISTERS = ("book", "news", "manual", "help", "dialogue", "man page", "review")
 
 
@@ -31,7 +33,8 @@ def _english(rng: random.Random, paragraphs: int) -> str:
     words = [f"{a}{b}{c}" for a in "bdfgklmprst" for b in "aeiou" for c in ends]
 
     def sentence() -> str:
-        return " ".join(rng.choices(words, k=rng.randint(6, 14))).capitalize() + "."
+        said = " ".join(rng.choices(words, k=rng.randint(6, 14))).capitalize()
+        return f"{said} {rng.choice(_NAMES)}." if rng.random() < 0.1 else f"{said}."
 
     return "\n\n".join(
         " ".join(sentence() for _ in range(rng.randint(3, 7))) for _ in range(paragraphs)
@@ -48,7 +51,8 @@ def _chinese(rng: random.Random, paragraphs: int) -> str:
     signs = [chr(code) for code in range(0x4E00, 0x4E00 + 600)]
 
     def sentence() -> str:
-        return "".join(rng.choices(signs, k=rng.randint(8, 24))) + "。"
+        said = "".join(rng.choices(signs, k=rng.randint(8, 24)))
+        return f"{said}《{rng.choice(_TERMS)}》。" if rng.random() < 0.1 else f"{said}。"
 
     return "\n\n".join(
         "".join(sentence() for _ in range(rng.randint(3, 6))) for _ in range(paragraphs)
@@ -71,12 +75,12 @@ def texts() -> list[Text]:
     made = []
     for number in range(4):
         for register in _EN_REGISTERS:
-            words = _dialogue(rng) if register in ("dialogue", "play") else _english(rng, 60)
+            words = _dialogue(rng) if register in ("dialogue", "play") else _english(rng, 120)
             source, title = f"{register} of {number % 2}", f"{register} {number}"
             made.append(Text(register, source, title, "en", words))
         for register in _ZH_REGISTERS:
             title = f"{'pos' if number % 2 else 'neg'} {number}"
-            made.append(Text(register, f"中{register}", title, "zh", _chinese(rng, 50)))
+            made.append(Text(register, f"中{register}", title, "zh", _chinese(rng, 100)))
         for package in ("alpha", "beta"):
             made.append(Text("code", package, f"{package}/m{number}.py", "py", _code(rng)))
     return made
@@ -94,6 +98,7 @@ def word_tokenizer() -> Any:
     """One token a word or Chinese character, all unknown ones the same; with a chat template."""
     tokens = ["[UNK]", "[END]", *(f"w{number}" for number in range(98))]
     made = Tokenizer(models.WordLevel({token: at for at, token in enumerate(tokens)}, "[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=False, handle_chinese_chars=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, unk_token="[UNK]", eos_token="[END]", pad_token="[END]"
