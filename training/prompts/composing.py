@@ -4,9 +4,9 @@ from training.prompts.drawing import (
     Draw,
     Kind,
     Made,
+    fill,
     finish,
     lay_out,
-    longest_of,
     paragraphs_of,
 )
 from training.prompts.reading import PROSE, prose
@@ -96,7 +96,7 @@ def _mails(draw: Draw) -> list[tuple[str, str]]:
         if index not in found:
             # No mail fills more than a third, so that there are several.
             most = max(1200, library.chars(mail, int(min(left, draw.tokens / 3))))
-            words = mail.text[:most]
+            words = mail.text if len(mail.text) <= most else mail.text[:most].rpartition("\n")[0]
             found[index] = (squeezed(mail.title), words)
             left -= len(words) / max(1, library.chars(mail, 1000)) * 1000
     return list(found.values())
@@ -125,18 +125,21 @@ def last_mail(draw: Draw) -> Made | None:
 
 
 def same_style(draw: Draw) -> Made | None:
-    """A long text, then a subject or first words for a new piece in the same style."""
-    rng, library = draw.rng, draw.library
-    registers = _STYLED[draw.language]
-    document = prose(draw, registers={draw.language: registers})
-    index = longest_of(draw, draw.language)
-    other = unique_sentences(library.run(rng, index, 600), draw.language)
-    if not other:
+    """A long text, then the first words of a new piece in the same style."""
+    rng = draw.rng
+    register = {draw.language: (rng.choice(_STYLED[draw.language]),)}
+    document, other = prose(draw, register), prose(draw, register, share=0.3)
+    beginnings = [
+        sentence
+        for sentence in unique_sentences(other, draw.language)
+        if sentence not in squeezed(document)
+    ]
+    if not beginnings:
         return None
-    begun = opening(rng.choice(other), draw.language)
     wording = choose(rng, "same_style", draw.language)
-    ask = wording.ask.replace("{quote}", begun)
-    return finish(draw, f"{document}\n\n{ask}", max_new_tokens=200)
+    ask = fill(wording.ask, {"quote": opening(rng.choice(beginnings), draw.language)})
+    parts = [wording.lead, document, ask]
+    return finish(draw, "\n\n".join(filter(None, parts)), max_new_tokens=200)
 
 
 KINDS = [

@@ -1,6 +1,7 @@
 """Kinds that look one place of a long text up: a sentence, a paragraph, a name, an answer."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from training.prompts.drawing import (
@@ -31,7 +32,7 @@ _TALES = {"en": ("novel", "story", "play", "news", "essay", "book"), "zh": ("new
 _YES_NO = ("yes", "no", "是", "否", "不")
 
 
-def prose(draw: Draw, registers: dict[str, tuple[str, ...]] = PROSE, share: float = 1.0) -> str:
+def prose(draw: Draw, registers: Mapping[str, tuple[str, ...]] = PROSE, share: float = 1.0) -> str:
     """Give a long text of one of the registers, as long as a share of the drawn length.
 
     Some works are short: another is drawn then.
@@ -145,6 +146,7 @@ def paragraph_task(draw: Draw) -> Made | None:
         for part in parts
         if low <= len(part) <= high
         and is_prose(part, draw.language)
+        and part.rstrip('"”').endswith((".", "!", "?", "。", "！", "？"))
         and joined.count(opening(part, draw.language)) == 1
     ]
     if not fit:

@@ -9,7 +9,7 @@ _ENDS = {
     "zh": re.compile(r"(?<=[。！？])(?![”’」』）])"),
 }
 _NAME = {
-    "en": re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?\b"),
+    "en": re.compile(r"(?<=[a-z,;] )(?!M(?:rs?|iss)\b|Dr\b)[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?\b"),
     "zh": re.compile(r"(?<=[《“「])[\u4e00-\u9fff]{2,12}(?=[》”」])|[A-Z][A-Za-z]{2,}"),
 }
 _CHINESE = re.compile(r"[\u4e00-\u9fff，、：；“”《》]")
@@ -62,9 +62,14 @@ def opening(words: str, language: str) -> str:
 
 
 def names_of(text: str, language: str) -> list[str]:
-    """List names and quoted terms that stand within sentences."""
+    """List names and quoted terms that stand within sentences.
+
+    Words that verses begin with are no names: the text has them in small letters too.
+    """
     sentences = sentences_of(text, language)
-    return sorted({name for sentence in sentences for name in _NAME[language].findall(sentence)})
+    names = {name for sentence in sentences for name in _NAME[language].findall(sentence)}
+    small = {word for word in re.findall(r"\w+", text) if word.islower()}
+    return sorted(name for name in names if name.split()[0].lower() not in small)
 
 
 def mentions(text: str, name: str, language: str) -> list[str]:
@@ -115,9 +120,10 @@ def _slip(rng: random.Random, unit: str, language: str) -> str:
 
 def is_prose(words: str, language: str) -> bool:
     """Tell running words from rows of numbers, commands, menus and cut quotes."""
-    if words.count('"') % 2 or any(words.count(a) != words.count(b) for a, b in _PAIRS.items()):
+    joined = squeezed(words)
+    if joined.count('"') % 2 or any(joined.count(a) != joined.count(b) for a, b in _PAIRS.items()):
         return False
     if language == "zh":
-        return len(_CHINESE.findall(words)) > 0.7 * len(words)
-    letters = sum(char.isalpha() or char.isspace() for char in words)
-    return letters > 0.88 * len(words) and words.lstrip('"“')[:1].isupper() and " " in words
+        return len(_CHINESE.findall(joined)) > 0.7 * len(joined)
+    letters = sum(char.isalpha() or char == " " for char in joined)
+    return letters > 0.88 * len(joined) and joined.lstrip('"“')[:1].isupper() and " " in joined
