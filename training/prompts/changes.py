@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,7 +11,9 @@ from training.prompts.entries import Ask, asked, asked_last, at_most_one, grow
 from training.prompts.pieces import code_title, date_style, day, identifiers, people
 from training.prompts.wordings_file import phrases
 
-_WORD = re.compile(r"\b[A-Za-z_]\w{4,24}\b")
+_NAME = re.compile(r"\b(?=\w{5,24}\b)[a-z]+(?:_\w+|[A-Z]\w*)\b")
+"""Names of two words: single ones may be of the language, or of prose."""
+_MOST_RENAMED = 6
 _NUMBER = re.compile(r"(?<![\w.])\d{1,4}(?![\w.])")
 
 
@@ -55,11 +58,12 @@ def _changed(draw: Draw) -> tuple[str, str, str]:
 def _edit(draw: Draw, lines: list[str]) -> tuple[str, str, str, list[str]]:
     """Give the sort of change, what was and what is there now, and the lines after it."""
     rng = draw.rng
-    words = sorted(set(_WORD.findall("\n".join(lines))))
+    counts = Counter(_NAME.findall("\n".join(lines)))
+    names = sorted(name for name, count in counts.items() if count <= _MOST_RENAMED)
     numbered = [at for at, line in enumerate(lines) if _NUMBER.search(line)]
     sort = rng.choice(("rename", "number", "drop", "drop"))
-    if sort == "rename" and words:
-        old, new = rng.choice(words), next(identifiers(draw))
+    if sort == "rename" and names:
+        old, new = rng.choice(names), next(identifiers(draw))
         return sort, old, new, [re.sub(rf"\b{old}\b", new, line) for line in lines]
     if sort == "number" and numbered:
         at = rng.choice(numbered)
@@ -67,10 +71,9 @@ def _edit(draw: Draw, lines: list[str]) -> tuple[str, str, str, list[str]]:
         new = str(int(old) * rng.randint(2, 9) + 1)
         changed = _NUMBER.sub(new, lines[at], count=1)
         return sort, old, new, [*lines[:at], changed, *lines[at + 1 :]]
-    at = rng.randrange(len(lines))
-    end = at + rng.randint(1, 5)
-    gone = next((line.strip() for line in lines[at:end] if line.strip()), lines[at])
-    return "drop", gone[:50], "", [*lines[:at], *lines[end:]]
+    told = [at for at, line in enumerate(lines) if sum(map(str.isalpha, line)) > 5]
+    at = rng.choice(told or range(len(lines)))
+    return "drop", lines[at].strip()[:50], "", [*lines[:at], *lines[at + rng.randint(1, 5) :]]
 
 
 def _series(draw: Draw) -> tuple[list[Change], list[str]]:

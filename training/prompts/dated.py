@@ -127,12 +127,24 @@ def appointment(draw: Draw) -> Made | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """What a version changed."""
+
+    sort: str
+    """`added`, `replaced`, `fixed`, `docs` or `changed`."""
+    key: str
+    other: str
+    """What takes the place of the key, where it is replaced."""
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """One version of a program and what it changed: sort, subject, what takes its place, words."""
+    """One version of a program."""
 
     version: str
     day: str
-    changes: list[tuple[str, str, str, str]]
+    entries: list[Entry]
 
 
 def changelog(draw: Draw) -> Made | None:
@@ -140,43 +152,40 @@ def changelog(draw: Draw) -> Made | None:
     rng = draw.rng
     names, dates = identifiers(draw), date_style(draw)
     number, now = [rng.randint(0, 4), 0, 0], day(draw, 2012, 2018)
-    head, bullet = (
-        rng.choice(("## [{v}] - {d}", "Version {v} ({d})", "{v} / {d}", "# {v}\n{d}\n")),
-        "- ",
-    )
+    head = rng.choice(("## [{v}] - {d}", "Version {v} ({d})", "{v} / {d}", "# {v}\n{d}\n"))
 
-    def change() -> tuple[str, str, str, str]:
+    def entry() -> Entry:
         sort, words = rng.choice(phrases("changes", draw.language))
         key, other = next(names), next(names)
         fields = {"key": key, "other": other, "path": code_path(draw), "title": title(draw)}
-        return sort, key, other, fill(words, fields)
+        return Entry(sort, key, other, fill(words, fields))
 
     def make() -> Release:
         nonlocal now
         now += datetime.timedelta(days=rng.randint(4, 120))
         at = rng.choices((0, 1, 2), weights=(1, 5, 9))[0]
         number[at:] = [number[at] + 1, *[0] * (2 - at)]
-        changes = [change() for _ in range(rng.randint(1, 7))]
-        return Release(".".join(map(str, number)), now.strftime(dates), changes)
+        entries = [entry() for _ in range(rng.randint(1, 7))]
+        return Release(".".join(map(str, number)), now.strftime(dates), entries)
 
     def write(release: Release) -> str:
         top = head.replace("{v}", release.version).replace("{d}", release.day)
-        return "\n".join([top, *(bullet + words for _, _, _, words in release.changes)])
+        return "\n".join([top, *(f"- {each.words}" for each in release.entries)])
 
     releases = grow(draw, make, write)
     release = rng.choice(releases)
-    _, key, _, _ = rng.choice(release.changes)
-    fields = {"key": key, "n": release.version}
-    listed = "; ".join(words for _, _, _, words in release.changes)
+    fields = {"key": rng.choice(release.entries).key, "n": release.version}
+    listed = "; ".join(each.words for each in release.entries)
     asks = [
         Ask(wording="changelog/version", fields=fields, reference=release.version),
         Ask(wording="changelog/day", fields=fields, reference=release.day),
         Ask(wording="changelog/brought", fields=fields, reference=listed, max_new_tokens=160),
     ]
-    replaced = [change for each in releases for change in each.changes if change[0] == "replaced"]
+    replaced = [each for one in releases for each in one.entries if each.sort == "replaced"]
     if replaced:
-        _, key, other, _ = rng.choice(replaced)
-        asks.append(Ask(wording="changelog/instead", fields={"key": key}, reference=other))
+        gone = rng.choice(replaced)
+        fields = {"key": gone.key, "n": release.version}
+        asks.append(Ask(wording="changelog/instead", fields=fields, reference=gone.other))
     asks.append(Ask(wording="changelog/upgrade", fields=fields, max_new_tokens=200))
     return asked(draw, list(map(write, reversed(releases))), asks)
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,10 +43,8 @@ def _tables(draw: Draw) -> tuple[list[Table], list[str]]:
         while name in taken:
             name = f"{next(more).partition('_')[0]}_{rng.choice(names)}"
         taken.add(name)
-        keys = rng.sample(phrases("column_names", "en"), rng.randint(2, 6))
-        keys += [next(more) for _ in range(rng.randint(0, 2))]
-        rng.shuffle(keys)
-        columns = {key: rng.choice(_TYPES) for key in keys}
+        columns = dict(rng.sample(phrases("column_names", "en"), rng.randint(2, 6)))
+        columns |= {next(more): rng.choice(_TYPES) for _ in range(rng.randint(0, 2))}
         parent = rng.choice(made).name if made and rng.random() < 0.8 else ""
         made.append(Table(name, f"-- {title(draw)}" if noted else "", columns, parent))
         return made[-1]
@@ -116,7 +115,10 @@ class Function:
 def _functions(text: str) -> tuple[Function, ...]:
     """List a Python file's public functions with parameters; none where it cannot be parsed."""
     try:
-        tree = ast.parse(text)
+        with warnings.catch_warnings():
+            # Of other people's strings.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
     except SyntaxError:
         return ()
     found = []

@@ -156,6 +156,23 @@ def test_payments_are_added_up(looked: Looked) -> None:
     assert added > 3
 
 
+def test_records_and_answers_are_counted(looked: Looked) -> None:
+    counted = 0
+    for seed in range(16):
+        material, asks = looked(records, _kind("records"), seed, "en")
+        count, which = _ask(asks, "records/count"), _ask(asks, "records/which")
+        if count and which:
+            assert material.count(count.fields["name"]) == int(count.reference)
+            assert which.reference.count(", ") < int(count.reference)
+        material, asks = looked(records, _kind("survey"), seed, "en")
+        for ask in asks:
+            said = f"- {ask.fields.get('question')} {ask.fields.get('value')}\n"
+            if ask.wording == "survey/count" and said in material:
+                counted += 1
+                assert material.count(said) == int(ask.reference)
+    assert counted > 3
+
+
 def test_an_appointment_is_where_it_was_moved_to_last(looked: Looked) -> None:
     for seed in range(8):
         material, asks = looked(dated, _kind("appointment"), seed, "en")
@@ -170,7 +187,7 @@ def test_an_appointment_is_where_it_was_moved_to_last(looked: Looked) -> None:
         assert time in said[-1]
 
 
-def test_the_last_of_a_file_tree_is_counted(looked: Looked) -> None:
+def test_the_files_of_a_folder_are_counted(looked: Looked) -> None:
     for seed in range(8):
         material, asks = looked(reference_works, _kind("file_tree"), seed, "zh")
         ask, listed = _ask(asks, "file_tree/count"), _ask(asks, "file_tree/list")
