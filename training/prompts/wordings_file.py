@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).with_name("wordings")
-_FILES = ("far.json", "shots.json", "local.json", "reading.json")
+_FILES = ("far.json", "shots.json", "local.json", "reading.json", "records.json")
 _AFTER_ONLY = re.compile(
     r"\b(?:above|preceding|foregoing|you (?:just|have) read|earlier)\b|上面|以上|上文|前面|读完",
     re.I,

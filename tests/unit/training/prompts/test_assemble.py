@@ -15,7 +15,7 @@ from training.prompts.passages import Library
 from training.prompts.sums import make_problem
 from training.prompts.written import Written
 
-SETTINGS = PromptSettings(count=900, seed=7, min_tokens=256, max_tokens=3000)
+SETTINGS = PromptSettings(count=1200, seed=7, min_tokens=256, max_tokens=3000)
 
 
 @pytest.fixture(scope="module")

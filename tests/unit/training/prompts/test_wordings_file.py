@@ -15,6 +15,7 @@ WORDINGS = Path(training.prompts.__file__).with_name("wordings")
 _FIELDS = {
     *("question", "abstract", "label", "quote", "name", "request", "row", "column", "other"),
     *("labels", "language", "path", "piece", "tag", "items", "words", "n"),
+    *("key", "value", "time", "place"),
 }
 
 
