@@ -93,27 +93,54 @@ def test_gap_is_filled_by_the_word_of_the_text(language: str, make: Maker) -> No
         assert whole in squeezed(made.text)
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_which_first_names_the_earlier_of_two_sentences(language: str, make: Maker) -> None:
-    for made in make("which_first", language):
+def test_which_first_names_the_earlier_of_two_sentences(make: Maker) -> None:
+    last = [made for made in make("which_first", "en", count=20) if made.position == "end"]
+    assert len(last) > 3
+    for made in last:
         joined = squeezed(made.text)
-        assert joined.count(made.reference) >= 2
+        sentences = re.findall(r"[A-Z][a-z ]+(?:[A-Z][a-z]+)?\.", joined)
+        twice = {sentence for sentence in sentences if sentences.count(sentence) > 1}
+        [other] = twice - {made.reference}
+        assert joined.index(made.reference) < joined.index(other)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_mention_quotes_a_sentence_with_the_name(language: str, make: Maker) -> None:
-    names = "Orlando|Wilhelmina|Kasimir|Quentin|Yolanda|Zachary|长河|雪山|风铃|黑马"
-    for made in make("mention", language, 2500):
-        assert made.reference in squeezed(made.text)
-        assert re.search(names, made.reference)
+def test_mention_quotes_the_first_or_the_last_sentence_with_the_name(
+    language: str, make: Maker
+) -> None:
+    names = re.compile("Orlando|Wilhelmina|Kasimir|Quentin|Yolanda|Zachary|长河|雪山|风铃|黑马")
+    ends = set()
+    last = [made for made in make("mention", language, 2500, 20) if made.position == "end"]
+    for made in last:
+        assert made.reference.endswith((".", "。"))
+        # The request is the last paragraph and names the name once more.
+        material, _, ask = made.text.rpartition("\n\n")
+        [name] = {name for name in names.findall(ask) if name in made.reference}
+        joined = squeezed(material)
+        begin = joined.index(made.reference)
+        places = range(begin, begin + len(made.reference))
+        if joined.index(name) in places:
+            ends.add("first")
+        else:
+            assert joined.rindex(name) in places
+            ends.add("last")
+    assert ends == {"first", "last"}
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_true_or_false_says_which_and_gives_the_right_answer(language: str, make: Maker) -> None:
-    verdicts = [made.reference for made in make("true_or_false", language, 1500, 30)]
-    wrong = [verdict for verdict in verdicts if verdict.startswith("wrong: ")]
-    assert 5 < len(wrong) < 25
-    assert len(wrong) + verdicts.count("right") == len(verdicts)
+def test_true_or_false_is_right_where_the_right_answer_is_claimed(
+    language: str, make: Maker, written: Written
+) -> None:
+    verdicts = set()
+    for made in make("true_or_false", language, 1500, 30):
+        if made.position != "end":
+            continue
+        ask = made.text.rpartition("\n\n")[2]
+        [question] = [found for found in written.questions if found.question in ask]
+        right = question.answer in ask.replace(question.question, "")
+        assert made.reference == ("right" if right else f"wrong: {question.answer}")
+        verdicts.add(right)
+    assert verdicts == {True, False}
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -172,6 +199,26 @@ def test_next_passage_follows_in_its_text(make: Maker, library: Library) -> None
         assert text.index(opening) < text.index(following)
 
 
+def test_odd_passage_is_of_another_work_and_stands_anywhere(make: Maker, library: Library) -> None:
+    places = []
+    for made in make("odd_passage", "en", 3000):
+        place = re.search(rf"(?:^|\n){re.escape(made.reference)}[:\]]?\s+", made.text)
+        assert place
+        sentence = re.match(r"[A-Z][^.]+\.", made.text[place.end() :])
+        assert sentence
+        [own] = {text.source for text in library.texts if sentence[0] in text.text}
+        others = {
+            text.source
+            for text in library.texts
+            for paragraph in text.text.split("\n\n")
+            if paragraph in made.text and text.source != own
+        }
+        assert len(others) == 1
+        places.append(place.start() / len(made.text))
+    assert min(places) < 0.3
+    assert max(places) > 0.5
+
+
 def test_passage_twice_stands_twice(make: Maker) -> None:
     for made in make("passage_twice", "en"):
         first, second = made.reference.split(", ")
@@ -180,6 +227,17 @@ def test_passage_twice_stands_twice(make: Maker) -> None:
             for label in (first, second)
         ]
         assert begun[0] == begun[1]
+
+
+def test_support_labels_the_passage_of_the_question(
+    make: Maker, library: Library, written: Written
+) -> None:
+    for made in make("support", "en"):
+        [question] = [found for found in written.questions if found.question in made.text]
+        own = library.words(question.passages[0])
+        assert re.search(
+            rf"(?:^|\n){re.escape(made.reference)}[:\]]?\s+{re.escape(own)}", made.text
+        )
 
 
 def test_several_questions_have_an_answer_each(make: Maker, written: Written) -> None:
@@ -236,7 +294,7 @@ def test_proofread_chat_returns_right_sentences(language: str, make: Maker) -> N
         ]
         pairs = list(zip(turns_[::2], turns_[1::2], strict=False))
         same = sum(said["content"] == back["content"] for said, back in pairs)
-        assert same < len(pairs)
+        assert same < 0.7 * len(pairs)
 
 
 def test_mail_reply_names_a_subject_that_is_there(make: Maker) -> None:
