@@ -10,36 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.prompts import (
-    changes,
-    code,
-    composing,
-    dated,
-    entries_on,
-    far,
-    local,
-    numbered,
-    program_files,
-    programs,
-    reading,
-    records,
-    reference_works,
-    shots,
-    sums,
-    tables,
-    turns,
-)
 from training.prompts.answers import render
-from training.prompts.drawing import Draw, Kind, Made
+from training.prompts.kinds import KINDS
+from training.prompts.kinds.drawing import Draw, Kind, Made
 from training.prompts.passages import Library
 from training.prompts.written import Written
 
 logger = logging.getLogger(__name__)
 
-_PROSE = (reading, numbered, composing, turns)
-_STRUCTURED = (program_files, records, dated, reference_works, programs, changes, entries_on)
-_MODULES = (far, shots, sums, code, local, tables, *_PROSE, *_STRUCTURED)
-KINDS: list[Kind] = [kind for module in _MODULES for kind in module.KINDS]
 _CHINESE_SHARE = 0.16
 _MIDDLE_SHARE = 0.55
 """Share of lengths drawn from 4K to 16K tokens; the others from the whole range."""

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from training.prompts.answers import render
-from training.prompts.assemble import KINDS, PromptSettings, assemble, draw_tokens
-from training.prompts.drawing import Draw
+from training.prompts.assemble import PromptSettings, assemble, draw_tokens
+from training.prompts.kinds import KINDS
+from training.prompts.kinds.drawing import Draw
+from training.prompts.kinds.sums import make_problem
 from training.prompts.passages import Library
-from training.prompts.sums import make_problem
 from training.prompts.written import Written
 
 SETTINGS = PromptSettings(count=1200, seed=7, min_tokens=256, max_tokens=3000)

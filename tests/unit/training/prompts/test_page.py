@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from training.prompts.assemble import KINDS
+from training.prompts.kinds import KINDS
 
 PAGE = (Path(__file__).resolve().parents[4] / "docs" / "PROMPTS.md").read_text("utf-8")
 

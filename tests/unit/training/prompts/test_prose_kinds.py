@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from training.prompts import composing, numbered, reading, turns
-from training.prompts.drawing import Draw, Kind, Made
+from training.prompts.kinds import composing, numbered, reading, turns
+from training.prompts.kinds.drawing import Draw, Kind, Made
+from training.prompts.kinds.sentences import squeezed
 from training.prompts.passages import Library
-from training.prompts.sentences import squeezed
 from training.prompts.written import Written
 
 KINDS = [kind for module in (reading, numbered, composing, turns) for kind in module.KINDS]

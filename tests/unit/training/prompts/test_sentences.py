@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from training.prompts.sentences import (
+from training.prompts.kinds.sentences import (
     mentions,
     misspell,
     names_of,

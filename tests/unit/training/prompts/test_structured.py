@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training.prompts import (
+from training.prompts.kinds import (
     changes,
     dated,
     entries_on,
@@ -16,10 +16,10 @@ from training.prompts import (
     records,
     reference_works,
 )
-from training.prompts.drawing import Draw, Kind, Made
-from training.prompts.entries import Ask, estimate_tokens
+from training.prompts.kinds.drawing import Draw, Kind, Made
+from training.prompts.kinds.entries import Ask, estimate_tokens
+from training.prompts.kinds.pieces import identifiers, people, sentence
 from training.prompts.passages import Library
-from training.prompts.pieces import identifiers, people, sentence
 from training.prompts.written import Written
 
 MODULES = (changes, dated, entries_on, program_files, programs, records, reference_works)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import training.prompts
-from training.prompts.drawing import fill
+from training.prompts.kinds.drawing import fill
 from training.prompts.wordings_file import Wording, all_wordings, choose, labels, phrases, wordings
 
 WORDINGS = Path(training.prompts.__file__).with_name("wordings")

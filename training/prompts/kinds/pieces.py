@@ -4,8 +4,8 @@ import datetime
 import re
 from collections.abc import Iterator
 
-from training.prompts.drawing import Draw
-from training.prompts.sentences import sentences_of, squeezed
+from training.prompts.kinds.drawing import Draw
+from training.prompts.kinds.sentences import sentences_of, squeezed
 from training.prompts.texts import Text
 from training.prompts.wordings_file import phrases
 

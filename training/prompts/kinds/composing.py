@@ -1,6 +1,6 @@
 """Kinds whose answer is composed: outlines, titles, comparisons, replies, more in one style."""
 
-from training.prompts.drawing import (
+from training.prompts.kinds.drawing import (
     Draw,
     Kind,
     Made,
@@ -9,8 +9,8 @@ from training.prompts.drawing import (
     lay_out,
     paragraphs_of,
 )
-from training.prompts.reading import PROSE, prose
-from training.prompts.sentences import opening, squeezed, unique_sentences
+from training.prompts.kinds.reading import PROSE, prose
+from training.prompts.kinds.sentences import opening, squeezed, unique_sentences
 from training.prompts.wordings_file import choose, phrases
 
 _STRUCTURED = {

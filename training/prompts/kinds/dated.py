@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-from training.prompts.drawing import Draw, Kind, Made, fill, paragraphs_of, pick
-from training.prompts.entries import MOST_COUNTED, Ask, asked, grow, once
-from training.prompts.pieces import (
+from training.prompts.kinds.drawing import Draw, Kind, Made, fill, paragraphs_of, pick
+from training.prompts.kinds.entries import MOST_COUNTED, Ask, asked, grow, once
+from training.prompts.kinds.pieces import (
     code_path,
     date_style,
     day,

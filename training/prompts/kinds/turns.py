@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from training.prompts.drawing import (
+from training.prompts.kinds.drawing import (
     Draw,
     Kind,
     Made,
@@ -14,8 +14,8 @@ from training.prompts.drawing import (
     pick,
     pick_question,
 )
-from training.prompts.reading import content_question, prose, wrong_answer
-from training.prompts.sentences import misspell, sentences_of
+from training.prompts.kinds.reading import content_question, prose, wrong_answer
+from training.prompts.kinds.sentences import misspell, sentences_of
 from training.prompts.wordings_file import choose, phrases, wordings
 from training.prompts.written import Question
 

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from training.prompts.drawing import Draw, Kind, Made, fill
-from training.prompts.entries import MOST_COUNTED, Ask, asked, grow, once
-from training.prompts.pieces import code_path, day, identifiers, people, title
+from training.prompts.kinds.drawing import Draw, Kind, Made, fill
+from training.prompts.kinds.entries import MOST_COUNTED, Ask, asked, grow, once
+from training.prompts.kinds.pieces import code_path, day, identifiers, people, title
 from training.prompts.wordings_file import phrases
 
 

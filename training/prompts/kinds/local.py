@@ -1,6 +1,6 @@
 """Kinds whose answer is made of what stands nearby, and those with several turns."""
 
-from training.prompts.drawing import (
+from training.prompts.kinds.drawing import (
     Draw,
     Kind,
     Made,
@@ -13,7 +13,7 @@ from training.prompts.drawing import (
     pick,
     pick_question,
 )
-from training.prompts.sums import make_problem
+from training.prompts.kinds.sums import make_problem
 from training.prompts.wordings_file import choose, phrases
 
 _PROSE = {

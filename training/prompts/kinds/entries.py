@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from training.prompts.drawing import Draw, Made, fill, finish, lay_out
+from training.prompts.kinds.drawing import Draw, Made, fill, finish, lay_out
 from training.prompts.wordings_file import choose
 
 _TOKEN_PARTS = re.compile(

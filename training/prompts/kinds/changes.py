@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
-from training.prompts.drawing import Draw, Kind, Made, fill
-from training.prompts.entries import Ask, asked, asked_last, at_most_one, grow
-from training.prompts.pieces import code_title, date_style, day, identifiers, people
+from training.prompts.kinds.drawing import Draw, Kind, Made, fill
+from training.prompts.kinds.entries import Ask, asked, asked_last, at_most_one, grow
+from training.prompts.kinds.pieces import code_title, date_style, day, identifiers, people
 from training.prompts.wordings_file import phrases
 
 _NAME = re.compile(r"\b(?=\w{5,24}\b)[a-z]+(?:_\w+|[A-Z]\w*)\b")

@@ -1,6 +1,6 @@
 """Kinds that need their far context: questions, summaries, retrieval, counting, extraction."""
 
-from training.prompts.drawing import (
+from training.prompts.kinds.drawing import (
     Draw,
     Kind,
     Made,

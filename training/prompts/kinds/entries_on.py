@@ -1,10 +1,10 @@
 """Kinds on the end of long material of entries: go on with it, write its last entry otherwise."""
 
-from training.prompts.dated import transcript_turns
-from training.prompts.drawing import Draw, Kind, Made, finish
-from training.prompts.entries import Ask, asked_last
-from training.prompts.program_files import log_lines, settings_sections
-from training.prompts.records import catalogue_records, payment_list
+from training.prompts.kinds.dated import transcript_turns
+from training.prompts.kinds.drawing import Draw, Kind, Made, finish
+from training.prompts.kinds.entries import Ask, asked_last
+from training.prompts.kinds.program_files import log_lines, settings_sections
+from training.prompts.kinds.records import catalogue_records, payment_list
 from training.prompts.wordings_file import choose
 
 _MATERIAL = (

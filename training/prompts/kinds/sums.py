@@ -4,7 +4,7 @@ import operator
 import random
 from dataclasses import dataclass
 
-from training.prompts.drawing import Draw, Kind, Made, finish
+from training.prompts.kinds.drawing import Draw, Kind, Made, finish
 from training.prompts.wordings_file import choose, phrases
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from training.prompts.drawing import Draw, Kind, Made
-from training.prompts.entries import MOST_COUNTED, Ask, asked, estimate_tokens, grow, once
-from training.prompts.pieces import code_title, identifiers, title
+from training.prompts.kinds.drawing import Draw, Kind, Made
+from training.prompts.kinds.entries import MOST_COUNTED, Ask, asked, estimate_tokens, grow, once
+from training.prompts.kinds.pieces import code_title, identifiers, title
 from training.prompts.texts import Text
 from training.prompts.wordings_file import phrases
 

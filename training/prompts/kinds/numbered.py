@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from training.prompts.drawing import (
+from training.prompts.kinds.drawing import (
     Draw,
     Kind,
     Made,
@@ -14,9 +14,9 @@ from training.prompts.drawing import (
     paragraphs_of,
     pick_question,
 )
-from training.prompts.far import other_passages
+from training.prompts.kinds.far import other_passages
+from training.prompts.kinds.sentences import opening, squeezed
 from training.prompts.passages import Passage
-from training.prompts.sentences import opening, squeezed
 from training.prompts.wordings_file import phrases
 
 _LONG = {

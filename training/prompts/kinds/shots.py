@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from training.prompts.drawing import Draw, Kind, Made, fill, finish, pick, pick_question
+from training.prompts.kinds.drawing import Draw, Kind, Made, fill, finish, pick, pick_question
 from training.prompts.wordings_file import choose, labels, phrases
 
 _LINE_CHARS = (40, 420)

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
-from training.prompts.drawing import Draw, Kind, Made, fill
-from training.prompts.entries import MOST_COUNTED, Ask, asked, at_most_one, grow
-from training.prompts.pieces import date_style, day, people, sentence, title, titled
+from training.prompts.kinds.drawing import Draw, Kind, Made, fill
+from training.prompts.kinds.entries import MOST_COUNTED, Ask, asked, at_most_one, grow
+from training.prompts.kinds.pieces import date_style, day, people, sentence, title, titled
 from training.prompts.wordings_file import phrases
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from training.prompts.drawing import (
+from training.prompts.kinds.drawing import (
     Draw,
     Kind,
     Made,
@@ -14,7 +14,7 @@ from training.prompts.drawing import (
     paragraphs_of,
     pick_question,
 )
-from training.prompts.sentences import (
+from training.prompts.kinds.sentences import (
     is_prose,
     mentions,
     names_of,

@@ -2,7 +2,7 @@
 
 import random
 
-from training.prompts.drawing import Draw, Kind, Made, finish, lay_out
+from training.prompts.kinds.drawing import Draw, Kind, Made, finish, lay_out
 from training.prompts.wordings_file import phrases
 
 

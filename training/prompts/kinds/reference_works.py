@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import PurePosixPath
 
-from training.prompts.drawing import Draw, Kind, Made
-from training.prompts.entries import MOST_COUNTED, Ask, asked, at_most_one, grow, once
-from training.prompts.pieces import code_title, identifiers, sentence, title, titled
-from training.prompts.sentences import sentences_of, squeezed
+from training.prompts.kinds.drawing import Draw, Kind, Made
+from training.prompts.kinds.entries import MOST_COUNTED, Ask, asked, at_most_one, grow, once
+from training.prompts.kinds.pieces import code_title, identifiers, sentence, title, titled
+from training.prompts.kinds.sentences import sentences_of, squeezed
 
 _ENTRY = re.compile(
     r"\n\n(?P<term>[A-Za-z][^\n:{}<>]{1,38})\n\n {3}(?P<words>\S[^\n]+(?:\n {3}[^\n]+)*)"

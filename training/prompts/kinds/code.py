@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from training.prompts.drawing import Draw, Kind, Made, fill, finish, longest_of
+from training.prompts.kinds.drawing import Draw, Kind, Made, fill, finish, longest_of
 from training.prompts.texts import Text
 from training.prompts.wordings_file import choose
 
