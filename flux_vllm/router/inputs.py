@@ -24,6 +24,10 @@ _POOL = re.compile(r"(head|tail|ends|overlap):([1-9][0-9]{0,6})|length")
 _LENGTH_UNIT = 16384
 
 
+_MOST_PROBED = 2**15
+"""Every probe is computed at its full length; one of this many tokens is a long prompt itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """How many tokens of a prompt a probe runs over; a shorter prompt is taken whole."""
@@ -214,8 +218,11 @@ def parse_inputs(
 
     Raises: ValueError: values that make no inputs.
     """
-    if len(probe) != 2 or min(probe) < 0 or sum(probe) < 1:
-        raise ValueError(f"expected a probe of two token counts, head and tail, found {probe!r}")
+    if len(probe) != 2 or min(probe) < 0 or not 1 <= sum(probe) <= _MOST_PROBED:
+        raise ValueError(
+            "expected a probe of two token counts, head and tail, found "
+            f"{probe!r}; together they are 1 to {_MOST_PROBED}"
+        )
     return RouterInputs(
         pools=tuple(map(Pool.parse, pools)),
         probe=Probe(*probe),

@@ -123,7 +123,9 @@ def check_probe(inputs: RouterInputs, vllm_config: Any) -> None:
             'their own, or choose a policy without a router ("full", "sparse", "static")'
         )
     budget = vllm_config.scheduler_config.max_num_batched_tokens
-    if vllm_config.device_config.device_type != "cpu" and budget < inputs.probe.tokens:
+    # On CPUs a forward may be longer than a step, but for positions of several axes.
+    must_fit = vllm_config.device_config.device_type != "cpu" or vllm_config.model_config.uses_mrope
+    if must_fit and budget < inputs.probe.tokens:
         raise UnsupportedConfigurationError(
             '--attention-backend flux with policy "router": expected --max-num-batched-tokens of '
             f"at least {inputs.probe.tokens}, the tokens of a probe, found {budget}; raise it"

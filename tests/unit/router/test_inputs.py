@@ -143,6 +143,14 @@ def test_no_pool(text: str) -> None:
         Pool.parse(text)
 
 
+@pytest.mark.parametrize("probe", [(0, 0), (-1, 8), (8,), (2**15, 1)], ids=str)
+def test_no_probe(probe: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"head and tail, found \(.*\); together they are 1 to 32768"
+    ):
+        parse_inputs(["tail:1"], probe, [])
+
+
 def test_a_pool_longer_than_the_probe() -> None:
     with pytest.raises(ValueError, match=r"at most 4 tokens \(tail\).*found tail:5; enlarge"):
         RouterInputs(pools=(Pool("tail", 5),), probe=Probe(8, 4))

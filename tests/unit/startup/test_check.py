@@ -1,4 +1,4 @@
-"""Start-up: every refusal by its message, and the memory that is set aside for query sums.
+"""Start-up: every refusal by its message, and the memory that is set aside.
 
 Oracle: the messages; and the sizes of real tensors. Configurations are the least that is read of
 them; `test_llm.py` meets some of the same errors through a real `vllm.LLM(...)`, and
@@ -15,9 +15,10 @@ from torch import nn
 from flux_vllm.config import FluxConfig
 from flux_vllm.errors import FluxConfigError, RouterCheckpointError, UnsupportedConfigurationError
 from flux_vllm.router.checkpoint import RouterInfo, write_router
+from flux_vllm.router.inputs import parse_inputs
 from flux_vllm.router.model import LayerRouter
 from flux_vllm.startup.attach import _over_ranks, attach
-from flux_vllm.startup.check import check_configuration, check_features
+from flux_vllm.startup.check import check_configuration, check_features, check_probe
 from flux_vllm.startup.memory import reserve_buffers
 from flux_vllm.startup.router_file import read_router_for
 from tests.unit.startup.fakes import CPU, H, L, make_config, make_speculation, runner_of, write
@@ -29,6 +30,20 @@ pytestmark = pytest.mark.vllm
 def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLUX_METRICS_DIR", raising=False)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("uses_mrope", [False, True])
+def test_a_step_shorter_than_a_probe(device: str, uses_mrope: bool, tmp_path: Path) -> None:
+    inputs = parse_inputs(["tail:1"], [20, 30], [])
+    tight = {"device__device_type": device, "model__uses_mrope": uses_mrope}
+    check_probe(inputs, make_config(tmp_path, scheduler__max_num_batched_tokens=50, **tight))
+    config = make_config(tmp_path, scheduler__max_num_batched_tokens=49, **tight)
+    if device == "cpu" and not uses_mrope:
+        check_probe(inputs, config)
+        return
+    with pytest.raises(UnsupportedConfigurationError, match="at least 50, the tokens of a probe"):
+        check_probe(inputs, config)
 
 
 REFUSED = {
