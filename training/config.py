@@ -59,6 +59,8 @@ class RouterSettings:
             self.sparse_pattern,
         )
         _check(len(self.widths) in (0, 4), "router.widths", "empty or four numbers", self.widths)
+        first = self.full_decode_tokens
+        _check(first >= 0, "router.full_decode_tokens", "0 or more", first)
         outside = [depth for depth in self.context_depths if not 0 <= depth <= 1]
         _check(not outside, "router.context_depths", "numbers from 0 to 1", outside)
         try:

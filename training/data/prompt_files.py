@@ -117,7 +117,7 @@ def encode_prompt(
     Raises: ValueError: the answer's tokens are another tokenizer's.
     """
     answer = list(prompt.answer_ids)
-    if answer and prompt.answer:
+    if answer:
         _check_tokens(answer, prompt.answer, tokenizer)
     if not answer:
         answer = tokenizer(prompt.answer, add_special_tokens=False, verbose=False)["input_ids"]
@@ -138,7 +138,8 @@ def _check_tokens(token_ids: list[int], text: str, tokenizer: Any) -> None:
     said = "".join(
         tokenizer.decode([at for at in shown if at < known], skip_special_tokens=True).split()
     )
-    if max(shown) >= known or not "".join(text.split()).startswith(said.rstrip("\ufffd")):
+    agrees = not text or "".join(text.split()).startswith(said.rstrip("\ufffd"))
+    if max(token_ids) >= known or not agrees:
         raise ValueError(
             f"expected answer_ids of this model's tokenizer, which say {text[:40]!r}, found tokens "
             f"that say {said[:40]!r}; answers are those of the model that is trained: make them "
@@ -186,6 +187,14 @@ def read_prompt_files(paths: Iterable[Path]) -> list[FilePrompt]:
 def _prompt(row: dict[str, Any], where: str) -> FilePrompt:
     messages, prompt = row.get("messages") or [], row.get("prompt") or ""
     answer, ids = row.get("answer") or "", row.get("answer_ids") or []
+    turns = isinstance(messages, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str | list) for turn in messages
+    )
+    if not turns or not all(isinstance(token, int) for token in ids):
+        raise ValueError(
+            f"{where}: expected `messages` as a list of objects with `role` and `content`, and "
+            "`answer_ids` as a list of numbers, found others; correct the line"
+        )
     if messages and messages[-1].get("role") == "assistant" and not (answer or ids):
         *messages, last = messages
         answer = last["content"]

@@ -94,6 +94,10 @@ def test_recipes_are_valid(name: str) -> None:
             "context_depths to be numbers from 0 to 1, found [2.0]",
         ),
         (["train", "--model", "m", "--out", "o", "--loss.budget_nats", "0"], "--loss.budget_nats"),
+        (
+            ["train", "--model", "m", "--out", "o", "--router.full_decode_tokens", "-5"],
+            "router.full_decode_tokens to be 0 or more, found -5",
+        ),
         (["eval", "--model", "m", "--router", "/nowhere", "--out", "o"], "found nothing there"),
         (["divergence", "--model", "m"], "--router and --out"),
         (["order", "--model", "m", "--out", "o"], "--router"),

@@ -125,7 +125,9 @@ def test_answer_ids_are_preferred_to_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "ids"), [("other", [5, 6]), ("words", [5, 6, VOCABULARY])], ids=["text", "vocabulary"]
+    ("text", "ids"),
+    [("other", [5, 6]), ("words", [5, 6, VOCABULARY]), ("", [5, VOCABULARY])],
+    ids=["text", "vocabulary", "ids alone"],
 )
 def test_answers_of_another_model_are_refused(text: str, ids: list[int], tmp_path: Path) -> None:
     file = write(tmp_path / "ids.jsonl", {"prompt": "ask", "answer": text, "answer_ids": ids})
@@ -195,6 +197,22 @@ def test_incomplete_lines_are_named(row: dict[str, Any], tmp_path: Path) -> None
     file.write_text("\n".join(json.dumps(one) for one in (many(1)[0], row)))
     with pytest.raises(ValueError, match=r"data\.jsonl, line 2: expected `messages` or `prompt`"):
         read_prompt_files([file])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": "hello"},
+        {"messages": [{"role": "user"}]},
+        {"messages": ["hello"]},
+        {"prompt": "a", "answer_ids": "12"},
+    ],
+    ids=["text", "no content", "no object", "ids"],
+)
+def test_lines_of_other_types_are_named(row: dict[str, Any], tmp_path: Path) -> None:
+    file = write(tmp_path / "types.jsonl", {"prompt": "a", "answer": "b"}, {"answer": "b"} | row)
+    with pytest.raises(ValueError, match=r"types\.jsonl, line 2: expected `messages` as a list of"):
+        read_prompt_files([Path(file)])
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
