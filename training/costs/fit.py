@@ -70,11 +70,11 @@ def fit_router(
     torch.manual_seed(config.seed)
     seen = assemble(measured, inputs)
     network = _SharedTrunk(seen, inputs, measured.pooled.shape[-1], config.router.widths)
-    view, need = network.view(seen), _log_need(costs)
+    everything = costs.nats(torch.ones_like(costs.lengths))
+    view, need = network.view(seen), _log_need(everything)
     gains = beyond(measured, config.router) ** config.costs.length_power
     gains = gains / gains.mean()
     settings, loss, most = config.optimizer, config.loss, config.costs.most_nats
-    everything = costs.nats(torch.ones_like(costs.lengths))
     at_stake = (most * -torch.expm1(-everything / most)).mean().item()
     nats_budget = min(loss.budget_nats, loss.budget_share * at_stake)
     optimizer = _make_optimizer(network, settings)
@@ -112,9 +112,9 @@ def beyond(measured: Measurements, settings: RouterSettings) -> torch.Tensor:
     return torch.from_numpy(measured.tokens - reach).clamp(min=1).float()
 
 
-def _log_need(costs: QuadraticCosts) -> torch.Tensor:
-    """Standardise the log of what all SPARSE costs: [N]."""
-    need = torch.log(costs.nats(torch.ones_like(costs.lengths)) + _LEAST_NATS)
+def _log_need(all_sparse: torch.Tensor) -> torch.Tensor:
+    """Standardise the log of what all SPARSE costs, nats [N]: [N]."""
+    need = torch.log(all_sparse + _LEAST_NATS)
     return (need - need.mean()) / need.std()
 
 

@@ -193,7 +193,8 @@ def _prompt(row: dict[str, Any], where: str) -> FilePrompt:
     if not turns or not all(isinstance(token, int) for token in ids):
         raise ValueError(
             f"{where}: expected `messages` as a list of objects with `role` and `content`, and "
-            "`answer_ids` as a list of numbers, found others; correct the line"
+            f"`answer_ids` as a list of numbers, found {str(messages)[:60]!r} and "
+            f"{str(ids)[:40]!r}; correct the line"
         )
     if messages and messages[-1].get("role") == "assistant" and not (answer or ids):
         *messages, last = messages

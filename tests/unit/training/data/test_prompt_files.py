@@ -211,7 +211,9 @@ def test_incomplete_lines_are_named(row: dict[str, Any], tmp_path: Path) -> None
 )
 def test_lines_of_other_types_are_named(row: dict[str, Any], tmp_path: Path) -> None:
     file = write(tmp_path / "types.jsonl", {"prompt": "a", "answer": "b"}, {"answer": "b"} | row)
-    with pytest.raises(ValueError, match=r"types\.jsonl, line 2: expected `messages` as a list of"):
+    with pytest.raises(
+        ValueError, match=r"types\.jsonl, line 2: expected `messages` .*, found .* and .*; correct"
+    ):
         read_prompt_files([Path(file)])
 
 
