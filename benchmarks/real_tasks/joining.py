@@ -14,7 +14,7 @@ from benchmarks.real_tasks.variants import BASELINES
 from benchmarks.row_file import say
 from training.evaluation.statistics import Cells, interval
 
-SCORED: Final = ("longbench", "needles", "gsm8k", "chains")
+SCORED: Final = ("longbench", "needles", "gsm8k", "gsm8k_list", "chains")
 """Families whose answers are scored."""
 
 

@@ -131,6 +131,7 @@ _OF_TASK: dict[str, Callable[[str, str], float]] = {
     "passage_retrieval_en": paragraph_share,
     "lcc": code_similarity,
     "gsm8k": last_number,
+    "gsm8k_list": last_number,
     "chain_of_thought": first_result,
 }
 NEEDLE_TASKS = ("hidden_value", "hidden_phrase", "hidden_values")

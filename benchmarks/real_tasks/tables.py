@@ -25,7 +25,7 @@ def score_table(rows: Sequence[Row]) -> str:
     """Write each variant's scores, and the interval of its share of full attention's."""
     families = [
         name
-        for name in ("longbench", "needles", "gsm8k", "chains")
+        for name in ("longbench", "needles", "gsm8k", "gsm8k_list", "chains")
         if any(row[name] is not None for row in rows)
     ]
     heads = ["variant", "SPARSE"]

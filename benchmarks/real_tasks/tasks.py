@@ -1,6 +1,8 @@
 """The families of tasks: which samples each has, and how they are asked."""
 
 import dataclasses
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -8,12 +10,16 @@ from typing import Final
 from benchmarks.real_tasks.needles import make_needles
 from benchmarks.real_tasks.samples import Sample, read_samples
 
-FAMILIES: Final = ("longbench", "needles", "prompts", "chains", "gsm8k")
+FAMILIES: Final = ("longbench", "needles", "prompts", "chains", "gsm8k_list", "gsm8k")
 """In the order in which they are asked: those first whose answers other engines wait for."""
-COMPARED: Final = ("longbench", "needles", "prompts", "chains")
+COMPARED: Final = ("longbench", "needles", "prompts", "chains", "gsm8k_list")
 """Families in which agreement with full attention is measured. GSM8K's prompts are too short for
 routes to matter."""
 
+_LISTED: Final = 120
+"""Problems of a list, some 7,000 tokens."""
+_LISTS: Final = 100
+"""Such prompts."""
 _STEP_BY_STEP = "Think step by step. End with a line that holds the result alone, as a number."
 _THREE_WAYS = (
     "Solve this in three different ways. In each, explain every step at length, say why it is "
@@ -79,6 +85,8 @@ def _load(family: str, options: TaskOptions) -> list[Sample]:
         return [
             dataclasses.replace(one, prompt=f"{one.prompt}\n\n{_STEP_BY_STEP}") for one in questions
         ]
+    if family == "gsm8k_list":
+        return [_in_a_list(one, questions) for one in questions[:_LISTS]]
     if family == "chains":
         least, most = options.chain_new_tokens
         return [
@@ -93,3 +101,19 @@ def _load(family: str, options: TaskOptions) -> list[Sample]:
             for one in questions[-options.chains :]
         ]
     raise ValueError(f"expected a task family among {list(FAMILIES)}, found {family!r}")
+
+
+def _in_a_list(one: Sample, questions: Sequence[Sample]) -> Sample:
+    """Ask a problem by its number in a list of others: reasoning over what stands far away."""
+    rng = random.Random(one.id)
+    others = [other for other in questions if other.id != one.id]
+    listed = rng.sample(others, min(_LISTED - 1, len(others)))
+    number = rng.randint(1, len(listed) + 1)
+    listed.insert(number - 1, one)
+    problems = "\n\n".join(f"Problem {at}. {each.prompt}" for at, each in enumerate(listed, 1))
+    return dataclasses.replace(
+        one,
+        task="gsm8k_list",
+        id=f"gsm8k_list-{one.id}",
+        prompt=f"{problems}\n\nSolve problem {number} of this list, and no other. {_STEP_BY_STEP}",
+    )

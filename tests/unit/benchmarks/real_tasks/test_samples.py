@@ -4,6 +4,7 @@ Oracle: a tokenizer of whole words, whose tokens can be counted by eye.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,24 @@ def test_load_asks_for_steps_and_for_chains_of_thought(tmp_path: Path) -> None:
     assert [chain.answers for chain in chains] == [("1",), ("2",)]
     assert {(chain.min_new_tokens, chain.max_new_tokens) for chain in chains} == {(2000, 2560)}
     assert {chain.task for chain in chains} == {"chain_of_thought"}
+
+
+def test_load_asks_for_one_problem_of_a_list(tmp_path: Path) -> None:
+    listed = load("gsm8k_list", _options(tmp_path))
+    assert len(listed) == 6
+    assert listed == load("gsm8k_list", _options(tmp_path))
+    for one in listed:
+        number = re.search(r"Solve problem (\d+) of this list", one.prompt)
+        assert number is not None
+        own = one.id.removeprefix("gsm8k_list-").replace("-", " ")
+        assert f"Problem {number[1]}. {own}\n" in one.prompt
+        assert all(
+            one.prompt.count(f". {task} {at}\n") == 1
+            for task in ("qasper", "lcc")
+            for at in range(3)
+        )
+        assert one.score(f"So it is {one.answers[0]}.") == 1
+    assert len({one.prompt.split("Solve")[0] for one in listed}) > 1
 
 
 def test_load_refuses_what_is_not_there(tmp_path: Path) -> None:
