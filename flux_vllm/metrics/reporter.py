@@ -84,6 +84,7 @@ class RouteReporter:
         self._full_decode_tokens = full_decode_tokens
         self._sparse_prefill = sparse_prefill
         self._pending: list[tuple[Batch, _RowRoutes]] = []
+        self._decided: list[np.ndarray] = []
         self._flushed = time.monotonic()
         for route in (Route.FULL, Route.SPARSE):
             for layer in layers:
@@ -105,7 +106,7 @@ class RouteReporter:
         decided: np.ndarray | None,
         counts_keys: bool = True,
     ) -> None:
-        """Count one step; all but its decisions may wait for the next ones, a fifth of a second.
+        """Note one step, to be counted with the next ones: within a fifth of a second of them.
 
         Args:
             batch: of the step that ran.
@@ -120,11 +121,9 @@ class RouteReporter:
                 self._pending.append((batch, self._pending[-1][1]))
             else:
                 self._pending.append((batch, _RowRoutes.of(routes)))
-        if decided is not None and decided.any():
-            for row in np.flatnonzero(decided):
-                self._count_request(routes[row])
-            self.flush()
-        elif time.monotonic() - self._flushed >= FLUSH_SECONDS:
+        if decided is not None:
+            self._decided.append(routes[decided])
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
     def record_decode(self, keys: "DecodeKeys") -> None:
@@ -136,6 +135,9 @@ class RouteReporter:
     def flush(self) -> None:
         """Count the steps that wait, all rows at once: a step by itself costs as much as many."""
         self._flushed = time.monotonic()
+        if self._decided:
+            self._count_requests(np.concatenate(self._decided))
+            self._decided.clear()
         if not self._pending:
             return
         batch = Batch.concatenate([batch for batch, _ in self._pending])
@@ -151,11 +153,14 @@ class RouteReporter:
             num_sparse = np.where(batch.is_prefill & ~is_open, len(self._layers), num_sparse)
         self._count_keys(batch, num_sparse)
 
-    def _count_request(self, routes: np.ndarray) -> None:
-        for layer, route in zip(self._layers, routes.tolist(), strict=True):
-            self._count_decisions(layer, Route(route), 1)
-        ratio = float((routes == Route.SPARSE).mean())
-        self._store.observe("flux_request_sparse_layers_ratio", ratio, RATIO_BUCKETS, _RATIO)
+    def _count_requests(self, routes: np.ndarray) -> None:
+        """Count the routes that requests got: [P, L] int8."""
+        for route in Route:
+            for layer, amount in zip(self._layers, (routes == route).sum(axis=0), strict=True):
+                if amount:
+                    self._count_decisions(layer, route, int(amount))
+        for ratio in (routes == Route.SPARSE).mean(axis=1):
+            self._store.observe("flux_request_sparse_layers_ratio", ratio, RATIO_BUCKETS, _RATIO)
 
     def _count_keys(self, batch: Batch, sparse_layers: np.ndarray) -> None:
         """Count the keys of all rows, given their numbers of SPARSE layers [R]."""

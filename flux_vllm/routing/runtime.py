@@ -378,7 +378,7 @@ class _Rows(NamedTuple):
 
 def _among(slots: np.ndarray, wanted: set[int]) -> np.ndarray:
     """Say which of the slots [R] are wanted."""
-    return np.isin(slots, list(wanted))
+    return np.fromiter((slot in wanted for slot in slots.tolist()), np.bool_, len(slots))
 
 
 def recent_decisions(llm: object) -> list[RouteDecision]:

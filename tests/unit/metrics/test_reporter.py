@@ -92,6 +92,10 @@ class Setup:
                 samples[sample.name, *sorted(labels.items())] = sample.value
         return samples
 
+    def decisions(self) -> float:
+        found = self.scrape().items()
+        return sum(value for key, value in found if key[0] == "flux_route_decisions_total")
+
     def tokens(self, what: str, phase: str) -> float:
         return self.scrape()[f"flux_{what}_tokens_total", ("phase", phase)]
 
@@ -284,8 +288,7 @@ class TestWhatCounts:
         routes = np.array([[SPARSE, FULL, FULL]], dtype=np.int8)
         one.reporter.record(make_step([(500, 1, 400)]), routes, np.array([True]), False)
         one.reporter.flush()
-        found = one.scrape()
-        assert sum(v for k, v in found.items() if k[0] == "flux_route_decisions_total") == 3
+        assert one.decisions() == 3
         assert one.tokens("context", "decode") == 0
         one.reporter.record_decode(DecodeKeys(70, 90, 2))
         assert one.tokens("attended", "decode") == 70
@@ -326,7 +329,7 @@ class TestNonfiniteRouter:
 
 
 class TestWaiting:
-    """Steps that settle no route may wait for others, a fifth of a second."""
+    """Steps may wait for others, a fifth of a second."""
 
     @pytest.fixture
     def one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
@@ -349,7 +352,14 @@ class TestWaiting:
         one.reporter.flush()
         assert one.tokens("context", "decode") == 5 * 10 * 3
 
-    def test_a_decision_shows_at_once(self, one: Setup) -> None:
+    def test_decisions_wait_with_their_steps(self, one: Setup) -> None:
+        """A request's first step counts nothing by itself: that would keep its first token."""
+        for _ in range(2):
+            self.step(one, decided=True)
+        assert one.decisions() == 0
+        self.now += FLUSH_SECONDS
         self.step(one)
-        self.step(one, decided=True)
-        assert one.tokens("context", "decode") == 2 * 10 * 3
+        assert one.decisions() == 2 * 3
+        assert one.tokens("context", "decode") == 3 * 10 * 3
+        one.reporter.flush()
+        assert one.decisions() == 2 * 3
