@@ -3,11 +3,13 @@ r"""Is flux ever slower than plain vLLM? Decode, first tokens and mixed steps, e
     python -m benchmarks.bench_never_slower --model SHAPE_FOLDER --load-format dummy --out OUT.json
 
 Of a hybrid, whose rows each take a block of states (8 GiB hold fewer than the 1,024 rows that vLLM
-would capture graphs for on an H200, and it refuses to start):
+would capture graphs for on an H200, and it refuses to start; vLLM compiles FlashInfer's kernels
+for its linear layers where they are not told to use Triton's):
 
     python -m benchmarks.bench_never_slower --model benchmarks/shapes/qwen3.5-9b \
         --load-format dummy --kv-gib 8 --gpu-memory-utilization 0.3 --policies static \
-        --engine-arguments '{"max_num_seqs": 256}' --out OUT.json
+        --engine-arguments '{"max_num_seqs": 256,
+            "additional_config": {"gdn_prefill_backend": "triton"}}' --out OUT.json
 
 All engines are alive at once on one GPU, each in processes of its own: vLLM's backend twice (what
 two alike differ by), and flux under the policies asked for. `static` has a share of its layers
@@ -101,9 +103,6 @@ def _engines(args: argparse.Namespace, shape: Shape, folder: Path) -> dict[str, 
 
 
 def _engine(args: argparse.Namespace, shape: Shape, flux: dict[str, Any] | None) -> Engine:
-    arguments: dict[str, Any] = {"attention_backend": args.baseline}
-    if flux is not None:
-        arguments = {"attention_backend": "flux", "additional_config": {"flux": flux}}
     return Engine(
         shape.vocab_size,
         model=str(args.model),
@@ -114,9 +113,18 @@ def _engine(args: argparse.Namespace, shape: Shape, flux: dict[str, Any] | None)
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         gpu_memory_utilization=args.gpu_memory_utilization,
         disable_log_stats=True,
-        **arguments,
-        **args.engine_arguments,
+        **backend_arguments(args.engine_arguments, args.baseline, flux),
     )
+
+
+def backend_arguments(
+    shared: Mapping[str, Any], baseline: str, flux: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return what all engines share, with vLLM's own backend or with flux beside the rest."""
+    if flux is None:
+        return {"attention_backend": baseline, **shared}
+    additional = shared.get("additional_config", {}) | {"flux": flux}
+    return {**shared, "attention_backend": "flux", "additional_config": additional}
 
 
 class _Run:

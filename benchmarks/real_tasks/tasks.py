@@ -16,10 +16,12 @@ COMPARED: Final = ("longbench", "needles", "prompts", "chains", "gsm8k_list")
 """Families in which agreement with full attention is measured. GSM8K's prompts are too short for
 routes to matter."""
 
-_LISTED: Final = 120
-"""Problems of a list, some 7,000 tokens."""
+_LISTED: Final = 80
+"""Problems of a list, some 5,200 tokens."""
 _LISTS: Final = 100
 """Such prompts."""
+_FIRST_WORDS: Final = 8
+"""Of a problem: by its number alone the models at hand find another one."""
 _STEP_BY_STEP = "Think step by step. End with a line that holds the result alone, as a number."
 _THREE_WAYS = (
     "Solve this in three different ways. In each, explain every step at length, say why it is "
@@ -104,16 +106,18 @@ def _load(family: str, options: TaskOptions) -> list[Sample]:
 
 
 def _in_a_list(one: Sample, questions: Sequence[Sample]) -> Sample:
-    """Ask a problem by its number in a list of others: reasoning over what stands far away."""
+    """Ask a problem by number and first words in a list: reasoning over what stands far away."""
     rng = random.Random(one.id)
     others = [other for other in questions if other.id != one.id]
     listed = rng.sample(others, min(_LISTED - 1, len(others)))
     number = rng.randint(1, len(listed) + 1)
     listed.insert(number - 1, one)
     problems = "\n\n".join(f"Problem {at}. {each.prompt}" for at, each in enumerate(listed, 1))
+    begin = " ".join(one.prompt.split()[:_FIRST_WORDS])
+    asked = f'Solve problem {number} of this list, which begins "{begin}", and no other.'
     return dataclasses.replace(
         one,
         task="gsm8k_list",
         id=f"gsm8k_list-{one.id}",
-        prompt=f"{problems}\n\nSolve problem {number} of this list, and no other. {_STEP_BY_STEP}",
+        prompt=f"{problems}\n\n{asked} {_STEP_BY_STEP}",
     )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.bench_never_slower import backend_arguments
 from benchmarks.never_slower_cases import (
     BASELINE,
     CONTROL,
@@ -88,3 +89,16 @@ def test_rows() -> None:
         "decode_ms 31000 x 16       static           f=0.75    1.100 against    2.200: -50.00 % "
         "[-50.00, -50.00], 2.000x, 0.909 of the ideal"
     )
+
+
+def test_engines_share_their_arguments_but_for_flux() -> None:
+    shared = {"max_num_seqs": 256, "additional_config": {"gdn_prefill_backend": "triton"}}
+    own = backend_arguments(shared, "FLASH_ATTN", None)
+    assert own == {"attention_backend": "FLASH_ATTN", **shared}
+    flux = backend_arguments(shared, "FLASH_ATTN", {"policy": "full"})
+    assert flux["attention_backend"] == "flux"
+    assert flux["max_num_seqs"] == 256
+    assert flux["additional_config"] == {
+        "gdn_prefill_backend": "triton", "flux": {"policy": "full"}
+    }  # fmt: skip
+    assert "flux" not in shared["additional_config"]

@@ -168,6 +168,7 @@ def test_load_asks_for_one_problem_of_a_list(tmp_path: Path) -> None:
         assert number is not None
         own = one.id.removeprefix("gsm8k_list-").replace("-", " ")
         assert f"Problem {number[1]}. {own}\n" in one.prompt
+        assert f'which begins "{own}", and' in one.prompt
         assert all(
             one.prompt.count(f". {task} {at}\n") == 1
             for task in ("qasper", "lcc")
