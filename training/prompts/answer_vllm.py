@@ -6,6 +6,25 @@ from typing import Any
 
 from training.prompts.answerer import Answer, AnswerSettings, Asked
 
+_FREE_SHARE = 0.05
+"""Of the memory, free at the start, where nothing is measured."""
+
+
+def engine_arguments(settings: AnswerSettings) -> dict[str, Any]:
+    """Return what vLLM's `LLM` is made with."""
+    arguments = {
+        "model": settings.model,
+        "gpu_memory_utilization": settings.gpu_memory,
+        "max_num_batched_tokens": settings.batch_tokens,
+        "seed": settings.seed,
+    }
+    if settings.max_model_len:
+        arguments["max_model_len"] = settings.max_model_len
+    if settings.kv_gib:
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_gib * 2**30)
+        arguments["gpu_memory_utilization"] = _FREE_SHARE
+    return arguments
+
 
 class VllmAnswerer:
     """vLLM's `LLM` with its own attention backend.
@@ -14,20 +33,21 @@ class VllmAnswerer:
 
     Args:
         settings: model, limits, sampling.
+
+    Raises: ValueError: vLLM does not start.
     """
 
     def __init__(self, settings: AnswerSettings) -> None:
         # No plugin is loaded: answers are those of vLLM as it comes.
         os.environ["VLLM_PLUGINS"] = ""
         self._vllm: Any = importlib.import_module("vllm")
-        limits = {"max_model_len": settings.max_model_len} if settings.max_model_len else {}
-        self._llm = self._vllm.LLM(
-            model=settings.model,
-            gpu_memory_utilization=settings.gpu_memory,
-            max_num_batched_tokens=settings.batch_tokens,
-            seed=settings.seed,
-            **limits,
-        )
+        try:
+            self._llm = self._vllm.LLM(**engine_arguments(settings))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"expected vLLM to start, found: {error}. Where memory is short, see --kv_gib and "
+                "--gpu_memory, or answer with --engine transformers"
+            ) from error
         self.tokenizer: Any = self._llm.get_tokenizer()
         self.max_model_len: int = self._llm.llm_engine.model_config.max_model_len
         self._temperature = settings.temperature

@@ -33,7 +33,10 @@ class AnswerSettings:
     batch: int = 1024
     """Prompts handed over at once; their answers are written together."""
     gpu_memory: float = 0.9
-    """Share of the GPU's memory that vLLM takes."""
+    """Share of the memory that vLLM takes, of a GPU that nothing else uses."""
+    kv_gib: float = 0.0
+    """GiB of vLLM's KV cache, in place of that share: beside other processes, whose memory vLLM
+    takes for its own."""
     batch_tokens: int = 16384
     """Most tokens that vLLM computes in a step."""
 

@@ -1,8 +1,10 @@
 """Answers to a file of prompts. Oracle: transformers' own greedy generation, prompt by prompt."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.prompts import answers as module
+from training.prompts.answer_vllm import VllmAnswerer, engine_arguments
 from training.prompts.answerer import AnswerSettings
 from training.prompts.answers import cut_middle, make_answerer, render, write_answers
 
@@ -160,3 +163,24 @@ def test_vllm_is_refused_where_it_is_missing(
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="expected vLLM"):
         make_answerer(_settings(model_folder, prompts, engine="vllm"))
+
+
+def test_vllm_beside_other_processes_measures_no_memory(model_folder: Path, prompts: Path) -> None:
+    alone = engine_arguments(_settings(model_folder, prompts, max_model_len=512))
+    assert (alone["gpu_memory_utilization"], alone["max_model_len"]) == (0.9, 512)
+    assert "kv_cache_memory_bytes" not in alone
+    beside = engine_arguments(_settings(model_folder, prompts, kv_gib=1.5))
+    assert beside["kv_cache_memory_bytes"] == 3 * 2**29
+    assert beside["gpu_memory_utilization"] < 0.1
+
+
+def test_vllm_that_does_not_start_says_which_options(
+    model_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**arguments: Any) -> None:
+        raise RuntimeError("Engine core initialization failed")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=fail))
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    with pytest.raises(ValueError, match=r"initialization failed.* --kv_gib and --gpu_memory"):
+        VllmAnswerer(_settings(model_folder, prompts))
