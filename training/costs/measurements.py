@@ -50,6 +50,7 @@ class Measurements:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing.")
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        Path(temporary).chmod(0o644)  # others may fit to what one measured
         Path(temporary).replace(path)
 
 

@@ -141,6 +141,7 @@ def test_files_survive_and_are_not_measured_again(routed: RoutedModel, tmp_path:
     assert sorted(join(again).place) == [0, 1, 2]
     measure_into(tmp_path, measurer(routed), items[3:], again, 0.0)
     whole = join(read_folder(tmp_path))
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.glob("*.npz")} == {0o644}
     assert sorted(whole.place) == [0, 1, 2, 3, 4]
     assert whole.place[whole.held_out].tolist() == [3]
     # Reading leaves what the folder says of itself.
