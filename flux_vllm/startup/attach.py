@@ -20,6 +20,7 @@ from flux_vllm.startup.check import check_features, check_fit, check_probe
 from flux_vllm.startup.layers import (
     AttentionLayer,
     attention_layers,
+    check_full_attention,
     layers_for_router,
     layers_with_routes,
     rotary_of,
@@ -46,6 +47,7 @@ def attach(runner: Any, vllm_config: Any, device: torch.device) -> FluxRuntime:
     router, info = read_router_for(config, vllm_config)
     model = runner.get_model()
     layers = attention_layers(model)
+    check_full_attention(type(model).__name__, layers)
     # The others of full attention stay undecided, hence FULL.
     routed = layers_for_router(model, layers) if config.needs_router else layers_with_routes(layers)
     if info is not None:

@@ -69,12 +69,28 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             if type(parent).__module__.startswith("transformers."):
                 rotary = transformers_rotary(model, parent, attention.head_size)
             layers.append(AttentionLayer(index, attention, parent, rotary))
-    if not any(layer.has_full_attention for layer in layers):
-        raise UnsupportedConfigurationError(
-            f"--attention-backend flux: expected layers with full attention in "
-            f"{type(model).__name__}, found none; serve it without --attention-backend flux"
-        )
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def check_full_attention(model: str, layers: Sequence[AttentionLayer]) -> None:
+    """Check that there is full attention, on every pipeline stage; all of them call this.
+
+    Raises: UnsupportedConfigurationError: none, on all stages where one has none: none waits for
+        another that was refused.
+    """
+    full = gather_over_stages([any(layer.has_full_attention for layer in layers)])
+    if not any(full):
+        raise UnsupportedConfigurationError(
+            f"--attention-backend flux: expected layers with full attention in {model}, found "
+            "none; serve it without --attention-backend flux"
+        )
+    without = [stage for stage, has_full in enumerate(full) if not has_full]
+    if without:
+        raise UnsupportedConfigurationError(
+            "--attention-backend flux: expected layers with full attention on every pipeline "
+            f"stage, found none of {model} on {without} of {len(full)}; choose a smaller "
+            "--pipeline-parallel-size, or serve it without --attention-backend flux"
+        )
 
 
 def layers_with_routes(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:

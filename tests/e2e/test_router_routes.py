@@ -226,7 +226,12 @@ def test_positions_past_the_rope_table_do_not_end_the_engine(tmp_path, monkeypat
     model = write_tiny_llama(tmp_path, layers=2, max_position_embeddings=512)
     write_random_router(tmp_path, num_layers=2, head_dim=32)
     with Engine(model, {}, max_model_len=1024, block_size=BLOCK_SIZE) as engine:
-        for length in (900, 300):
-            (answer,) = engine.generate([random_prompt(length, seed=length)], 4)
-            assert len(answer.tokens) == 4
-            assert answer.routes is not None
+        answers = []
+        for length in (300, 900, 300):
+            engine.forget_prefixes()
+            answers += engine.generate([random_prompt(length, seed=length)], 4)
+            assert len(answers[-1].tokens) == 4
+            assert answers[-1].routes is not None
+        before, _, after = answers
+        assert (before.tokens, before.logprobs) == (after.tokens, after.logprobs)
+        assert (before.routes, before.p_full) == (after.routes, after.p_full)

@@ -40,6 +40,8 @@ SINK_TOKENS, WINDOW_TOKENS = 32, 128
 LENGTHS = (100, 161, 333, 500)
 OUTPUT = 8
 CHUNK = 97
+_AT_ONCE = 4
+"""Requests of a step."""
 TOLERANCE = 0.02
 STATIC = {
     "policy": "static",
@@ -178,7 +180,7 @@ def start(folder: Path, family: Family, flux: dict[str, Any] | None) -> Engine:
             flux,
             dtype=family.dtype,
             max_num_batched_tokens=2048,
-            max_num_seqs=4,
+            max_num_seqs=_AT_ONCE,
             enable_prefix_caching=True,
             served_model_name=f"family-{next(_names)}",
             **family.arguments,
@@ -198,10 +200,12 @@ def answer_all(engine: Engine, family: Family) -> Iterator[Answer]:
 
 
 def answer_together(engine: Engine, family: Family) -> list[Answer]:
-    """Answer all prompts at once, in chunks, so that some are probed while others run."""
+    """Answer all prompts in chunks, more than run at once: some are probed while others decode."""
     engine.limit_chunks(CHUNK)
     engine.forget_prefixes()
-    answers = engine.generate([random_prompt(n, seed=n) for n in family.lengths], OUTPUT)
+    lengths = family.lengths * (1 + _AT_ONCE // len(family.lengths))
+    assert len(lengths) > _AT_ONCE
+    answers = engine.generate([random_prompt(n, seed=n) for n in lengths], OUTPUT)
     engine.limit_chunks(0)
     return answers
 

@@ -324,8 +324,8 @@ class TestStages:
         monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: stage)
 
     def other_stage_says(self, monkeypatch: pytest.MonkeyPatch, *answers: list) -> None:
-        """Let the second stage answer what this one's calls gather."""
-        left = list(answers)
+        """Let the second stage, which has full attention, answer what this one's calls gather."""
+        left = [[True], *answers]
 
         def gather(parts: list, own: list, group: None) -> None:
             parts[:] = own, left.pop(0)
@@ -337,6 +337,25 @@ class TestStages:
         for layer in model.layers:
             layer.self_attn.use_rope = rotating
         return model
+
+    @pytest.mark.parametrize(("here", "without"), [(True, 1), (False, 0)])
+    def test_a_stage_without_full_attention(
+        self, tmp_path: Path, rope: Any, monkeypatch: Any, here: bool, without: int
+    ) -> None:
+        """Both stages are refused, whichever has none."""
+        monkeypatch.setattr(
+            "torch.distributed.all_gather_object",
+            lambda parts, own, group: parts.__setitem__(slice(None), [own, [not here]]),
+        )
+        attentions = [make_attention(i, None if here else 64) for i in range(2)]
+        model = Model(attentions, rope)
+        with pytest.raises(UnsupportedConfigurationError) as error:
+            attach(runner_of(model), make_config(tmp_path, {"policy": "full"}), CPU)
+        assert str(error.value) == (
+            "--attention-backend flux: expected layers with full attention on every pipeline "
+            f"stage, found none of Model on [{without}] of 2; choose a smaller "
+            "--pipeline-parallel-size, or serve it without --attention-backend flux"
+        )
 
     def test_routes_of_all_layers(self, tmp_path: Path, rope: Any, monkeypatch: Any) -> None:
         write(tmp_path)

@@ -232,6 +232,17 @@ class Changing(nn.Module):
         q, k = self.rotary_emb(positions, q, k)
         return self.attn(q * 2, k, k)
 
+    def clamped_in_the_call(self, positions: Any, q: Any, k: Any) -> Any:
+        """Change values by a method, behind one that does not."""
+        q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q.clamp(-1, 1).view(-1, 32), k, k)
+
+    def product_by_a_method(self, positions: Any, q: Any, k: Any) -> Any:
+        """Scale by a method."""
+        q, k = self.rotary_emb(positions, q, k)
+        q = q.mul(2)
+        return self.attn(q, k, k)
+
     def in_place(self, positions: Any, q: Any, k: Any) -> Any:
         """Scale without an assignment."""
         q, k = self.rotary_emb(positions, q, k)
@@ -291,6 +302,8 @@ class Changing(nn.Module):
     ("method", "change"),
     [
         ("product_in_the_call", "return self.attn(q * 2, k, k)"),
+        ("clamped_in_the_call", "return self.attn(q.clamp(-1, 1).view(-1, 32), k, k)"),
+        ("product_by_a_method", "q = q.mul(2)"),
         ("in_place", "q.mul_(2)"),
         ("under_another_name", "query *= 2"),
         ("slice_of_it", "q[..., :8] = 0"),
