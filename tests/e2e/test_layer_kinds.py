@@ -6,6 +6,7 @@ Oracles: see tests/helpers/families.py.
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -193,6 +194,13 @@ def test_router(case: Case) -> None:
 
 def test_training(case: Case) -> None:
     check_training(case)
+
+
+def test_a_probe_attends_to_an_owners_keys(tmp_path: Path) -> None:
+    """Routers look at a layer without keys of its own, which those of training never do."""
+    pools = {"pools": ["ends:48"], "context_layers": [3], "widths": [64, 32, 32, 32]}
+    case = make_case(replace(FAMILIES["gemma4-shared-kv"], looks_at=pools), tmp_path)
+    check_router(case, is_trained=False)
 
 
 def test_memory_of_sparse_layers_is_not_given_back(tmp_path: Path) -> None:
