@@ -53,3 +53,14 @@ def test_trained_families_are_those_whose_tests_train() -> None:
         texts = [(REPOSITORY / path).read_text(encoding="utf-8") for path in paths]
         trains = any("def test_training(" in t or "load_for_training(" in t for t in texts)
         assert trained.strip() == ("yes" if trains else "no"), row
+
+
+def test_what_was_tested_on_a_gpu_is_recorded() -> None:
+    record = (REPOSITORY / "benchmarks" / "results" / "gpu_tests_h200.txt").read_text()
+    passed = re.findall(r"(test_\w+)\.py[^\n]* passed", record)
+    rows = [row for row in PAGE.splitlines() if "`tests/" in row and "H200" in row.split("|")[3]]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`tests/gpu/(test_\w+)\.py`", row)
+        assert named, row
+        assert set(named) <= set(passed), row
