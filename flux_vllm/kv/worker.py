@@ -164,7 +164,7 @@ def _log(
         begin = f"once an answer has {full_decode_tokens} tokens"
     logger.info(
         "flux: free_kv cuts the KV cache into %d groups of %d layers; %d of them give blocks back, "
-        "%d where a request routes all their layers SPARSE, %s",
+        "%d of these only where a request routes all their layers SPARSE, %s",
         clusters.num_groups,
         clusters.size,
         len(clusters.sparse) - clusters.kept,

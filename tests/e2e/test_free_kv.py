@@ -332,7 +332,7 @@ def test_routed_follow_ups(tiny_model, tmp_path):
 
 
 def test_routed_preemption(tiny_model, tmp_path):
-    """Few blocks: requests are preempted and resumed under the routes that they had."""
+    """Few blocks: requests are preempted in their prompts, and resumed under their routes."""
     prompts = [random_prompt(300 + 40 * index, seed=index) for index in range(6)]
     flux = _routed(tmp_path, tiny_model)
     arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 256, "max_model_len": 1024}

@@ -165,6 +165,35 @@ def _preempt_at(engine, step):
     scheduler.schedule = preempting
 
 
+def _answered(answer):
+    """Count the tokens that an answer had when it was preempted, once."""
+    (answered,) = (
+        before + length - len(answer.prompt)
+        for (before, length, _), (start, _, _) in pairwise(answer.steps)
+        if start < before
+    )
+    return answered
+
+
+def test_routed_requests_preempted_after_giving_back(tiny_model, tmp_path):
+    """Without `full_decode_tokens`; resumed under the routes that they had."""
+    write_router(tmp_path, *read_router(tiny_model))
+    flux = {"router": str(tmp_path)}
+    arguments = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 97}
+    prompts, tokens, step = [random_prompt(n, seed=n) for n in (710, 640, 655)], 40, 40
+    with PoisonedEngine(tiny_model, flux | FREE, **arguments) as engine:
+        _preempt_at(engine, step)
+        answers = engine.generate(prompts, tokens)
+        assert engine.freed
+    for answer in answers:
+        assert answer.resumed_at == [0]
+        assert _answered(answer) > 0
+    assert len({tuple(answer.routes) for answer in answers}) > 1
+    with Engine(tiny_model, flux, **arguments) as engine:
+        _preempt_at(engine, step)
+        _same(answers, engine.generate(prompts, tokens))
+
+
 @pytest.mark.parametrize(
     ("pattern", "gave_back"),
     [
@@ -189,12 +218,7 @@ def test_preempted_answers(tiny_model, pattern, gave_back):
         assert len(engine.freed) > once if gave_back else len(engine.freed) == once
     for answer in answers:
         assert answer.resumed_at == [0]
-        (answered,) = (
-            before + length - len(answer.prompt)
-            for (before, length, _), (start, _, _) in pairwise(answer.steps)
-            if start < before
-        )
-        assert (answered > EARLY) == gave_back
+        assert (_answered(answer) > EARLY) == gave_back
     with Engine(tiny_model, flux, **arguments) as engine:
         _preempt_at(engine, step)
         _same(answers, engine.generate(prompts, tokens))

@@ -233,5 +233,5 @@ def test_positions_past_the_rope_table_do_not_end_the_engine(tmp_path, monkeypat
             assert len(answers[-1].tokens) == 4
             assert answers[-1].routes is not None
         before, _, after = answers
-        # Its tokens may be spoilt: a NaN stays in the memory of vLLM's own CPU kernels, stock's too.
+        # Its tokens may be spoilt: a NaN stays in the memory of vLLM's CPU kernels, stock's too.
         assert (before.routes, before.p_full) == (after.routes, after.p_full)

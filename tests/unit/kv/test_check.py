@@ -316,7 +316,7 @@ def test_layers_without_a_route_keep_no_others_from_being_freed(tmp_path, caplog
     cluster_kv_cache(worker)
     clusters = [spec.cluster for spec in worker.model_runner.get_kv_cache_spec().values()]
     assert {clusters[layer] for layer in unrouted} == {6, 7, 8}
-    assert "9 groups of 4 layers; 6 of them give blocks back, 6 where" in caplog.text
+    assert "9 groups of 4 layers; 6 of them give blocks back, 6 of these only where" in caplog.text
 
 
 def test_worker_without_our_scheduler_is_refused(tmp_path):
