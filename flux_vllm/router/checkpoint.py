@@ -151,13 +151,12 @@ class RouterInfo:
                 f"{path}: expected 'true' or 'false' in the metadata field 'pool_prefix', found "
                 f"{_shortened(pool_prefix)}; write the file again"
             )
-        probe = _list(metadata, "probe", int, path) or (128, 128)
         info = cls(
             pool_prefix=pool_prefix == "true",
             base_model=metadata.get("base_model", ""),
             sparse_pattern=metadata["sparse_pattern"],
             provenance=provenance,
-            probe=probe,
+            probe=_list({"probe": "[128, 128]"} | metadata, "probe", int, path),
             pools=_list(metadata, "pools", str, path),
             context_layers=_list(metadata, "context_layers", int, path),
             widths=_list(metadata, "widths", int, path),

@@ -107,13 +107,11 @@ def _make_probe(
 
     Raises: RouterCheckpointError, UnsupportedConfigurationError.
     """
-    from vllm.distributed import get_pp_group
-
     check_probe(info.inputs, vllm_config)
     weight, _ = router.linear("features.0")
     read = info.inputs.layers_read(weight, set(routed_by.values()) - set(info.always_sparse))
-    unseen = sorted(read - {layer.index for layer in layers})
-    if unseen and get_pp_group().world_size == 1:  # else another stage may have them
+    unseen = sorted(read - set(gather_over_stages([layer.index for layer in layers])))
+    if unseen:
         raise RouterCheckpointError(
             f"router: expected context_layers with attention, found {unseen} without (trained "
             f"for {info.base_model or 'an unnamed model'!r}); give this model's own router"

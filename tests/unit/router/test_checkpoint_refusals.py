@@ -230,6 +230,7 @@ class TestInputs:
             ),
             ("pools", "tail:16", r".*a JSON list of texts.*"),
             ("probe", "[128]", r".*two token counts, head and tail, found \(128,\).*"),
+            ("probe", "[]", r".*two token counts, head and tail, found \(\).*"),
             ("probe", "[-1, 4]", r".*a JSON list of whole numbers in .*'probe'.*"),
             ("widths", "[8, 8]", r".*no or four widths.*found .*widths \(8, 8\).*"),
             ("widths", "[8, 8, 0, 8]", r".*no or four widths.*"),

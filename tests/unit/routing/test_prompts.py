@@ -94,18 +94,33 @@ def test_the_next_prompt_is_looked_at_after_the_first_one_ended() -> None:
     assert due(prompts, b=REACH + 1) == ["b"]
 
 
+def test_each_of_several_open_prompts_is_looked_at_in_time() -> None:
+    """One falls due while others have long to go: all are taken with their first token too many."""
+    prompts = OpenPrompts(REACH)
+    ends = {"a": 155, "b": 100, "c": 40}
+    for name, length in ends.items():
+        prompts.add(prompt(name, length))
+    taken = {}
+    for _ in range(REACH):
+        if prompts.begin_step():
+            taken |= {name: ends[name] for name in due(prompts, **ends)}
+        ends = {name: end + 1 for name, end in ends.items()}
+    assert taken == dict.fromkeys("abc", REACH + 1)
+
+
 def test_announced_again_it_is_looked_at_no_later() -> None:
     """After a preemption: its generated text is among its tokens then."""
     prompts = OpenPrompts(REACH)
     prompts.add(prompt("a", 100))
-    for _ in range(50):
+    end = 100
+    while end < 150:
         if prompts.begin_step():
-            assert due(prompts, a=100) == []
+            assert due(prompts, a=end) == []
+        end += 1
     prompts.add(prompt("a", 100))
-    waited = 0
-    while not prompts.begin_step():
-        waited += 1
-    assert waited <= 11
+    while not (prompts.begin_step() and due(prompts, a=end)):
+        end += 1
+    assert end == REACH + 1
 
 
 def test_ended_requests_are_forgotten() -> None:

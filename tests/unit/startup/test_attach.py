@@ -359,7 +359,7 @@ class TestStages:
 
     def test_routes_of_all_layers(self, tmp_path: Path, rope: Any, monkeypatch: Any) -> None:
         write(tmp_path)
-        self.other_stage_says(monkeypatch, [True], [(3, 3)])
+        self.other_stage_says(monkeypatch, [True], [(3, 3)], [3])
         model = self.model(rope)
         runtime = attach(runner_of(model), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (0, 1, 3)
@@ -367,6 +367,20 @@ class TestStages:
         assert len(runtime.probe._metadata) == 2  # of the layers that are here
         bindings = [layer.self_attn.attn.impl.binding.layer for layer in model.layers]
         assert sorted(bindings) == [0, 1]
+
+    @pytest.mark.parametrize("there", [[2, 3], [2]], ids=["has it", "has a state instead"])
+    def test_a_context_layer_of_another_stage(
+        self, tmp_path: Path, rope: Any, monkeypatch: Any, there: list[int]
+    ) -> None:
+        """Read from that stage's attention, or refused: nothing would be read but zeros."""
+        write(tmp_path, context_layers=(3,), pools=("tail:8",))
+        self.other_stage_says(monkeypatch, [True], [(n, n) for n in there], there)
+        if there == [2, 3]:
+            runtime = attach(runner_of(self.model(rope)), make_config(tmp_path), CPU)
+            assert runtime.routed_layers == (0, 1, 2, 3)
+            return
+        with pytest.raises(RouterCheckpointError, match=r"layers with attention, found \[3\]"):
+            attach(runner_of(self.model(rope)), make_config(tmp_path), CPU)
 
     def test_sparse_layers_of_another_stage(
         self, tmp_path: Path, rope: Any, monkeypatch: Any
@@ -388,6 +402,6 @@ class TestStages:
     ) -> None:
         """One stage alone would take them for a model without any."""
         write(tmp_path)
-        self.other_stage_says(monkeypatch, [True], [(2, 2), (3, 3)])
+        self.other_stage_says(monkeypatch, [True], [(2, 2), (3, 3)], [2, 3])
         runtime = attach(runner_of(self.model(rope, rotating=False)), make_config(tmp_path), CPU)
         assert runtime.routed_layers == (2, 3)

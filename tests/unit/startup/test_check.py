@@ -330,13 +330,19 @@ class TestOverRanks:
 class TestProbe:
     """What an extra forward of one prompt's tokens cannot be combined with."""
 
-    EXPERTS = {"parallel__data_parallel_size": 2, "parallel__is_moe_model": True}
-
-    def test_data_parallel_mixture_of_experts(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("is_moe_model", [True, None], ids=["experts", "unknown"])
+    def test_data_parallel_mixture_of_experts(
+        self, tmp_path: Path, is_moe_model: bool | None
+    ) -> None:
+        """vLLM says None where it has not looked: such a model is taken for one of experts."""
         write(tmp_path)
+        changes = {
+            "parallel__data_parallel_size": 2,
+            "parallel__is_moe_model": is_moe_model,
+        }
         with pytest.raises(UnsupportedConfigurationError, match="run every forward together"):
-            check_configuration(make_config(tmp_path, **self.EXPERTS))
-        check_configuration(make_config(tmp_path, {"policy": "full"}, **self.EXPERTS))
+            check_configuration(make_config(tmp_path, **changes))
+        check_configuration(make_config(tmp_path, {"policy": "full"}, **changes))
 
     def test_data_parallel_dense_model(self, tmp_path: Path) -> None:
         write(tmp_path)
