@@ -31,6 +31,7 @@ from tests.helpers.families import (
     Case,
     Family,
     check_fixed_routes,
+    check_full,
     check_router,
     check_training,
     make_case,
@@ -186,6 +187,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_fixed_routes(case: Case) -> None:
     check_fixed_routes(case)
+
+
+def test_full(case: Case) -> None:
+    check_full(case)
 
 
 def test_router(case: Case) -> None:

@@ -230,16 +230,26 @@ def check_fixed_routes(case: Case) -> None:
         engine.runtime.fix_routes(case.family.sparse)
         sparse = list(answer_all(engine, case.family))
         decided = _decided_layers(engine)
-    for own, ours in zip(case.stock, full, strict=True):
-        assert own.tokens == ours.tokens
-        assert own.logprobs == ours.logprobs
-        assert own.prompt_logprobs == ours.prompt_logprobs
-        assert own.cached_tokens == ours.cached_tokens
+    _assert_equal(case.stock, full)
     routes = [[SPARSE if n in case.family.sparse else FULL for n in range(4)]] * len(sparse)
     assert case.error(sparse, routes) < case.allowed
     assert case.error(full, routes) > 2 * case.allowed, "the routes make no difference"
     assert max(answer.cached_tokens for answer in sparse) > 0
     assert decided == {*case.family.routed, *case.family.unrotated}
+
+
+def check_full(case: Case) -> None:
+    """Check `full`: stock vLLM's answers, bit by bit."""
+    with start(case.folder, case.family, {"policy": "full"}) as engine:
+        _assert_equal(case.stock, list(answer_all(engine, case.family)))
+
+
+def _assert_equal(stock: Sequence[Answer], answers: Sequence[Answer]) -> None:
+    for own, ours in zip(stock, answers, strict=True):
+        assert own.tokens == ours.tokens
+        assert own.logprobs == ours.logprobs
+        assert own.prompt_logprobs == ours.prompt_logprobs
+        assert own.cached_tokens == ours.cached_tokens
 
 
 def check_router(case: Case, kernels: str | None = None, is_trained: bool = True) -> None:
