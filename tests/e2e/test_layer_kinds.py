@@ -32,6 +32,7 @@ from tests.helpers.families import (
     Family,
     check_fixed_routes,
     check_full,
+    check_probes_beside_answers,
     check_router,
     check_training,
     make_case,
@@ -191,6 +192,15 @@ def test_fixed_routes(case: Case) -> None:
 
 def test_full(case: Case) -> None:
     check_full(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["nemotron-h", *(pytest.param(n, marks=pytest.mark.long) for n in ("falcon-h1", "qwen3-next"))],
+    indirect=True,
+)
+def test_probes_leave_running_requests_alone(case: Case) -> None:
+    check_probes_beside_answers(case)
 
 
 def test_router(case: Case) -> None:
