@@ -27,6 +27,7 @@ from flux_vllm.router.place import beside_weights
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse
 from tests.helpers.models import (
+    give_images,
     random_prompt,
     round_to_bfloat16,
     write_random_router,
@@ -78,6 +79,8 @@ class Family:
     """The format of its projections, of `quantized.FORMS`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further ones of its engines."""
+    takes_images: bool = False
+    """Whether its text model is part of one that takes images, and is given none."""
     owners: Mapping[int, int] = field(default_factory=dict)
     """Of layers that share another's KV cache, and take its route: whose."""
 
@@ -145,6 +148,8 @@ def make_case(family: Family, folder: Path) -> Case:
     )
     if family.dtype == "bfloat16":
         round_to_bfloat16(folder)
+    if family.takes_images:
+        give_images(folder)
     exact = folder / "exact" if family.quantized else folder
     if family.quantized:
         quantize(folder, exact, family.quantized)
