@@ -3,12 +3,7 @@
 Oracles: see tests/helpers/families.py.
 """
 
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,7 +15,6 @@ from transformers import (
     GraniteMoeHybridConfig,
     NemotronHConfig,
     Olmo3Config,
-    Qwen3_5TextConfig,
     Qwen3NextConfig,
     SmolLM3Config,
 )
@@ -31,6 +25,8 @@ from tests.helpers.families import (
     Case,
     Family,
     check_fixed_routes,
+    check_full,
+    check_probes_beside_answers,
     check_router,
     check_training,
     make_case,
@@ -147,23 +143,6 @@ FAMILIES = {
         },
     ),
 }
-# Several position axes, which a text counts alike.
-QWEN3_5 = Family(
-    Qwen3_5TextConfig,
-    {
-        **DELTA_NET,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
-    },
-    dtype="bfloat16",
-    lengths=(100, 161, 333, 700),  # its KV blocks are of 640 tokens
-    head_dim=64,
-)
 
 
 # Others in `make test` are of the same kind.
@@ -188,6 +167,19 @@ def test_fixed_routes(case: Case) -> None:
     check_fixed_routes(case)
 
 
+def test_full(case: Case) -> None:
+    check_full(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["nemotron-h", *(pytest.param(n, marks=pytest.mark.long) for n in ("falcon-h1", "qwen3-next"))],
+    indirect=True,
+)
+def test_probes_leave_running_requests_alone(case: Case) -> None:
+    check_probes_beside_answers(case)
+
+
 def test_router(case: Case) -> None:
     check_router(case)
 
@@ -207,48 +199,3 @@ def test_memory_of_sparse_layers_is_not_given_back(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, NemotronHConfig, **FAMILIES["nemotron-h"].config)
     with pytest.raises(UnsupportedConfigurationError, match="attention layers alone"):
         start(tmp_path, FAMILIES["nemotron-h"], STATIC | {"sparse_layers": [3], "free_kv": True})
-
-
-def _check_all(family: Family, folder: Path) -> None:
-    case = make_case(family, folder)
-    check_fixed_routes(case)
-    check_router(case)
-    check_training(case)
-
-
-@pytest.mark.long
-def test_several_position_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3.5 on text. In a process of its own, where torchvision may be a stand-in.
-
-    vLLM's code of the model imports it for images, and installations for the CPU lack it.
-    """
-    if find_spec("torchvision") is None:
-        _write_torchvision(tmp_path / "stand-in")
-        monkeypatch.syspath_prepend(tmp_path / "stand-in")  # the process takes it over,
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # and hands it on
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        pool.submit(_check_all, QWEN3_5, tmp_path / "model").result()
-
-
-def _write_torchvision(folder: Path) -> None:
-    """Write modules that have every name, and do nothing."""
-    everything = """
-from enum import Enum
-
-__version__ = "0"
-
-
-class InterpolationMode(Enum):
-    NEAREST, NEAREST_EXACT, BILINEAR, BICUBIC, BOX, HAMMING, LANCZOS = range(7)
-
-
-def __getattr__(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return type(name, (), {"__getattr__": lambda self, name: None})
-"""
-    modules = ("__init__", "io", "transforms/__init__", "transforms/functional")
-    for module in (*modules, "transforms/v2/__init__", "transforms/v2/functional"):
-        path = folder / "torchvision" / f"{module}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(everything)

@@ -12,12 +12,14 @@ that stock vLLM makes against the same reference, whose weights are the same.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from prometheus_client import generate_latest
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -25,6 +27,7 @@ from flux_vllm.router.place import beside_weights
 from tests.helpers.engine import Answer, Engine
 from tests.helpers.metrics import parse
 from tests.helpers.models import (
+    give_images,
     random_prompt,
     round_to_bfloat16,
     write_random_router,
@@ -34,11 +37,13 @@ from tests.helpers.quantized import quantize
 from tests.helpers.reference import FULL, SPARSE, ReferenceRouter, SparsePattern
 from tests.helpers.replay import P_FULL_MARGIN, check_routes
 from tests.helpers.training_side import check_training_decides_alike, check_training_runs
+from tests.helpers.watched_probes import around_probes, cache_memory
 from tests.helpers.whole_reference import WholeModel
 
 SINK_TOKENS, WINDOW_TOKENS = 32, 128
 LENGTHS = (100, 161, 333, 500)
 OUTPUT = 8
+LONG_OUTPUT = 48
 CHUNK = 97
 _AT_ONCE = 4
 """Requests of a step."""
@@ -74,6 +79,8 @@ class Family:
     """The format of its projections, of `quantized.FORMS`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further ones of its engines."""
+    takes_images: bool = False
+    """Whether its text model is part of one that takes images, and is given none."""
     owners: Mapping[int, int] = field(default_factory=dict)
     """Of layers that share another's KV cache, and take its route: whose."""
 
@@ -141,6 +148,8 @@ def make_case(family: Family, folder: Path) -> Case:
     )
     if family.dtype == "bfloat16":
         round_to_bfloat16(folder)
+    if family.takes_images:
+        give_images(folder)
     exact = folder / "exact" if family.quantized else folder
     if family.quantized:
         quantize(folder, exact, family.quantized)
@@ -230,16 +239,60 @@ def check_fixed_routes(case: Case) -> None:
         engine.runtime.fix_routes(case.family.sparse)
         sparse = list(answer_all(engine, case.family))
         decided = _decided_layers(engine)
-    for own, ours in zip(case.stock, full, strict=True):
-        assert own.tokens == ours.tokens
-        assert own.logprobs == ours.logprobs
-        assert own.prompt_logprobs == ours.prompt_logprobs
-        assert own.cached_tokens == ours.cached_tokens
+    _assert_equal(case.stock, full)
     routes = [[SPARSE if n in case.family.sparse else FULL for n in range(4)]] * len(sparse)
     assert case.error(sparse, routes) < case.allowed
     assert case.error(full, routes) > 2 * case.allowed, "the routes make no difference"
     assert max(answer.cached_tokens for answer in sparse) > 0
     assert decided == {*case.family.routed, *case.family.unrotated}
+
+
+def check_full(case: Case) -> None:
+    """Check `full`: stock vLLM's answers, bit by bit."""
+    with start(case.folder, case.family, {"policy": "full"}) as engine:
+        _assert_equal(case.stock, list(answer_all(engine, case.family)))
+
+
+def _assert_equal(stock: Sequence[Answer], answers: Sequence[Answer]) -> None:
+    for own, ours in zip(stock, answers, strict=True):
+        assert own.tokens == ours.tokens
+        assert own.logprobs == ours.logprobs
+        assert own.prompt_logprobs == ours.prompt_logprobs
+        assert own.cached_tokens == ours.cached_tokens
+
+
+def check_probes_beside_answers(case: Case) -> None:
+    """Check that a probe leaves the running requests' states, keys and values as they are.
+
+    Prompts come one after another while earlier ones are answered: each has the answer that it has
+    alone, and no probe changes a byte of what the engine keeps.
+    """
+    prompts = [random_prompt(length, seed=length) for length in (161, 170, 333, 240)]
+    running = []
+    with start(case.folder, case.family, {}) as engine:
+
+        @contextmanager
+        def watch(_model_call: Any) -> Iterator[None]:
+            answering = [r for r in engine.core.scheduler.running if r.num_output_tokens]
+            running.append(len(answering))
+            before = cache_memory(engine.worker.vllm_config)
+            yield
+            after = cache_memory(engine.worker.vllm_config)
+            assert all(map(torch.equal, before, after)), "a probe wrote into requests' memory"
+
+        # First of all requests: theirs are the blocks that a pool gives first.
+        engine.limit_steps(len(prompts[0]))
+        with around_probes(watch):
+            together = engine.generate(prompts, LONG_OUTPUT)
+        engine.reset()
+        alone = [engine.generate([prompt], LONG_OUTPUT)[0] for prompt in prompts]
+    assert len(running) == len(prompts)
+    assert min(running[2:]) > 0, "no probe came while others were answered"
+    for one, other in zip(alone, together, strict=True):
+        assert str((one.routes, one.p_full)) == str((other.routes, other.p_full))  # may hold NaN
+        assert case.error([other], [_routes(case, other)]) < case.allowed
+        if case.family.dtype == "float32":  # else low precision may decide near ties otherwise
+            assert one.tokens == other.tokens
 
 
 def check_router(case: Case, kernels: str | None = None, is_trained: bool = True) -> None:

@@ -5,6 +5,7 @@ few keys anywhere in its context, so that hiding far keys moves the log-probabil
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
+    Qwen3_5Config,
     Qwen3Config,
 )
 
@@ -109,6 +111,26 @@ def round_to_bfloat16(folder: Path) -> None:
     weights = folder / "model.safetensors"
     rounded = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
     save_file(rounded, weights, {"format": "pt"})
+
+
+def give_images(folder: Path) -> None:
+    """Make a tiny Qwen3.5 the text model of one that takes images, as checkpoints of it are.
+
+    It has no weights for images: an engine that takes none loads none.
+    """
+    text = json.loads((folder / "config.json").read_text())
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config=vision | {"out_hidden_size": text["hidden_size"]},
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    config.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    named = load_file(weights).items()
+    inner = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in named}
+    save_file(inner, weights, {"format": "pt"})
 
 
 def random_prompt(length: int, seed: int, vocab_size: int = 512) -> list[int]:
