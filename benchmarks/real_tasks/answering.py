@@ -4,7 +4,9 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from benchmarks.real_tasks.agreement import Teacher, compare
@@ -18,6 +20,8 @@ from benchmarks.row_file import say
 
 SPEED: Final = "speed"
 """The measure beside the families."""
+_ROUTES_OF: Final = 8
+"""Timed prompts, of each case, whose routes are told."""
 _ROUNDED: Final = 0.0011
 """P(FULL) comes with three digits: so near the threshold it does not say what was decided."""
 
@@ -181,8 +185,21 @@ class Answering:
             settings = settings_of(self._options, variant, str(cases))
             if self._is_wanted(variant, SPEED, settings):
                 self._switch_to(engine, variant)
-                rows = time_engine(engine, encoder, cases, variant.label)
+                rows = time_engine(
+                    engine, encoder, cases, variant.label, partial(self._share_of, engine, variant)
+                )
                 self._keep(variant, SPEED, settings, rows)
+
+    def _share_of(
+        self, engine: ServedEngine, variant: Variant, prompts: Sequence[list[int]]
+    ) -> float | None:
+        """Ask a few of these once more for their routes, which no neighbour changes."""
+        if variant.policy in BASELINES:
+            return None
+        requests = [Request(token_ids=prompt, max_tokens=1) for prompt in prompts[:_ROUTES_OF]]
+        answers = self._ask(engine, variant, requests, "timed prompts' routes")
+        shares = [one.sparse_share for one in self._routes(engine, variant, answers) if one]
+        return round(fmean(shares), 6) if shares else None
 
     def _is_wanted(self, variant: Variant, measure: str, settings: Row) -> bool:
         if self._results.has(variant.label, measure, settings):

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,8 +31,12 @@ class SpeedCases:
     """Timed ones of each combination at least, in whole waves."""
 
 
+ShareOf = Callable[[Sequence[list[int]]], float | None]
+"""Tells prompts' mean share of SPARSE layers; None where nothing is routed."""
+
+
 def time_engine(
-    engine: ServedEngine, encoder: Encoder, cases: SpeedCases, title: str
+    engine: ServedEngine, encoder: Encoder, cases: SpeedCases, title: str, share_of: ShareOf
 ) -> list[dict[str, Any]]:
     """Stream answers to real text of each length, so many at once, after as many untimed ones.
 
@@ -45,6 +49,7 @@ def time_engine(
         encoder: of the model.
         cases: what is timed.
         title: of the progress bars.
+        share_of: asked about the timed prompts, once they are timed.
 
     Returns: a row of each combination.
     """
@@ -64,6 +69,7 @@ def time_engine(
                 "at_once": at_once,
                 "prompts": count,
                 "output_tokens": OUTPUT_TOKENS,
+                "sparse_share": share_of([body["prompt"] for body in bodies[at_once:]]),
                 "ttft_ms": _spread([first for first, _ in times]),
                 "token_ms": _spread([next_ for _, next_ in times]),
                 "requests_s": _spread(

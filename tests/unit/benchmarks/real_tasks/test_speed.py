@@ -43,7 +43,13 @@ def test_every_case_is_timed_with_its_own_text(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(speed, "hay", lambda: "x" * 5000)
     cases = SpeedCases(lengths=(100, 200), concurrency=(1, 4), prompts=3)
     engine = SimpleNamespace(url="http://here")
-    rows = time_engine(engine, CountingEncoder(), cases, "full")  # type: ignore[arg-type]
+    told: list[list[list[int]]] = []
+
+    def share_of(prompts: list[list[int]]) -> float:
+        told.append(prompts)
+        return len(told) / 10
+
+    rows = time_engine(engine, CountingEncoder(), cases, "full", share_of)  # type: ignore[arg-type]
     assert [(row["prompt_tokens"], row["at_once"], row["prompts"]) for row in rows] == [
         *((100, 1, 3), (100, 4, 8), (200, 1, 3), (200, 4, 8)),
     ]
@@ -59,3 +65,5 @@ def test_every_case_is_timed_with_its_own_text(monkeypatch: pytest.MonkeyPatch) 
     assert all(len(body["prompt"]) == 100 and body["stream"] for body in bodies)
     assert len({body["prompt"][0] for body in bodies}) == len(bodies)  # no two alike
     assert bodies[-1]["prompt"][-1] == 4999
+    assert [row["sparse_share"] for row in rows] == [0.1, 0.2, 0.3, 0.4]
+    assert told[1] == [body["prompt"] for body in bodies[4:]]  # of those that are timed
