@@ -51,6 +51,7 @@ def dequantize(gguf: Path, folder: Path, name: str, progress: Callable[[str], No
     progress(f"reading {gguf}")
     model = _load(gguf)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    _set_special_tokens(reader, tokenizer)
     config = model.config
     _check_rope(reader, config)
     if hasattr(config, "quantization_config"):
@@ -147,6 +148,14 @@ def _check_rope(reader: Any, config: Any) -> None:
             f"expected RoPE without scaling, found {kind or 'factors'!r} in the GGUF file, which "
             "transformers does not read; start from the model's safetensors instead"
         )
+
+
+def _set_special_tokens(reader: Any, tokenizer: Any) -> None:
+    """Give a tokenizer the file's special tokens: transformers 5.17 keeps an architecture's own."""
+    for token, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        number = _value(reader, f"tokenizer.ggml.{key}_token_id")
+        if number is not None:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(number)))
 
 
 def _check_tokenizer(reader: Any, tokenizer: Any) -> None:

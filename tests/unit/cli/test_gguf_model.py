@@ -231,20 +231,48 @@ def test_small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _refused(tmp_path / "tiny.gguf", r"expected 0\.1\d GB free in .*, found 0\.09 GB")
 
 
+def test_special_tokens_that_transformers_does_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.17, which takes an architecture's own end of a sequence."""
+    from transformers import AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained
+
+    def read_as_5_17(folder: Path, gguf_file: str | None = None) -> Any:
+        tokenizer = read(folder, gguf_file=gguf_file) if gguf_file else read(folder)
+        if gguf_file:
+            tokenizer.eos_token = tokenizer.pad_token = "<t0>"
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read_as_5_17)
+    more = {"tokenizer.ggml.padding_token_id": 3}
+    _write_gguf(tmp_path / "tiny.gguf", more=more)
+    folder = _made(tmp_path / "tiny.gguf", tmp_path / "model")
+    tokenizer = read(folder)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (VOCABULARY - 1, 3)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (VOCABULARY - 1, 3)
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
-    [
-        ("tokenizer.chat_template", "other", "chat template"),
-        ("tokenizer.ggml.eos_token_id", 1, "end-of-sequence token"),
-    ],
+    ("lost", "what"),
+    [("chat_template", "chat template"), ("eos_token", "end-of-sequence token")],
 )
 def test_tokenizer_that_lost_something(
-    key: str, value: Any, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if transformers had read something else than the file says."""
+    """As if it had not been written as it was."""
+    from transformers import AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained
+
+    def read_without(folder: Path, **gguf: str) -> Any:
+        tokenizer = read(folder, **gguf)
+        if not gguf:
+            setattr(tokenizer, lost, None)
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read_without)
     _write_gguf(tmp_path / "tiny.gguf")
-    original = gguf_model._value
-    monkeypatch.setattr(
-        gguf_model, "_value", lambda reader, k: value if k == key else original(reader, k)
-    )
     _refused(tmp_path / "tiny.gguf", f"expected the {what} of the GGUF file")
