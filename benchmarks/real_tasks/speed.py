@@ -1,6 +1,7 @@
 """Time to the first token and time a token, of the server that also answers the tasks."""
 
 import itertools
+import keyword
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from benchmarks.real_tasks.variants import SERVED_NAME
 from benchmarks.timed_answers import Arrivals, came_in_a_burst, first_and_next_ms, time_answers
 
 OUTPUT_TOKENS: Final = 128
+_QUESTION: Final = (
+    "\n\nQuestion: what does the text above say of `{}`, and in which section does it?\nAnswer:"
+)
 WAVES: Final = 2
 """At least, of as many requests as run at once."""
 
@@ -38,7 +42,10 @@ ShareOf = Callable[[Sequence[list[int]]], float | None]
 def time_engine(
     engine: ServedEngine, encoder: Encoder, cases: SpeedCases, title: str, share_of: ShareOf
 ) -> list[dict[str, Any]]:
-    """Stream answers to real text of each length, so many at once, after as many untimed ones.
+    """Stream answers to questions on real text, so many at once, after as many untimed ones.
+
+    Every prompt has exactly the case's length and ends with a question of its own: a router would
+    take text that is only to be gone on with for local.
 
     Requests come in waves: all of one begin together, so that every first token is one of a burst
     of that size. (Were each to begin when another ends, a faster engine's would wait behind more
@@ -54,12 +61,16 @@ def time_engine(
     Returns: a row of each combination.
     """
     text = encoder.text_tokens(hay())
+    subjects = sorted(keyword.kwlist)
     rows = []
     for length, at_once in itertools.product(cases.lengths, cases.concurrency):
         waves = max(WAVES, math.ceil(cases.prompts / at_once))
         count = waves * at_once
         starts = np.linspace(0, len(text) - length, at_once + count).astype(int).tolist()
-        bodies = [_body(text[start : start + length]) for start in starts]
+        bodies = []
+        for start, subject in zip(starts, itertools.cycle(subjects), strict=False):
+            asked = encoder.text_tokens(_QUESTION.format(subject))
+            bodies.append(_body(text[start : start + length - len(asked)] + asked))
         name = f"{title}, {length} tokens, {at_once} at once"
         arrived = time_answers(f"{engine.url}/v1", bodies, at_once, at_once, name, in_waves=True)
         times = [first_and_next_ms(answer, OUTPUT_TOKENS) for answer in arrived]

@@ -4,7 +4,8 @@ Oracles: tests/helpers/reference.py, which runs transformers over a prompt's two
 router written anew, and replays the engine's cache history under those routes; for routes and
 P(FULL) across schedules, equality to the bit. The random router's routes vary from prompt to
 prompt. One engine serves nearly all: its chunks and KV blocks are limited, and its prefix cache is
-emptied, between tests.
+emptied, between tests. Tests with an engine of their own come last: its end is the end of the
+process groups that the shared one uses.
 """
 
 from collections.abc import Iterator
@@ -67,23 +68,6 @@ def test_same_bits_for_every_schedule(engine: Engine) -> None:
             bits.add(_bits(answer))
     assert [len(bits) for bits in seen] == [1] * len(prompts)
     assert len({routes for ((routes, _),) in seen}) > 2, "the router decides alike for all prompts"
-
-
-@pytest.mark.long
-def test_same_bits_for_chunks_of_servers(tmp_path: Path) -> None:
-    """Chunks of 512, 2,048 and 8,192 tokens and none; a prompt fits each, another does not."""
-    model = write_tiny_llama(tmp_path, layers=2, max_position_embeddings=10_240)
-    write_random_router(tmp_path, num_layers=2, head_dim=32, model_folder=model)
-    prompts = [random_prompt(length, seed=length) for length in (400, 600, 2049, 2100, 8193, 9000)]
-    limits = {"max_model_len": 10_240, "max_num_batched_tokens": 10_240}
-    bits = []
-    with Engine(model, {}, block_size=BLOCK_SIZE, **limits) as engine:
-        for chunk in (0, 512, 2048, 8192):
-            engine.limit_chunks(chunk)
-            bits.append([_bits(engine.generate([prompt], 2)[0]) for prompt in prompts])
-            bits.append([_bits(answer) for answer in engine.generate(prompts, 2)])
-    assert all(found == bits[0] for found in bits)
-    assert len({routes for routes, _ in bits[0]}) > 1, "the router decides alike for all prompts"
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -253,3 +237,20 @@ def test_positions_past_the_rope_table_do_not_end_the_engine(tmp_path, monkeypat
         before, _, after = answers
         # Its tokens may be spoilt: a NaN stays in the memory of vLLM's CPU kernels, stock's too.
         assert (before.routes, before.p_full) == (after.routes, after.p_full)
+
+
+@pytest.mark.long
+def test_same_bits_for_chunks_of_servers(tmp_path: Path) -> None:
+    """Chunks of 512, 2,048 and 8,192 tokens and none; a prompt fits each, another does not."""
+    model = write_tiny_llama(tmp_path, layers=2, max_position_embeddings=10_240)
+    write_random_router(tmp_path, num_layers=2, head_dim=32, model_folder=model)
+    prompts = [random_prompt(length, seed=length) for length in (400, 600, 2049, 2100, 8193, 9000)]
+    limits = {"max_model_len": 10_240, "max_num_batched_tokens": 10_240}
+    bits = []
+    with Engine(model, {}, block_size=BLOCK_SIZE, **limits) as engine:
+        for chunk in (0, 512, 2048, 8192):
+            engine.limit_chunks(chunk)
+            bits.append([_bits(engine.generate([prompt], 2)[0]) for prompt in prompts])
+            bits.append([_bits(answer) for answer in engine.generate(prompts, 2)])
+    assert all(found == bits[0] for found in bits)
+    assert len({routes for routes, _ in bits[0]}) > 1, "the router decides alike for all prompts"

@@ -1,4 +1,4 @@
-"""Tensor parallel 2 on the CPU: each rank has half of the heads, and all take one rank's routes.
+"""Tensor parallel 2 on the CPU: each rank has half of the heads, and decides by all of them.
 
 Oracle: the engine of one rank, and tests/helpers/reference.py, in float32. tests/gpu has the same
 for CUDA graphs, asynchronous scheduling and bfloat16.

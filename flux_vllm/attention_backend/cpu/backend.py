@@ -24,6 +24,9 @@ from flux_vllm.errors import UnsupportedConfigurationError
 from flux_vllm.routing.probe import ProbeMetadata
 from flux_vllm.selection import BACKEND_NAME
 
+_PROBE_ROWS = 1024
+"""Queries of a probe attended at once: their mask is held in memory."""
+
 
 class FluxCPUBackend(CPUAttentionBackend):
     """vLLM's CPU backend with a route per request and layer."""
@@ -186,15 +189,13 @@ class FluxCPUImpl(CPUAttentionBackendImpl):
 
         A layer's own sliding window counts the sequence's tokens, which are not all neighbours.
         """
-        distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
+        tokens = torch.arange(len(query))
         window = self.sliding_window if self.sliding_window > 0 else len(query)
-        attended = attend_masked(
-            query.transpose(0, 1),
-            key.transpose(0, 1),
-            value.transpose(0, 1),
-            (distance >= 0) & (distance < window),
-            self.scale,
-            self.sinks,
-        )
-        output.view(query.shape).copy_(attended)
+        keys, values = key.transpose(0, 1), value.transpose(0, 1)
+        attended = output.view(query.shape)
+        for rows in tokens.split(_PROBE_ROWS):
+            distance = rows[:, None] - tokens
+            mask = (distance >= 0) & (distance < window)
+            part = query[rows].transpose(0, 1)
+            attended[rows] = attend_masked(part, keys, values, mask, self.scale, self.sinks)
         return output

@@ -11,12 +11,14 @@ import pytest
 from benchmarks.real_tasks import speed
 from benchmarks.real_tasks.speed import OUTPUT_TOKENS, SpeedCases, time_engine
 
+ASKED = -5
+
 
 class CountingEncoder:
-    """A token a character, which tells its place."""
+    """A token a character, which tells its place; of a question, 40 others."""
 
     def text_tokens(self, text: str) -> list[int]:
-        return list(range(len(text)))
+        return [ASKED] * 40 if "Question" in text else list(range(len(text)))
 
 
 def test_every_case_is_timed_with_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +66,7 @@ def test_every_case_is_timed_with_its_own_text(monkeypatch: pytest.MonkeyPatch) 
     assert len(bodies) == 4 + 8
     assert all(len(body["prompt"]) == 100 and body["stream"] for body in bodies)
     assert len({body["prompt"][0] for body in bodies}) == len(bodies)  # no two alike
-    assert bodies[-1]["prompt"][-1] == 4999
+    assert all(body["prompt"][60:] == [ASKED] * 40 for body in bodies)
+    assert bodies[-1]["prompt"][59] == 4959  # the text's end, but for the question
     assert [row["sparse_share"] for row in rows] == [0.1, 0.2, 0.3, 0.4]
     assert told[1] == [body["prompt"] for body in bodies[4:]]  # of those that are timed
