@@ -77,6 +77,8 @@ SUITE = (
               10, _DUMMY, "serve_h200.md"),
     Benchmark("experiments.prompt_and_answer", "what SPARSE loses in the prompt and in the answer",
               "cpu", 20, None, "../../docs/PATTERNS.md"),
+    Benchmark("experiments.router_seeds", "routers of several seeds, made and judged", "gpu", 30,
+              None, "real_tasks.md"),
     Benchmark("experiments.xattention_density", "how much XAttention keeps of real text", "cpu",
               20, None, "../../docs/PATTERNS.md"),
 )  # fmt: skip

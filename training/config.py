@@ -184,7 +184,8 @@ class CostSettings:
     """What SPARSE costs prompts (objective `budget`), measured once and kept in --out."""
 
     prompts: int = 0
-    """Most prompts to measure; 0: all of the files, but for those of the test split."""
+    """Most prompts to measure; 0: all of the files, but for those of the test split; -1: none, to
+    fit to what --out holds."""
     sampled_share: float = 0.5
     """Of the prompts, with sampled routes and slopes, which take as long as all the rest."""
     input_noise: float = 1.0

@@ -161,6 +161,8 @@ def _missing_prompts(config: TrainConfig, known: set[int], world: World) -> list
 
     Neither those that `divergence` tests on, nor those within sinks and window.
     """
+    if config.costs.prompts < 0:
+        return []
     rows = read_prompt_files(Path(file) for file in config.data.files)
     places = [place for place, row in enumerate(rows) if row.split != "test"]
     places = np.random.default_rng(0).permutation(places).tolist()

@@ -237,6 +237,21 @@ def test_a_run_is_measured_once_and_fitted_again(config: Any, tmp_path: Path) ->
     assert not torch.equal(again.linear("head.4")[1], router.linear("head.4")[1])
 
 
+def test_another_run_fits_to_what_a_first_one_measured(config: Any, tmp_path: Path) -> None:
+    """Of some of the prompts, in a folder that both see."""
+    settings, loaded = config
+    few = dataclasses.replace(settings.costs, prompts=20)
+    trainer.train(dataclasses.replace(settings, costs=few))
+    measured = len(join(read_folder(tmp_path / "out" / "measurements")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "measurements").symlink_to(tmp_path / "out" / "measurements")
+    none = dataclasses.replace(settings.costs, prompts=-1)
+    other = dataclasses.replace(settings, costs=none, seed=1, out=str(tmp_path / "other"))
+    assert trainer.train(other).parent == tmp_path / "other"
+    assert loaded == ["m"]
+    assert len(join(read_folder(tmp_path / "other" / "measurements"))) == measured
+
+
 def test_prompts_within_the_window_are_refused(config: Any) -> None:
     settings, _ = config
     wide = dataclasses.replace(settings.router, window_tokens=4096)
