@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_tasks.variants import BASELINES
 from benchmarks.row_file import say
 from training.data.prompt_files import read_prompt_files
 from training.prompts import answers as prompt_answers
@@ -57,6 +58,10 @@ class Study:
     budget_share: float
     seeds: tuple[int, ...]
     thresholds: tuple[float, ...]
+    baseline: str = "flash_attn"
+    """vLLM's own backend, as `real_tasks` calls it."""
+    answering: tuple[str, ...] = ()
+    """Further arguments of every `real_tasks answer`."""
 
     def router(self, seed: int) -> Path:
         """Return the folder of a seed's router."""
@@ -100,7 +105,8 @@ class Study:
             command += ["--speed-lock", str(self.out / "speed.lock")]
         if any("static:" in variant for variant in variants):
             command += ["--flux", json.dumps({"router": str(self.router(self.seeds[0]))})]
-        return [*command, *(part for variant in variants for part in ("--variant", variant))]
+        command += [part for variant in variants for part in ("--variant", variant)]
+        return [*command, "--baseline-label", self.baseline, *self.answering]
 
     def judged(self) -> list[list[str]]:
         """Give the servers of routers and static patterns; the first one is timed."""
@@ -130,7 +136,7 @@ def main() -> None:
     _wait_for(get_context("spawn").Process(target=_make_prompts, args=(study,)))
     lock = (study.out / "speed.lock").open("a")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    baseline = _start(study, "flash_attn", study.answer(["flash_attn"], True))
+    baseline = _start(study, study.baseline, study.answer([study.baseline], True))
     first, *others = study.seeds
     for seed in study.seeds:
         folder = study.router(seed)
@@ -232,8 +238,11 @@ def _parse() -> Study:
     add("--budget-share", type=float, default=0.1, help="of what all SPARSE costs")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--thresholds", type=float, nargs="+", default=[0.5, 0.9])
+    add("--baseline", choices=BASELINES, default=BASELINES[0], help="cpu_attn for a trial on a CPU")
+    add("--answering", nargs=argparse.REMAINDER, default=[],
+        help="the last option: further arguments of `real_tasks answer`")  # fmt: skip
     found = vars(parser.parse_args())
-    for name in ("seeds", "thresholds"):
+    for name in ("seeds", "thresholds", "answering"):
         found[name] = tuple(found[name])
     return Study(**found)
 

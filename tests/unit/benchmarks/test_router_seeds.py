@@ -75,6 +75,9 @@ def test_every_router_and_pattern_is_judged_once(study: Study) -> None:
     ]
     # With the router's sinks, window and full_decode_tokens.
     assert commands[-1].flux == {"router": str(study.router(3))}
+    on_a_cpu = replace(study, baseline="cpu_attn", answering=("--kv-gib", "1", "--runner", "v1"))
+    one = parsed(on_a_cpu.answer(["cpu_attn"], True))
+    assert (one.baseline_label, one.kv_gib, one.runner) == ("cpu_attn", 1, "v1")
     baseline = parsed(study.answer(["flash_attn"], True))
     assert baseline.flux is None
     assert baseline.speed_lock == timed[0].speed_lock == study.out / "speed.lock"
