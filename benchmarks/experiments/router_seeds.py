@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,8 +27,8 @@ from typing import Any
 from benchmarks.real_tasks.variants import BASELINES
 from benchmarks.row_file import say
 from training.data.prompt_files import read_prompt_files
-from training.prompts import answers as prompt_answers
-from training.prompts.answerer import Answerer, AnswerSettings
+from training.prompts.answerer import AnswerSettings
+from training.prompts.answers import make_answerer, write_answers
 
 _PYTHON = sys.executable
 _TASKS = ("longbench", "needles", "gsm8k_list", "prompts")
@@ -157,32 +158,20 @@ def _make_prompts(study: Study) -> None:
     """Let one engine write, and answer what is made of that."""
     if study.held_out.is_file():
         return
-    kept: list[Answerer] = []
-    make = prompt_answers.make_answerer
-
-    def once(settings: AnswerSettings) -> Answerer:
-        if not kept:
-            kept.append(make(settings))
-        kept[0]._temperature = settings.temperature  # type: ignore[attr-defined]
-        return kept[0]
-
-    prompt_answers.make_answerer = once
     written, prompts = study.out / "written.jsonl", study.out / "prompts.jsonl"
     common: dict[str, Any] = {"model": str(study.model), "kv_gib": study.kv_gib, "batch": 8192}
-    prompt_answers.write_answers(
-        AnswerSettings(prompts=study.asks, out=written, temperature=0.7, **common)
-    )
-    if not prompts.is_file():
-        subprocess.run(
-            [
-                *(_PYTHON, "-m", "training", "requests", "--texts", str(study.texts)),
-                *("--written", str(written), "--model", str(study.model), "--out", str(prompts)),
-                *("--count", str(study.count), "--max_tokens", str(study.most_tokens)),
-                *("--seed", "1", "--check", str(study.eval)),
-            ],
-            check=True,
-        )
-    prompt_answers.write_answers(AnswerSettings(prompts=prompts, out=study.answers, **common))
+    asks = AnswerSettings(prompts=study.asks, out=written, temperature=0.7, **common)
+    command = [
+        *(_PYTHON, "-m", "training", "requests", "--texts", str(study.texts)),
+        *("--written", str(written), "--model", str(study.model), "--out", str(prompts)),
+        *("--count", str(study.count), "--max_tokens", str(study.most_tokens)),
+        *("--seed", "1", "--check", str(study.eval)),
+    ]
+    with closing(make_answerer(asks)) as answerer:
+        write_answers(asks, answerer)
+        if not prompts.is_file():
+            subprocess.run(command, check=True)
+        write_answers(AnswerSettings(prompts=prompts, out=study.answers, **common), answerer)
     study.held_out.write_text("".join(held_out(study.answers)))
 
 

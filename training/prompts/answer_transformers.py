@@ -12,7 +12,7 @@ class TransformersAnswerer:
     """A causal language model and its tokenizer.
 
     Args:
-        settings: model, device, sampling.
+        settings: model, device, seed.
     """
 
     def __init__(self, settings: AnswerSettings) -> None:
@@ -25,7 +25,6 @@ class TransformersAnswerer:
         self._model.to(device).eval()
         limit = self._model.config.max_position_embeddings
         self.max_model_len: int = settings.max_model_len or limit
-        self._temperature = settings.temperature
         self._seed = settings.seed
 
     @torch.inference_mode()
@@ -33,11 +32,14 @@ class TransformersAnswerer:
         """Answer prompts, one after the other."""
         return [self._one(one, number) for number, one in enumerate(asked)]
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _one(self, asked: Asked, number: int) -> Answer:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-        if self._temperature:
+        if asked.temperature:
             torch.manual_seed(self._seed + number)
-            sampling = {"do_sample": True, "temperature": self._temperature, "top_p": 0.95}
+            sampling = {"do_sample": True, "temperature": asked.temperature, "top_p": 0.95}
         prompt = torch.tensor([asked.token_ids], device=self._model.device)
         produced = self._model.generate(
             prompt,

@@ -32,7 +32,7 @@ class VllmAnswerer:
     Training builds on nothing of vLLM: it is asked here as a program, and imported by name.
 
     Args:
-        settings: model, limits, sampling.
+        settings: model, limits, seed.
 
     Raises: ValueError: vLLM does not start.
     """
@@ -50,15 +50,14 @@ class VllmAnswerer:
             ) from error
         self.tokenizer: Any = self._llm.get_tokenizer()
         self.max_model_len: int = self._llm.llm_engine.model_config.max_model_len
-        self._temperature = settings.temperature
 
     def answer(self, asked: list[Asked]) -> list[Answer]:
         """Answer prompts, as many at a time as fit."""
         # Seeds of single requests would make vLLM sample row by row; the engine's own is enough.
         sampling = [
             self._vllm.SamplingParams(
-                temperature=self._temperature,
-                top_p=0.95 if self._temperature else 1.0,
+                temperature=one.temperature,
+                top_p=0.95 if one.temperature else 1.0,
                 max_tokens=one.max_new_tokens,
             )
             for one in asked
@@ -68,3 +67,7 @@ class VllmAnswerer:
         return [
             Answer(output.outputs[0].text, list(output.outputs[0].token_ids)) for output in outputs
         ]
+
+    def close(self) -> None:
+        """End the engine's processes, for which a process that `multiprocessing` made waits."""
+        self._llm.llm_engine.engine_core.shutdown()

@@ -47,6 +47,8 @@ class Asked:
 
     token_ids: list[int]
     max_new_tokens: int
+    temperature: float = 0.0
+    """0: greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +69,6 @@ class Answerer(Protocol):
 
     def answer(self, asked: list[Asked]) -> list[Answer]:
         """Answer prompts."""
+
+    def close(self) -> None:
+        """End what it started."""

@@ -14,8 +14,12 @@ from training.prompts.jsonl import append_lines, drop_cut_line, read_lines
 logger = logging.getLogger(__name__)
 
 
-def write_answers(settings: AnswerSettings) -> int:
+def write_answers(settings: AnswerSettings, answerer: Answerer | None = None) -> int:
     """Answer every line of a file that has no answer yet.
+
+    Args:
+        settings: what is answered, and how.
+        answerer: one that is there already; none: made as the settings say.
 
     Returns: number of lines answered now.
     Raises: ValueError: a line without an id or a prompt, or two with one id.
@@ -26,7 +30,7 @@ def write_answers(settings: AnswerSettings) -> int:
     if not rows:
         logger.info("all %d lines have their answers in %s", len(done), settings.out)
         return 0
-    answerer = make_answerer(settings)
+    answerer = answerer or make_answerer(settings)
     started, tokens = time.monotonic(), 0
     for count, batch in _batches(rows, settings.batch):
         asked = _ask(batch, answerer, settings)
@@ -81,7 +85,8 @@ def _ask(rows: list[dict[str, Any]], answerer: Answerer, settings: AnswerSetting
     asked = []
     for row, prompt_ids in zip(rows, ids, strict=True):
         most = settings.max_new_tokens or row.get("max_new_tokens", 128)
-        asked.append(Asked(cut_middle(prompt_ids, answerer.max_model_len - most), most))
+        kept = cut_middle(prompt_ids, answerer.max_model_len - most)
+        asked.append(Asked(kept, most, settings.temperature))
     return asked
 
 
