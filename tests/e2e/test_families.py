@@ -33,6 +33,7 @@ from tests.helpers.models import random_prompt, write_random_router, write_tiny_
 from tests.helpers.reference import FULL, SPARSE, ReferenceModel, ReferenceRouter, SparsePattern
 from tests.helpers.replay import assert_routed, assert_same, replay
 from tests.helpers.training_side import check_training_decides_alike, check_training_runs
+from tests.helpers.whole_reference import WholeModel
 
 pytestmark = pytest.mark.vllm
 
@@ -138,7 +139,7 @@ def test_training(name: str, tmp_path: Path) -> None:
     config_class, config = FAMILIES[name]
     write_tiny_model(tmp_path, config_class, **config)
     pattern = SparsePattern(SINK_TOKENS, WINDOW_TOKENS, BLOCK_SIZE)
-    check_training_runs(tmp_path, range(4), [0, 2], pattern)
+    check_training_runs(tmp_path, WholeModel(tmp_path), range(4), [0, 2], pattern)
 
 
 @pytest.mark.parametrize(

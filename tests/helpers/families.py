@@ -1,9 +1,9 @@
 """Tiny models of families whose layers are not all alike, served and held to their references.
 
 Oracles: stock vLLM, bit by bit, where every layer is as the model has it;
-tests/helpers/whole_reference.py, transformers' own code of each family in float32, for fixed routes
-and for a router's, in one chunk, in chunks and on a prefix-cache hit. `/metrics` names the layers
-that have routes.
+tests/helpers/whole_reference.py, transformers' own code of each family in float32 (the text model's
+alone, where that is part of one that takes images), for fixed routes and for a router's, in one
+chunk, in chunks and on a prefix-cache hit. `/metrics` names the layers that have routes.
 
 vLLM's CPU kernels of gated delta nets know bfloat16 alone: there, at most twice the r.m.s. error
 that stock vLLM makes against the same reference, whose weights are the same.
@@ -109,12 +109,17 @@ class Case:
 
     folder: Path
     exact: Path
-    """The model with the weights that are meant: `folder`, if they are not quantized."""
+    """The text model with the weights that are meant; mostly `folder`."""
     family: Family
     reference: WholeModel
     router: ReferenceRouter
     stock: list[Answer]
     block_size: int
+
+    @property
+    def trained(self) -> Path:
+        """What routers are trained for: `folder`, if its weights are not quantized."""
+        return self.exact if self.family.quantized else self.folder
 
     @property
     def pattern(self) -> SparsePattern:
@@ -148,9 +153,9 @@ def make_case(family: Family, folder: Path) -> Case:
     )
     if family.dtype == "bfloat16":
         round_to_bfloat16(folder)
+    exact = folder / "exact" if family.takes_images or family.quantized else folder
     if family.takes_images:
-        give_images(folder)
-    exact = folder / "exact" if family.quantized else folder
+        give_images(folder, exact)
     if family.quantized:
         quantize(folder, exact, family.quantized)
     reference = WholeModel(exact)
@@ -311,7 +316,7 @@ def check_router(case: Case, kernels: str | None = None, is_trained: bool = True
             check_training_decides_alike(
                 engine,
                 answers,
-                case.exact,
+                case.trained,
                 beside_weights(case.folder),
                 case.family.deciding,
                 case.family.dtype,
@@ -328,7 +333,8 @@ def check_router(case: Case, kernels: str | None = None, is_trained: bool = True
 
 def check_training(case: Case) -> None:
     """Check that routers are trained for the model."""
-    check_training_runs(case.exact, case.family.deciding, case.family.sparse, case.pattern)
+    family = case.family
+    check_training_runs(case.trained, case.reference, family.deciding, family.sparse, case.pattern)
 
 
 def _routes(case: Case, answer: Answer) -> list[int]:

@@ -6,6 +6,7 @@ few keys anywhere in its context, so that hiding far keys moves the log-probabil
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3Config,
+    Qwen3VLConfig,
 )
 
 from tests.helpers.reference_router import FULL, SPARSE, ReferenceRouter
@@ -27,6 +30,13 @@ from tests.helpers.reference_steps import StepModel
 _QUERY_KEY_SCALE = 1.6
 _LOGIT_SCALE = 3.0
 _CALIBRATION_LENGTHS = (40, 130, 260, 520, 900)
+
+_TAKE_IMAGES: dict[str, tuple[type[PreTrainedConfig], str]] = {
+    "qwen2": (Qwen2_5_VLConfig, "model."),
+    "qwen3": (Qwen3VLConfig, "model.language_model."),
+    "qwen3_5_text": (Qwen3_5Config, "model.language_model."),
+}
+"""Of each text model: the one around it, and what checkpoints of that one call its `model.`."""
 
 
 def _config_arguments(
@@ -113,24 +123,31 @@ def round_to_bfloat16(folder: Path) -> None:
     save_file(rounded, weights, {"format": "pt"})
 
 
-def give_images(folder: Path) -> None:
-    """Make a tiny Qwen3.5 the text model of one that takes images, as checkpoints of it are.
+def give_images(folder: Path, exact: Path) -> None:
+    """Make a tiny text model that of one that takes images, as checkpoints of it are.
 
     It has no weights for images: an engine that takes none loads none.
+
+    Args:
+        folder: of the model, rewritten.
+        exact: where to write the text model as it was.
     """
+    exact.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, exact)
     text = json.loads((folder / "config.json").read_text())
+    config_class, prefix = _TAKE_IMAGES[text.pop("model_type")]
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
-    config = Qwen3_5Config(
+    config = config_class(
         text_config=text,
         vision_config=vision | {"out_hidden_size": text["hidden_size"]},
-        architectures=["Qwen3_5ForConditionalGeneration"],
+        architectures=[config_class.__name__.replace("Config", "ForConditionalGeneration")],
         tie_word_embeddings=text["tie_word_embeddings"],
     )
     config.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    named = load_file(weights).items()
-    inner = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in named}
-    save_file(inner, weights, {"format": "pt"})
+    named = load_file(exact / "model.safetensors").items()
+    inner = {re.sub(r"^model\.", prefix, name): tensor for name, tensor in named}
+    save_file(inner, folder / "model.safetensors", {"format": "pt"})
 
 
 def random_prompt(length: int, seed: int, vocab_size: int = 512) -> list[int]:

@@ -71,7 +71,7 @@ def check_training_decides_alike(
     Args:
         engine: with policy `router`.
         answers: of it.
-        folder: of the model's weights as they are meant.
+        folder: of the model, its weights as they are meant.
         router_file: that the engine serves.
         layers: that have a route.
         dtype: of the server.
@@ -100,18 +100,22 @@ def check_training_decides_alike(
 
 
 def check_training_runs(
-    folder: Path, layers: Sequence[int], sparse: Sequence[int], pattern: SparsePattern
+    folder: Path,
+    reference: WholeModel,
+    layers: Sequence[int],
+    sparse: Sequence[int],
+    pattern: SparsePattern,
 ) -> None:
     """Check what routes make of logits, and a whole run of the default objective.
 
     Args:
-        folder: of the model's weights as they are meant; a tokenizer is written there.
+        folder: of the model, its weights as they are meant; a tokenizer is written there.
+        reference: of its text model.
         layers: that have a route.
         sparse: layers to make SPARSE.
         pattern: what that means.
     """
     routed = load_for_training(folder, pattern.sink_tokens, pattern.window_tokens)
-    reference = WholeModel(folder)
     prompt = random_prompt(300, seed=1)
     given = [SPARSE if n in sparse else 1 - SPARSE for n in range(reference.num_layers)]
     routes = torch.tensor([float(given[n] != SPARSE) for n in layers])[:, None]
