@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flux_vllm.errors import UnsupportedConfigurationError
 from training.attach import RoutedModel
 from training.config import SystemSettings
 from training.distributed import World, shard_model
+from training.language_model import load_language_model
 
 _SHARDED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures whose sharding is tested."""
@@ -44,7 +45,7 @@ def load_routed(
     Raises: UnsupportedConfigurationError: a model that routers cannot be trained for, or that
         cannot be sharded.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, system.dtype))
+    loaded = load_language_model(model, getattr(torch, system.dtype))
     kernel = system.sparse_kernel
     if kernel == "auto":
         kernel = "flex" if world.device.type == "cuda" else "sdpa"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig
 
 from training.config import DataSettings, EvalConfig
 from training.data.encoding import Encoded, Wrapper, encode, render
@@ -19,7 +18,7 @@ from training.data.stream import PromptStream
 from training.data.text import Split
 from training.evaluation.scoring import group_of, metric_of
 from training.evaluation.statistics import Cells
-from training.model_loading import load_tokenizer
+from training.model_loading import load_tokenizer, model_limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +142,7 @@ def write_prompts(config: EvalConfig) -> Path:
     Returns: path of the JSONL file.
     """
     tokenizer = load_tokenizer(config.model)
-    limit = AutoConfig.from_pretrained(config.model).max_position_embeddings
+    limit = model_limit(config.model)
     data = dataclasses.replace(config.data, open_fraction=1.0)
     stream = PromptStream(data, tokenizer, "test", config.seed, max_model_tokens=limit)
     wrapper: Wrapper = config.data.wrappers[0]  # type: ignore[assignment]

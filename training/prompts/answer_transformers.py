@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from training.language_model import load_language_model
 from training.prompts.answerer import Answer, AnswerSettings, Asked
 
 
@@ -21,9 +22,9 @@ class TransformersAnswerer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device != "cpu" else torch.float32
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+        self._model: Any = load_language_model(settings.model, dtype)
         self._model.to(device).eval()
-        limit = self._model.config.max_position_embeddings
+        limit = self._model.config.get_text_config().max_position_embeddings
         self.max_model_len: int = settings.max_model_len or limit
         self._seed = settings.seed
 

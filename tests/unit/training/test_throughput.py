@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from training import throughput
+from training import model_loading, throughput
 from training.__main__ import main
-from training.model_loading import AutoModelForCausalLM
 from training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
 def model(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *names, **options: tiny_model()
-    )
+    monkeypatch.setattr(model_loading, "load_language_model", lambda *arguments: tiny_model())
 
 
 def measure(out: Path, *flags: str) -> int:

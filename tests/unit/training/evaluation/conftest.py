@@ -39,9 +39,8 @@ def config(
     monkeypatch.setattr(module, "load_routed", lambda *arguments: routed)
     monkeypatch.setattr(module, "load_tokenizer", lambda model: tokenizer)
     monkeypatch.setattr(prompts_module, "load_tokenizer", lambda model: tokenizer)
-    monkeypatch.setattr(
-        prompts_module.AutoConfig, "from_pretrained", lambda model: routed.model.config
-    )
+    limit = routed.config.max_position_embeddings
+    monkeypatch.setattr(prompts_module, "model_limit", lambda model: limit)
     return EvalConfig(
         model="tiny",
         router=str(tmp_path),

@@ -19,7 +19,8 @@ def config(
     tokenizer: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> EvalConfig:
     monkeypatch.setattr(module, "load_tokenizer", lambda model: tokenizer)
-    monkeypatch.setattr(module.AutoConfig, "from_pretrained", lambda model: make_model().config)
+    limit = make_model().config.max_position_embeddings
+    monkeypatch.setattr(module, "model_limit", lambda model: limit)
     return EvalConfig(
         model="tiny",
         router="",

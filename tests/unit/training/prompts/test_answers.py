@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
+from tests.helpers.models import give_images, write_tiny_model
 from training.prompts import answers as module
 from training.prompts.answer_vllm import VllmAnswerer, engine_arguments
 from training.prompts.answerer import AnswerSettings
@@ -184,3 +185,27 @@ def test_vllm_that_does_not_start_says_which_options(
     monkeypatch.setenv("VLLM_PLUGINS", "")
     with pytest.raises(ValueError, match=r"initialization failed.* --kv_gib and --gpu_memory"):
         VllmAnswerer(_settings(model_folder, prompts))
+
+
+def test_a_model_that_takes_images_answers_as_its_text_model(
+    word_tokenizer: Any,
+    prompts: Path,
+    lines: Lines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Not as AutoTokenizer would, which takes Qwen's words apart in their own way.
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda model: word_tokenizer)
+    folder, exact = tmp_path / "model", tmp_path / "exact"
+    sizes = {"heads": 4, "vocab_size": 100, "max_position_embeddings": 64}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    write_tiny_model(folder, Qwen2Config, **sizes, rope_parameters=rope)
+    give_images(folder, exact)
+    answers = []
+    for path in (folder, exact):
+        settings = _settings(path, prompts, out=path / "answers.jsonl")
+        assert make_answerer(settings).max_model_len == 64
+        assert write_answers(settings) == 5
+        answers.append([row["answer_ids"] for row in lines(settings.out)])
+    assert answers[0] == answers[1]
+    assert all(answers[0])
