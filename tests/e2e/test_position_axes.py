@@ -1,7 +1,8 @@
-"""Models whose positions have several axes (M-RoPE), which a text counts alike: Qwen3.5.
+"""Models whose positions have several axes (M-RoPE), which a text counts alike.
 
 vLLM 0.32 drops the axes of Qwen3.5's text-only class; that of its checkpoints, which take images,
-has them. Oracles: see tests/helpers/families.py.
+has them. Oracles: see tests/helpers/families.py; for Qwen2.5-VL and Qwen3-VL the reference is plain
+Qwen2 and Qwen3, which know one axis.
 """
 
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3_5TextConfig
+from transformers import Qwen2Config, Qwen3_5TextConfig, Qwen3Config
 
 from tests.e2e.test_layer_kinds import DELTA_NET
 from tests.helpers.families import (
@@ -33,23 +34,20 @@ from tests.helpers.watched_probes import around_probes
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 AXES = 3
+NO_IMAGES = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 HYBRID = Family(
     Qwen3_5TextConfig,
     {
         **DELTA_NET,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
+        "rope_parameters": ROPE
+        | {"partial_rotary_factor": 0.5, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
     },
     dtype="bfloat16",
     lengths=(100, 161, 333, 700),  # its KV blocks are of 640 tokens
     head_dim=64,
     takes_images=True,
-    arguments={"limit_mm_per_prompt": {"image": 0, "video": 0}},
+    arguments=NO_IMAGES,
 )
 # vLLM's CPU kernels of linear attention know bfloat16 alone. Without such layers float32 is served,
 # and errors are told from rounding. What layers there are, vLLM asks the outer configuration.
@@ -63,7 +61,22 @@ ATTENTION_ALONE = replace(
     arguments=HYBRID.arguments | {"hf_overrides": ALL_FULL},
 )
 TEXT_CLASS = replace(HYBRID, takes_images=False, arguments={})
+QWEN2_5_VL = Family(
+    Qwen2Config,
+    {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6]}},
+    routed=(0, 1, 2, 3),
+    sparse=(0, 3),
+    takes_images=True,
+    arguments=NO_IMAGES,
+)
+QWEN3_VL = replace(
+    QWEN2_5_VL,
+    config_class=Qwen3Config,
+    config={"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+)
 FAMILIES = {
+    "qwen2.5-vl": QWEN2_5_VL,
+    "qwen3-vl": QWEN3_VL,
     "qwen3.5": HYBRID,
     "qwen3.5-attention-alone": ATTENTION_ALONE,
     "qwen3.5-text-class": TEXT_CLASS,
@@ -73,6 +86,8 @@ FAMILIES = {
 @pytest.mark.parametrize(
     "name",
     [
+        "qwen2.5-vl",
+        "qwen3-vl",
         "qwen3.5-attention-alone",
         pytest.param("qwen3.5", marks=pytest.mark.long),
         pytest.param("qwen3.5-text-class", marks=pytest.mark.long),

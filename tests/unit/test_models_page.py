@@ -37,7 +37,7 @@ def test_named_tests_are_there() -> None:
         assert not missing, f"{path} has no {missing}"
 
 
-@pytest.mark.parametrize("module", ["test_families", "test_layer_kinds"])
+@pytest.mark.parametrize("module", ["test_families", "test_layer_kinds", "test_position_axes"])
 def test_every_family_is_named(module: str) -> None:
     families = vars(__import__(f"tests.e2e.{module}", fromlist=["FAMILIES"]))["FAMILIES"]
     rows = [names for path, names in _named() if path == f"tests/e2e/{module}.py"]
