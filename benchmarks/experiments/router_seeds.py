@@ -5,10 +5,11 @@ r"""Routers of several seeds, from a writer's asks to judged ones, on one GPU.
     python -m benchmarks.experiments.router_seeds --model MODEL --eval EVAL_FOLDER \
         --texts texts.jsonl.xz --asks asks.jsonl --out RUN
 
-One engine answers the asks and the prompts that are made of them. While costs are measured, vLLM's
-own backend answers the real tasks; then the seeds' routers and the static patterns that the fit
-names do, side by side, and the first seed's server and vLLM's are timed, one after the other. What
-is in RUN is not done again. `python -m benchmarks.real_tasks join RUN/tasks --out FILE` gives rows.
+One engine answers the asks and the prompts that are made of them. Costs are measured with nothing
+beside: that takes the GPU's memory. Then vLLM's own backend, the seeds' routers and the static
+patterns that the fit names answer the real tasks, side by side, and the first seed's server and
+vLLM's are timed, one after the other. What is in RUN is not done again.
+`python -m benchmarks.real_tasks join RUN/tasks --out FILE` gives rows.
 """
 
 import argparse
@@ -135,23 +136,23 @@ def main() -> None:
     study.out.mkdir(parents=True, exist_ok=True)
     # In a process of its own: with it ends the engine.
     _wait_for(get_context("spawn").Process(target=_make_prompts, args=(study,)))
-    lock = (study.out / "speed.lock").open("a")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    baseline = _start(study, study.baseline, study.answer([study.baseline], True))
-    first, *others = study.seeds
+    first = study.router(study.seeds[0])
     for seed in study.seeds:
         folder = study.router(seed)
         folder.mkdir(exist_ok=True)
-        if seed != first and not (folder / "measurements").exists():
-            (folder / "measurements").symlink_to(study.router(first) / "measurements")
+        if folder != first and not (folder / "measurements").exists():
+            (folder / "measurements").symlink_to(first / "measurements")
         if not (folder / "fit.json").is_file():
             _wait([_start(study, f"train-{seed}", study.train(seed))])
-    timed, *rest = (
-        _start(study, f"judged-{number}", command) for number, command in enumerate(study.judged())
-    )
-    _wait(rest)
-    lock.close()  # those that are timed take it one after the other
-    _wait([baseline, timed])
+    with (study.out / "speed.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        baseline = _start(study, study.baseline, study.answer([study.baseline], True))
+        timed, *rest = (
+            _start(study, f"judged-{number}", command)
+            for number, command in enumerate(study.judged())
+        )
+        _wait(rest, beside=(baseline, timed))
+    _wait([baseline, timed])  # each is timed while it holds the lock
 
 
 def _make_prompts(study: Study) -> None:
@@ -200,11 +201,19 @@ def _start(study: Study, name: str, command: Sequence[str]) -> subprocess.Popen[
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, close_fds=True)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], beside: Sequence[subprocess.Popen[bytes]] = ()
+) -> None:
+    """Wait for some. If one of these or of others fails, all are ended: they need each other."""
+    watched = [*processes, *beside]
     while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in watched):
+            break
         time.sleep(_POLL_SECONDS)
-    failed = [process.args for process in processes if process.returncode]
+    failed = [process.args for process in watched if process.poll()]
     if failed:
+        for process in watched:
+            process.terminate()
         raise RuntimeError(f"expected these to end well, found their logs' last lines: {failed}")
 
 
