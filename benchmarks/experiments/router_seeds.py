@@ -56,7 +56,10 @@ class Study:
     kv_gib: float
     """Of the engine that answers."""
     measure_seconds: float
+    measured_full_tokens: int
+    """`full_decode_tokens` under which costs are measured."""
     full_decode_tokens: int
+    """Those under which routers are judged."""
     budget_share: float
     seeds: tuple[int, ...]
     thresholds: tuple[float, ...]
@@ -86,7 +89,7 @@ class Study:
             *(_PYTHON, "-m", "training", "train", "--model", str(self.model)),
             *("--data.files", str(self.answers), "--data.max_tokens", str(self.most_tokens)),
             *("--data.max_answer_tokens", str(_ANSWER_TOKENS), "--seed", str(seed)),
-            *("--router.full_decode_tokens", str(self.full_decode_tokens)),
+            *("--router.full_decode_tokens", str(self.measured_full_tokens)),
             *("--loss.budget_share", str(self.budget_share), "--loss.budget_nats", "1"),
             *("--optimizer.time_limit_s", str(self.measure_seconds)),
             *("--costs.prompts", "0" if is_first else "-1", "--out", str(self.router(seed))),
@@ -105,8 +108,11 @@ class Study:
             command += ["--needle-file", str(self.needles)]
         if is_timed:
             command += ["--speed-lock", str(self.out / "speed.lock")]
+        flux: dict[str, Any] = {"full_decode_tokens": self.full_decode_tokens}
         if any("static:" in variant for variant in variants):
-            command += ["--flux", json.dumps({"router": str(self.router(self.seeds[0]))})]
+            flux["router"] = str(self.router(self.seeds[0]))
+        if variants != [self.baseline]:
+            command += ["--flux", json.dumps(flux)]
         command += [part for variant in variants for part in ("--variant", variant)]
         return [*command, "--baseline-label", self.baseline, *self.answering]
 
@@ -232,7 +238,8 @@ def _parse() -> Study:
     add("--most-tokens", type=int, default=20_000, help="of a prompt (default 20000)")
     add("--kv-gib", type=float, default=40, help="of the engine that answers (default 40)")
     add("--measure-seconds", type=float, default=480, help="for costs (default 480)")
-    add("--full-decode-tokens", type=int, default=64)
+    add("--measured-full-tokens", type=int, default=0, help="full_decode_tokens while measuring")
+    add("--full-decode-tokens", type=int, default=64, help="while routers are judged (default 64)")
     add("--budget-share", type=float, default=0.1, help="of what all SPARSE costs")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--thresholds", type=float, nargs="+", default=[0.5, 0.9])
