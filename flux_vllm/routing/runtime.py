@@ -105,6 +105,7 @@ class FluxRuntime:
         self._probed: set[int] = set()
         self._readback: PendingReadback | None = None
         self._pending: deque[PendingReadback] = deque()
+        self._has_decoded = False
         self._known = KnownRoutes(self.table, routed_layers)
         self._unread_routes = self._routes(() if info is None else info.always_sparse)
         self.is_decided = np.array(self._unread_routes) != Route.UNDECIDED
@@ -259,12 +260,15 @@ class FluxRuntime:
         if current is None:
             # vLLM's empty step after the last request: nothing else may come for long.
             self._count_pending(wait=False)
-            self._flush()
+            # The device is asked only if it has anything to tell: a request may be on its way.
+            self._flush(asks_device=self._has_decoded)
             return None
         if not self.reads_back:
             return None
         pending, self._readback = self._readback, None
-        if pending is None and not self._is_counted_on_device(current.batch):
+        if self._is_counted_on_device(current.batch):
+            self._has_decoded = True
+        elif pending is None:
             pending = PendingReadback.read(current, self.table, self.fixed_routes)
         if pending is not None:
             self._pending.append(pending)
@@ -282,9 +286,10 @@ class FluxRuntime:
             self.reporter.record_decode(keys)
             self.reporter.flush()
 
-    def _flush(self) -> None:
-        """Count all that ran until now; waits for the steps in flight."""
-        if self.decode_counts is not None and self.reads_back:
+    def _flush(self, asks_device: bool = True) -> None:
+        """Count all that ran until now; waits for the steps in flight if the device is asked."""
+        if self.decode_counts is not None and self.reads_back and asks_device:
+            self._has_decoded = False
             self._count_decode(self.decode_counts.read())
         if self.reporter is not None:
             self.reporter.flush()

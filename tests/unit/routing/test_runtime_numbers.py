@@ -113,10 +113,23 @@ class TestCountedOnTheDevice:
         run(runtime, batch(("a", 0, 90, 90)))
         runtime.decode_counts.totals[:, 0] = torch.tensor([7, 9, 1])
         runtime.status()
+        run(runtime, batch(("a", 90, 1, 90)))
         runtime.decode_counts.totals[:, 1] = torch.tensor([1, 2, 0])
         runtime.end_step()  # vLLM's empty step
         found = runtime.reporter.decode_keys  # type: ignore[union-attr]
         assert found == [DecodeKeys(7, 9, 1), DecodeKeys(1, 2, 0)]
+
+    def test_the_device_is_not_asked_where_nothing_was_decoded(self) -> None:
+        runtime = self.make()
+        found = runtime.reporter.decode_keys  # type: ignore[union-attr]
+        run(runtime, batch(("a", 0, 90, 90)))
+        runtime.end_step()  # vLLM's empty step
+        assert found == []
+        run(runtime, batch(("b", 0, 90, 90)))
+        run(runtime, batch(("b", 90, 1, 90)))
+        runtime.end_step()
+        runtime.end_step()
+        assert found == [DecodeKeys(0, 0, 0)]
 
     def test_warm_up_counts_nowhere(self) -> None:
         runtime = self.make()
