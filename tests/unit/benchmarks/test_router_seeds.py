@@ -30,6 +30,7 @@ def study(tmp_path: Path) -> Study:
         most_tokens=9000,
         kv_gib=4,
         measure_seconds=60,
+        measured_full_tokens=0,
         full_decode_tokens=64,
         budget_share=0.1,
         seeds=(3, 4, 5),
@@ -52,7 +53,7 @@ def test_later_seeds_measure_nothing(study: Study) -> None:
     assert [config.seed for config in configs] == [3, 4, 5]
     assert [config.costs.prompts for config in configs] == [0, -1, -1]
     first = configs[0]
-    assert first.router.full_decode_tokens == 64
+    assert first.router.full_decode_tokens == 0
     assert (first.loss.budget_share, first.data.max_tokens) == (0.1, 9000)
     for config in configs[1:]:  # else what was measured would not be taken
         same = replace(config, seed=3, out=first.out, costs=first.costs)
@@ -73,8 +74,9 @@ def test_every_router_and_pattern_is_judged_once(study: Study) -> None:
         [f"seed5=router:{study.out}/seed-5@0.5,0.9"],
         ["static21=static:0,1,2", "static17=static:0,2", "sparse"],
     ]
-    # With the router's sinks, window and full_decode_tokens.
-    assert commands[-1].flux == {"router": str(study.router(3))}
+    # Fixed routes with the router's sinks and window.
+    assert commands[-1].flux == {"full_decode_tokens": 64, "router": str(study.router(3))}
+    assert [one.flux for one in commands[:-1]] == [{"full_decode_tokens": 64}] * 4
     on_a_cpu = replace(study, baseline="cpu_attn", answering=("--kv-gib", "1", "--runner", "v1"))
     one = parsed(on_a_cpu.answer(["cpu_attn"], True))
     assert (one.baseline_label, one.kv_gib, one.runner) == ("cpu_attn", 1, "v1")
